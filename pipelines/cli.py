@@ -1,0 +1,5 @@
+"""The `shotloom` command."""
+
+
+def main() -> None:
+    raise SystemExit("shotloom: the command line is being built")

@@ -1,0 +1,1 @@
+"""Sampling: the denoising loop, scenes from storyboards, and a durable video service."""
