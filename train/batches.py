@@ -1,0 +1,196 @@
+"""Batches for the loop: what a batch is, and the two places batches come from.
+
+`LatentCache` is a set of single-shot clips in memory; `train.scenes.ShardDataset` reads prepared scene shards.
+Every batch is a pure function of (seed, index): there is no state to save but the step, any number of workers sees the
+same data, and a resumed run goes on with the very batch it would have seen.
+
+Shapes: B batch, F latent frames, C channels, H W latent size, G text groups, L text tokens, D width of the text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from models.backbones.wan import TextContext
+from models.layout import ClipLayout
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+LayoutFor = Callable[[list[int]], ClipLayout]
+
+
+@dataclass(frozen=True)
+class SceneBatch:
+    """Scenes (or single shots) of one layout. `latents` [B,C,F,H,W] are normalised; text is one context per group."""
+
+    latents: Tensor
+    layout: ClipLayout
+    text: TextContext
+    keys: list[str]
+
+    def to(self, device: torch.device) -> SceneBatch:
+        embeddings = self.text.embeddings.to(device, non_blocking=True)
+        text = TextContext(embeddings, self.text.frame_text.to(device))
+        return replace(self, latents=self.latents.to(device, non_blocking=True), text=text)
+
+
+class BatchSource(Protocol):
+    """Random access to micro-batches of `batch_size` samples over all workers."""
+
+    batch_size: int
+
+    def batch(self, index: int, rows: slice = slice(None)) -> SceneBatch:
+        """Rows of micro-batch `index` >= 0, a pure function of (seed, index)."""
+
+    def identity(self) -> dict[str, Any]:
+        """What fixes the data order; stored in checkpoints and compared on resume."""
+
+
+def keyed_seed(*key: int | str) -> int:
+    """A 63-bit seed from a key such as (seed, "noise", step, row): equal on every machine, no overlap between keys."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def keyed_generator(*key: int | str) -> torch.Generator:
+    """A CPU generator of its own for `key`."""
+    return torch.Generator().manual_seed(keyed_seed(*key))
+
+
+def epoch_order(count: int, seed: int, epoch: int, stream: str = "order") -> list[int]:
+    """A permutation of range(count), a pure function of its arguments."""
+    return torch.randperm(count, generator=keyed_generator(seed, stream, epoch)).tolist()
+
+
+def prefetch(source: BatchSource, rows: slice, first: int, last: int, ahead: int = 2) -> Iterator[SceneBatch]:
+    """Batches first..last-1 in order, read by a thread that stays `ahead` batches in front."""
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        waiting = [pool.submit(source.batch, index, rows) for index in range(first, min(first + ahead, last))]
+        for index in range(first, last):
+            batch = waiting.pop(0).result()
+            if index + ahead < last:
+                waiting.append(pool.submit(source.batch, index + ahead, rows))
+            yield batch
+
+
+def pad_text(embedding: Tensor, length: int) -> Tensor:
+    """[L,D] -> [length,D] with zeros at the end, Wan's convention; ValueError if it does not fit."""
+    if embedding.shape[0] > length:
+        raise ValueError(
+            f"text of {embedding.shape[0]} tokens does not fit text_length={length}: raise it, or shorten the text"
+        )
+    return torch.nn.functional.pad(embedding, (0, 0, 0, length - embedding.shape[0]))
+
+
+class LatentCache:
+    """Single-shot clips of one shape with a bank of texts, held in memory.
+
+    Args:
+        paths: files written by `write_cache`, in the order that fixes the sample numbers.
+        batch_size: samples per micro-batch, over all workers.
+        text_length: tokens to pad each text to.
+        null_text: [length,D] context of a dropped text (`models.text.null_text`).
+        layout_for: the method's layout for a list of shot lengths in latent frames.
+        text_drop_prob: share of samples trained without text, for classifier-free guidance.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        *,
+        batch_size: int,
+        text_length: int,
+        null_text: Tensor,
+        layout_for: LayoutFor,
+        text_drop_prob: float = 0.1,
+        seed: int = 0,
+    ):
+        parts = [read_cache(Path(path)) for path in paths]
+        if not parts:
+            raise ValueError("LatentCache: no cache files given")
+        self.latents = torch.cat([latents for latents, _, _ in parts])  # [n,C,F,H,W]
+        texts = [text for _, bank, _ in parts for text in bank]
+        firsts = torch.tensor([0] + [len(bank) for _, bank, _ in parts]).cumsum(0)
+        self.text_ids = torch.cat([ids + first for (_, _, ids), first in zip(parts, firsts, strict=False)])  # [n]
+        self.bank = torch.stack([pad_text(text, text_length) for text in texts])  # [texts,L,D]
+        self.null_text = null_text.to(self.bank.dtype)
+        if self.null_text.shape != self.bank.shape[1:]:
+            raise ValueError(f"null_text is {tuple(null_text.shape)}, texts are {tuple(self.bank.shape[1:])}")
+        self.batch_size, self.text_drop_prob, self.seed = batch_size, text_drop_prob, seed
+        self.layout = layout_for([self.latents.shape[2]])
+
+    def __len__(self) -> int:
+        return self.latents.shape[0]
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "clips": len(self),
+            "batch_size": self.batch_size,
+            "data_seed": self.seed,
+            "text_drop_prob": self.text_drop_prob,
+        }
+
+    def samples(self, index: int) -> list[int]:
+        """Sample numbers of micro-batch `index`: epochs follow one another without a break, batches may span two."""
+        first, found = index * self.batch_size, []
+        while len(found) < self.batch_size:
+            epoch, position = divmod(first + len(found), len(self))
+            found += self._order(epoch)[position : position + self.batch_size - len(found)]
+        return found
+
+    def _order(self, epoch: int) -> list[int]:
+        if getattr(self, "_cached_order", (None,))[0] != epoch:
+            self._cached_order = (epoch, epoch_order(len(self), self.seed, epoch))
+        return self._cached_order[1]
+
+    def batch(self, index: int, rows: slice = slice(None)) -> SceneBatch:
+        numbers = torch.tensor(self.samples(index))[rows]
+        text = self.bank[self.text_ids[numbers]]  # [B,L,D]
+        drop = (
+            torch.rand(self.batch_size, generator=keyed_generator(self.seed, "drop", index))[rows] < self.text_drop_prob
+        )
+        text = torch.where(drop[:, None, None], self.null_text, text).float()
+        context = TextContext(text[:, None], torch.zeros(self.layout.num_frames, dtype=torch.long))
+        return SceneBatch(
+            self.latents[numbers].float(), self.layout, context, [f"clip-{n:06d}" for n in numbers.tolist()]
+        )
+
+
+def write_cache(path: Path, latents: Tensor, texts: Sequence[Tensor], text_ids: Tensor) -> None:
+    """Write clips as one safetensors file.
+
+    Args:
+        latents: [n,C,F,H,W], normalised (`models.codecs`), any float dtype.
+        texts: valid tokens [L_i,D] of every distinct text.
+        text_ids: [n], the text of each clip.
+    """
+    if len(text_ids) != len(latents) or int(text_ids.max()) >= len(texts):
+        raise ValueError(
+            f"{path}: {len(latents)} clips, {len(text_ids)} text ids up to {int(text_ids.max())}, {len(texts)} texts"
+        )
+    lengths = torch.tensor([len(text) for text in texts])
+    tensors = {
+        "latents": latents.contiguous(),
+        "texts": torch.cat(list(texts)),
+        "text_lengths": lengths,
+        "text_ids": text_ids.long(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(tensors, temporary, metadata={"format": "shotloom-latent-cache", "latents": "normalised"})
+    temporary.replace(path)
+
+
+def read_cache(path: Path) -> tuple[Tensor, list[Tensor], Tensor]:
+    """(latents [n,C,F,H,W], texts, text_ids [n]) of a file written by `write_cache`."""
+    with safe_open(path, "pt") as file:
+        if (file.metadata() or {}).get("format") != "shotloom-latent-cache":
+            raise ValueError(f"{path}: not a latent cache (write it with train.batches.write_cache)")
+        texts = list(file.get_tensor("texts").split(file.get_tensor("text_lengths").tolist()))
+        return file.get_tensor("latents"), texts, file.get_tensor("text_ids")

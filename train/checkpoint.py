@@ -1,0 +1,177 @@
+"""Exact, resumable training state: sharded checkpoints (torch DCP) that load at any number of workers.
+
+A checkpoint holds the trainable weights, their EMA, AdamW's moments and the step; the data position and every random
+draw are functions of (seed, step), so the step is all they need. It does not hold frozen weights (they come from the
+model folder) nor figures (metrics.jsonl). The folder is `step-000100/` with DCP's files and `state.json`.
+
+A DCP index is a pickle: resume only runs that you trust, as with any DCP checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+
+from train.optim import EMA
+
+STATE_FILE = "state.json"
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+@dataclass
+class TrainState:
+    """What a checkpoint holds. `identity` must be the same on resume: it fixes the meaning of a step's number."""
+
+    parameters: dict[str, nn.Parameter]
+    ema: EMA
+    optimizer: torch.optim.AdamW
+    identity: dict[str, Any]
+
+    def tensors(self, step: int) -> dict[str, Tensor]:
+        """Every tensor of the state by a flat name, sharing memory with the live one (moments are made if absent)."""
+        found: dict[str, Tensor] = {"step": torch.tensor(step)}
+        for name, parameter in self.parameters.items():
+            moments = self.optimizer.state[parameter]
+            if not moments:
+                moments["step"] = torch.tensor(0.0, device=parameter.device)
+                moments["exp_avg"] = torch.zeros_like(parameter)
+                moments["exp_avg_sq"] = torch.zeros_like(parameter)
+            found[f"weight.{name}"] = parameter.detach()
+            found[f"average.{name}"] = self.ema.average[name]
+            found[f"exp_avg.{name}"] = moments["exp_avg"]
+            found[f"exp_avg_sq.{name}"] = moments["exp_avg_sq"]
+        return found
+
+    def restored(self, step: int) -> None:
+        """Set AdamW's own step counters, which equal ours because every parameter is stepped every time."""
+        for parameter in self.parameters.values():
+            self.optimizer.state[parameter]["step"].fill_(step)
+
+
+def step_name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def latest(root: Path) -> tuple[int, Path] | None:
+    """(step, path) of the newest whole checkpoint under `root`; broken or half-copied ones are passed over."""
+    found = [(int(m[1]), path) for path in root.glob("step-*") if (m := _NAME.fullmatch(path.name))]
+    for step, path in sorted(found, reverse=True):
+        if is_whole(path):
+            return step, path
+    return None
+
+
+def is_whole(path: Path) -> bool:
+    """Every byte that the checkpoint's index points to is there."""
+    if not (path / STATE_FILE).is_file() or not (path / ".metadata").is_file():
+        return False
+    try:
+        index = dcp.FileSystemReader(path).read_metadata().storage_data.values()
+    except Exception:  # a cut pickle raises anything
+        return False
+    ends: dict[str, int] = {}
+    for item in index:
+        ends[item.relative_path] = max(ends.get(item.relative_path, 0), item.offset + item.length)
+    return all((path / name).is_file() and (path / name).stat().st_size >= end for name, end in ends.items())
+
+
+class Checkpoints:
+    """Saves into, prunes and resumes from one folder. `publish` moves a finished folder to where it belongs.
+
+    Args:
+        root: folder of the checkpoints, seen by every rank.
+        keep: how many of the newest to keep.
+        publish: called on every rank as (folder just written, step); the default renames it to `root/step-000100` on
+            rank 0 and prunes. Ray Train hands in its own, which uploads.
+        scratch: folder to write to before publishing; `root` (one file system) unless told.
+    """
+
+    def __init__(
+        self, root: Path, keep: int, publish: Callable[[Path, int], None] | None = None, scratch: Path | None = None
+    ):
+        self.root, self.keep, self.scratch = root, keep, scratch or root
+        self.publish = publish or self._rename
+        root.mkdir(parents=True, exist_ok=True)
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of `step` lies (whether it exists or not)."""
+        return self.root / step_name(step)
+
+    def save(self, step: int, state: TrainState) -> Path:
+        """Write the state after `step` steps; it becomes visible whole or not at all. Returns its final path."""
+        folder = self.scratch / f".writing-{step_name(step)}"
+        shutil.rmtree(folder, ignore_errors=True)
+        _barrier()
+        folder.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.save(state.tensors(step), checkpoint_id=folder, no_dist=not dist.is_initialized())
+        if _rank() == 0:
+            record = {"step": step, "identity": state.identity}
+            (folder / STATE_FILE).write_text(json.dumps(record, indent=1, sort_keys=True))
+        _barrier()
+        self.publish(folder, step)
+        return self.path(step)
+
+    def resume(self, state: TrainState) -> int:
+        """Load the newest whole checkpoint into `state` in place and return its step; 0 if there is none.
+
+        Raises ValueError when the run was made with another seed, data or batch: its steps would not continue ours.
+        """
+        found = latest(self.root)
+        if found is None:
+            return 0
+        step, path = found
+        made_with = json.loads((path / STATE_FILE).read_text())["identity"]
+        _check_identity(path, made_with, state.identity)
+        tensors = state.tensors(step)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+        state.restored(step)
+        return step
+
+    def _rename(self, folder: Path, step: int) -> None:
+        if _rank() != 0:
+            return
+        final = self.path(step)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(folder, final)
+        prune(self.root, self.keep)
+
+
+def prune(root: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints under `root`."""
+    old = sorted(((int(m[1]), p) for p in root.glob("step-*") if (m := _NAME.fullmatch(p.name))), reverse=True)[keep:]
+    for _, path in old:
+        shutil.rmtree(path)
+
+
+def _check_identity(path: Path, made_with: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    for field in sorted(set(made_with) | set(asked)):
+        if made_with.get(field) != asked.get(field):
+            raise ValueError(
+                f"{path}: made with {field}={made_with.get(field)!r}, asked for {asked.get(field)!r}; "
+                "a run cannot change this on the way: use a new run folder, or set it back"
+            )
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

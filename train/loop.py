@@ -1,0 +1,200 @@
+"""The training loop: one for every method, backbone and number of workers.
+
+Draw a noise level per latent frame, noise, predict, weigh per frame, step. Everything random is keyed by (seed, step,
+row), so a run that was killed and resumed ends with the weights of one that never was, at any number of workers.
+
+Shapes: B batch, F latent frames, C channels, H W latent size.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from models.methods.base import Method
+from models.noise import FlowMatching
+from torch import Tensor, nn
+
+from train.batches import BatchSource, SceneBatch, keyed_generator, keyed_seed, prefetch
+from train.checkpoint import Checkpoints, TrainState
+from train.metrics import Tracker, Window
+from train.optim import EMA, SCHEDULES, clip_gradients, learning_rate_at, make_optimizer
+from train.parallel import Parallel, Precision, sync_gradients, trainable
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How to train. Steps are optimizer steps; one takes `accumulate` micro-batches of the source's batch size."""
+
+    steps: int
+    learning_rate: float = 1e-4
+    warmup_steps: int = 100
+    lr_schedule: str = "constant"  # or "cosine", down to a tenth at the last step
+    weight_decay: float = 0.01
+    grad_clip: float = 1.0  # largest global gradient norm; 0 = no clipping
+    accumulate: int = 1
+    ema_decay: float = 0.999
+    precision: Precision = "fp32"  # "bf16": matrix products in bfloat16, master weights stay float32
+    seed: int = 0
+    checkpoint_every: int = 500  # steps; 0 = only at the end
+    keep_checkpoints: int = 2
+    log_every: int = 20
+    evaluate_every: int = 0  # steps; 0 = never
+
+    def __post_init__(self) -> None:
+        if self.lr_schedule not in SCHEDULES:
+            raise ValueError(f"lr_schedule={self.lr_schedule!r}: choose one of {', '.join(SCHEDULES)}")
+        if min(self.steps, self.accumulate, self.log_every, self.keep_checkpoints) < 1:
+            raise ValueError("steps, accumulate, log_every and keep_checkpoints must be at least 1")
+
+
+@dataclass(frozen=True)
+class LoopResult:
+    """What a finished run leaves: its last step and checkpoint, and the averaged weights (sharded as trained)."""
+
+    step: int
+    checkpoint: Path
+    average: dict[str, Tensor]
+
+
+def run_loop(
+    backbone: nn.Module,
+    method: Method,
+    source: BatchSource,
+    settings: LoopSettings,
+    run_dir: Path,
+    *,
+    process: FlowMatching | None = None,
+    parallel: Parallel | None = None,
+    checkpoints: Checkpoints | None = None,
+    evaluate: Callable[[int, nn.Module], dict[str, float]] | None = None,
+    on_log: Callable[[dict[str, Any]], None] | None = None,
+    on_checkpoint: Callable[[int, Path], None] | None = None,
+) -> LoopResult:
+    """Train `backbone` (after `train.parallel.prepare`) in place up to `settings.steps`, from the last checkpoint if any.
+
+    Args:
+        evaluate: called every `evaluate_every` steps, on every rank, as (step, backbone holding the averaged weights,
+            in eval mode, no gradients); its figures are logged under "eval/".
+        on_log: called on rank 0 with each line of metrics.jsonl.
+        on_checkpoint: called on rank 0 as (step, folder) after each checkpoint.
+    Raises:
+        FloatingPointError: the loss is not finite; the last checkpoint is from before that.
+    """
+    # Initialise
+    process, parallel = process or FlowMatching(), parallel or Parallel()
+    checkpoints = checkpoints or Checkpoints(run_dir / "checkpoints", settings.keep_checkpoints)
+    parameters = trainable(backbone)
+    optimizer = make_optimizer(parameters, settings.learning_rate, settings.weight_decay)
+    ema = EMA(parameters, settings.ema_decay)
+    identity = {"seed": settings.seed, "accumulate": settings.accumulate, **source.identity()}
+    state = TrainState(parameters, ema, optimizer, identity)
+    backbone.train()
+
+    # Resume
+    start = step = checkpoints.resume(state)
+    tracker = Tracker(run_dir, start) if parallel.rank == 0 else None
+    micro = prefetch(
+        source, parallel.rows(source.batch_size), start * settings.accumulate, settings.steps * settings.accumulate
+    )
+    window = Window(parallel)
+    checkpoint = checkpoints.path(start)
+
+    # Loop
+    for step in range(start + 1, settings.steps + 1):
+        torch.manual_seed(keyed_seed(settings.seed, "modules", step, parallel.rank))
+        loss_sum, samples, tokens, waited = torch.zeros((), device=parallel.device), 0, 0, 0.0
+        for part in range(settings.accumulate):
+            before = time.perf_counter()
+            batch = next(micro).to(parallel.device)
+            waited += time.perf_counter() - before
+
+            levels, noise = draw(method, batch, source.batch_size, parallel, (settings.seed, step, part))
+            weights = frame_weights(method, batch, levels)
+            noisy = process.add_noise(batch.latents, noise, levels)
+            target = process.target(batch.latents, noise, levels)
+            sync_gradients(backbone, on=part == settings.accumulate - 1)
+            with parallel.autocast(settings.precision):
+                prediction = backbone(noisy, levels, batch.text, **method.backbone_kwargs(batch.layout))
+            errors = (prediction.float() - target).square().mean(dim=(1, 3, 4))  # [B,F]
+            loss = (errors * weights).sum(dim=1).mean() / settings.accumulate
+            loss.backward()
+
+            loss_sum += loss.detach()
+            samples += source.batch_size
+            tokens += source.batch_size * batch.latents[0, 0].numel()
+            window.add_errors(levels, errors.detach(), weights)
+
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(
+                step - 1,
+                peak=settings.learning_rate,
+                warmup_steps=settings.warmup_steps,
+                total_steps=settings.steps,
+                schedule=settings.lr_schedule,
+            )
+        grad_norm = clip_gradients(parameters.values(), settings.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(step - 1)
+        window.add_step(loss_sum, grad_norm, samples, tokens, waited)
+
+        # Status
+        last = step == settings.steps
+        saving = last or _due(step, settings.checkpoint_every)
+        evaluating = (
+            evaluate is not None and settings.evaluate_every > 0 and (last or _due(step, settings.evaluate_every))
+        )
+        if not (saving or evaluating or _due(step, settings.log_every)):
+            continue
+        figures = window.close()
+        if not math.isfinite(figures["loss"] + figures["grad_norm"]):
+            raise FloatingPointError(
+                f"{run_dir}: loss {figures['loss']} by step {step}; last good checkpoint: {checkpoint}"
+            )
+        figures["lr"] = optimizer.param_groups[0]["lr"]
+        if evaluate and evaluating:
+            backbone.eval()
+            with ema.swapped_in(), torch.no_grad(), parallel.autocast(settings.precision):
+                figures |= {f"eval/{name}": value for name, value in evaluate(step, backbone).items()}
+            backbone.train()
+        if tracker:
+            line = tracker.log(step, **figures)
+            if on_log:
+                on_log(line)
+
+        # Snapshot
+        if saving:
+            checkpoint = checkpoints.save(step, state)
+            if on_checkpoint and parallel.rank == 0:
+                on_checkpoint(step, checkpoint)
+        window = Window(parallel)
+    if tracker:
+        tracker.close()
+    return LoopResult(step, checkpoint, ema.average)
+
+
+def draw(
+    method: Method, batch: SceneBatch, size: int, parallel: Parallel, key: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """Noise levels [B,F] and noise [B,C,F,H,W] of this rank's rows, equal for a row at any number of workers."""
+    rows = parallel.rows(size)
+    levels = method.sample_levels(batch.layout, size, keyed_generator(*key, "levels"))[rows]
+    shape = batch.latents.shape[1:]
+    noise = [torch.randn(shape, generator=keyed_generator(*key, "noise", row)) for row in range(size)[rows]]
+    return levels.to(parallel.device), torch.stack(noise).to(parallel.device)
+
+
+def frame_weights(method: Method, batch: SceneBatch, levels: Tensor) -> Tensor:
+    """Loss weights [B,F], summing to 1 per sample; frames at level 0 hold no noise to predict: weight 0."""
+    weights = method.loss_weights(batch.layout).to(levels) * (levels > 0)
+    return weights / weights.sum(dim=1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
