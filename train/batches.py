@@ -13,6 +13,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,9 +64,18 @@ def keyed_generator(*key: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(keyed_seed(*key))
 
 
-def epoch_order(count: int, seed: int, epoch: int, stream: str = "order") -> list[int]:
-    """A permutation of range(count), a pure function of its arguments."""
-    return torch.randperm(count, generator=keyed_generator(seed, stream, epoch)).tolist()
+def stream(count: int, first: int, size: int, seed: int, name: str = "") -> list[int]:
+    """Places first..first+size-1 of an endless stream: range(count) in a new seeded order every epoch."""
+    found: list[int] = []
+    while len(found) < size:
+        epoch, position = divmod(first + len(found), count)
+        found += _epoch_order(count, seed, epoch, name)[position : position + size - len(found)]
+    return found
+
+
+@lru_cache(maxsize=64)
+def _epoch_order(count: int, seed: int, epoch: int, name: str) -> list[int]:
+    return torch.randperm(count, generator=keyed_generator(seed, "order", name, epoch)).tolist()
 
 
 def prefetch(source: BatchSource, rows: slice, first: int, last: int, ahead: int = 2) -> Iterator[SceneBatch]:
@@ -137,17 +147,8 @@ class LatentCache:
         }
 
     def samples(self, index: int) -> list[int]:
-        """Sample numbers of micro-batch `index`: epochs follow one another without a break, batches may span two."""
-        first, found = index * self.batch_size, []
-        while len(found) < self.batch_size:
-            epoch, position = divmod(first + len(found), len(self))
-            found += self._order(epoch)[position : position + self.batch_size - len(found)]
-        return found
-
-    def _order(self, epoch: int) -> list[int]:
-        if getattr(self, "_cached_order", (None,))[0] != epoch:
-            self._cached_order = (epoch, epoch_order(len(self), self.seed, epoch))
-        return self._cached_order[1]
+        """Sample numbers of micro-batch `index`."""
+        return stream(len(self), index * self.batch_size, self.batch_size, self.seed)
 
     def batch(self, index: int, rows: slice = slice(None)) -> SceneBatch:
         numbers = torch.tensor(self.samples(index))[rows]

@@ -131,6 +131,9 @@ class Checkpoints:
         Raises ValueError when the run was made with another seed, data or batch: its steps would not continue ours.
         """
         found = latest(self.root)
+        if _rank() == 0:
+            _remove_unfinished(self.root, found[0] if found else 0)
+        _barrier()
         if found is None:
             return 0
         step, path = found
@@ -156,6 +159,13 @@ def prune(root: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints under `root`."""
     old = sorted(((int(m[1]), p) for p in root.glob("step-*") if (m := _NAME.fullmatch(p.name))), reverse=True)[keep:]
     for _, path in old:
+        shutil.rmtree(path)
+
+
+def _remove_unfinished(root: Path, newest: int) -> None:
+    """Remove what a killed run left half-written after the `newest` whole checkpoint."""
+    later = [p for p in root.glob("step-*") if (m := _NAME.fullmatch(p.name)) and int(m[1]) > newest]
+    for path in [*later, *root.glob(".writing-*")]:
         shutil.rmtree(path)
 
 

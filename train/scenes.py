@@ -1,0 +1,240 @@
+"""Batches of prepared scenes: windows of neighbouring shots, each shot with its own text.
+
+Shapes: B batch, F latent frames, C channels, H W latent size, S shots, L text tokens, D width of the text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from models.backbones.wan import TextContext
+from models.text import pack_text
+from torch import Tensor
+
+from models.scene import Scene, shot_tensor_key
+from train.batches import LayoutFor, SceneBatch, keyed_generator, stream
+from train.shards import Record, read_shard
+
+Latents = Literal["sample", "mean"]
+Bucket = tuple[str, tuple[int, ...], tuple[int, ...]]  # kind, latent frames of each shot, (C, H, W)
+
+
+@dataclass(frozen=True)
+class TextDrop:
+    """Shares of samples that lose text in training, so that guidance works at sampling. At most one of them applies."""
+
+    everything: float = 0.1
+    story: float = 0.0
+    prompts: float = 0.0  # the shots' own prompts; the story stays
+
+    def __post_init__(self) -> None:
+        if min(self.everything, self.story, self.prompts) < 0 or self.everything + self.story + self.prompts > 1:
+            raise ValueError(f"text drop probabilities must be at least 0 and sum to at most 1: {self}")
+
+    def choose(self, draw: float) -> str | None:
+        """Which text a sample with the uniform `draw` loses, if any."""
+        for name in ("everything", "story", "prompts"):
+            if draw < getattr(self, name):
+                return name
+            draw -= getattr(self, name)
+        return None
+
+
+@dataclass(frozen=True)
+class Window:
+    """Shots first..first+count-1 of one record."""
+
+    record: Record
+    scene_id: str
+    first: int
+    count: int
+
+
+class ShardDataset:
+    """Scene windows and single shots of a prepared dataset.
+
+    A window is `shots_per_scene` neighbouring shots with equal latent size (all of a shorter run); each of its shots
+    reads [story; its prompt]. A share `single_shot_prob` of the batches holds single shots, which read their own
+    self-contained sentence. Every batch has one layout. Buckets take turns in proportion to their size, each going
+    through its windows epoch after epoch in a seeded order.
+
+    Args:
+        folder: a prepared dataset (`shards/*.tar`).
+        batch_size: samples per micro-batch, over all workers.
+        text_length: tokens of one shot's context.
+        null_text: [text_length,D] context of dropped text.
+        layout_for: the method's layout for a list of shot lengths in latent frames.
+        normalize: raw latents [B,C,F,H,W] -> the model's (`VideoCodec.normalize`).
+        latents: draw from the VAE's posterior, or take its mean.
+    Raises:
+        ValueError: no shard, no encoded shot, damaged shard, text that does not fit.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        batch_size: int,
+        text_length: int,
+        null_text: Tensor,
+        layout_for: LayoutFor,
+        normalize: Callable[[Tensor], Tensor],
+        shots_per_scene: int = 3,
+        single_shot_prob: float = 0.0,
+        text_drop: TextDrop | None = None,
+        latents: Latents = "sample",
+        seed: int = 0,
+    ):
+        self.folder, self.batch_size, self.text_length, self.seed = folder, batch_size, text_length, seed
+        self.layout_for, self.normalize, self.latents = layout_for, normalize, latents
+        self.null_text, self.text_drop = null_text, text_drop or TextDrop()
+        self.shots_per_scene, self.single_shot_prob = shots_per_scene, single_shot_prob
+
+        shards = sorted((folder / "shards").glob("*.tar"))
+        if not shards:
+            raise ValueError(f"{folder}: no shards/*.tar; prepare a dataset there first")
+        self.records = [record for shard in shards for record in read_shard(shard)]
+        self.buckets: dict[Bucket, list[Window]] = defaultdict(list)
+        for record in self.records:
+            scene = Scene.from_json(record.json)
+            for run in encoded_runs(record, len(scene.shots)):
+                self._add(record, scene, run)
+        self._weights = self._bucket_weights()
+        self._turns = Turns(np.array(list(self._weights.values())))
+
+    def _add(self, record: Record, scene: Scene, run: range) -> None:
+        count = min(self.shots_per_scene, len(run))
+        for first in range(run.start, run.stop - count + 1):
+            self._put("scene", Window(record, scene.scene_id, first, count))
+        for first in run:
+            self._put("single", Window(record, scene.scene_id, first, 1))
+
+    def _put(self, kind: str, window: Window) -> None:
+        shapes = [latent_shape(window.record, window.first + i) for i in range(window.count)]
+        channels, _, height, width = shapes[0]
+        self.buckets[kind, tuple(shape[1] for shape in shapes), (channels, height, width)].append(window)
+
+    def _bucket_weights(self) -> dict[Bucket, float]:
+        shares = {"scene": 1.0 - self.single_shot_prob, "single": self.single_shot_prob}
+        totals = {kind: sum(len(w) for key, w in self.buckets.items() if key[0] == kind) for kind in shares}
+        if not totals["single"]:
+            raise ValueError(f"{self.folder}: none of its {len(self.records)} scenes has an encoded shot")
+        weights = {key: shares[key[0]] * len(self.buckets[key]) / totals[key[0]] for key in sorted(self.buckets)}
+        return {key: weight for key, weight in weights.items() if weight > 0}
+
+    def identity(self) -> dict[str, Any]:
+        keys = "\n".join(f"{record.key} {sorted(record.tensors)}" for record in self.records)
+        return {
+            "dataset": hashlib.sha256(keys.encode()).hexdigest()[:16],
+            "batch_size": self.batch_size,
+            "shots_per_scene": self.shots_per_scene,
+            "single_shot_prob": self.single_shot_prob,
+            "latents": self.latents,
+            "data_seed": self.seed,
+        }
+
+    def windows(self, index: int) -> list[Window]:
+        """Windows of micro-batch `index`, all of one bucket."""
+        number, turn = self._turns.at(index)
+        key = list(self._weights)[number]
+        found = self.buckets[key]
+        return [found[i] for i in stream(len(found), turn * self.batch_size, self.batch_size, self.seed, repr(key))]
+
+    def batch(self, index: int, rows: slice = slice(None)) -> SceneBatch:
+        number, _ = self._turns.at(index)
+        kind, frames, _ = list(self._weights)[number]
+        layout = self.layout_for(list(frames))
+        if layout.num_frames != sum(frames):
+            raise ValueError(
+                f"the method's layout has {layout.num_frames} frames for shots of {list(frames)} latent frames"
+            )
+        windows = list(enumerate(self.windows(index)))[rows]
+        latents = torch.stack([self._latents(window, (self.seed, index, row)) for row, window in windows])
+        text = torch.stack([self._text(window, kind, (self.seed, index, row)) for row, window in windows])
+        keys = [f"{w.scene_id}/s{w.first:03d}+{w.count}" for _, w in windows]
+        return SceneBatch(self.normalize(latents), layout, TextContext(text, layout.text_ids), keys)
+
+    def _latents(self, window: Window, key: tuple[int, ...]) -> Tensor:
+        """Raw latents of the window's shots, one after another: [C,F,H,W]."""
+        shots = []
+        for shot in range(window.first, window.first + window.count):
+            latent = window.record.read(shot_tensor_key(shot, "latent_mean")).float()
+            if self.latents == "sample":
+                logvar = window.record.read(shot_tensor_key(shot, "latent_logvar")).float()
+                noise = torch.randn(latent.shape, generator=keyed_generator(*key, "posterior", shot))
+                latent = latent + torch.exp(0.5 * logvar) * noise
+            shots.append(latent)
+        return torch.cat(shots, dim=1)
+
+    def _text(self, window: Window, kind: str, key: tuple[int, ...]) -> Tensor:
+        """One context per shot: [S,L,D]."""
+        read = window.record.read
+        lost = self.text_drop.choose(float(torch.rand((), generator=keyed_generator(*key, "drop"))))
+        contexts = []
+        for shot in range(window.first, window.first + window.count):
+            sentence = shot_tensor_key(shot, "sentence_text")
+            if lost == "everything":
+                contexts.append(self.null_text.float())
+                continue
+            if kind == "single" and sentence in window.record.tensors:
+                parts = [read(sentence)]
+            else:
+                names = {"story": "text.story", "prompts": shot_tensor_key(shot, "text")}
+                parts = [read(name) for layer, name in names.items() if layer != lost]
+            try:
+                contexts.append(pack_text([part.float() for part in parts], self.text_length))
+            except ValueError as error:
+                raise ValueError(f"{window.record.shard}: {window.scene_id} shot {shot}: {error}") from error
+        return torch.stack(contexts)
+
+
+class Turns:
+    """Whose turn it is: bucket k gets a share `weights[k]` of the turns, never more than one away from it.
+
+    Smooth weighted round robin; turn `index` is a pure function of the weights. Turns are computed once and kept.
+    """
+
+    def __init__(self, weights: np.ndarray):
+        self.weights = weights / weights.sum()
+        self.credit = np.zeros_like(self.weights)
+        self.counts = np.zeros(len(weights), dtype=np.int64)
+        self.order: list[tuple[int, int]] = []
+
+    def at(self, index: int) -> tuple[int, int]:
+        """(bucket, how many turns it has had before) at `index`."""
+        while len(self.order) <= index:
+            self.credit += self.weights
+            chosen = int(self.credit.argmax())
+            self.credit[chosen] -= 1.0
+            self.order.append((chosen, int(self.counts[chosen])))
+            self.counts[chosen] += 1
+        return self.order[index]
+
+
+def latent_shape(record: Record, shot: int) -> tuple[int, ...]:
+    """[C,F,H,W] of a shot's latents, () if the shot has none."""
+    return record.shape(shot_tensor_key(shot, "latent_mean")) or ()
+
+
+def encoded_runs(record: Record, num_shots: int) -> list[range]:
+    """Longest runs of neighbouring shots that have latents of one channel count, height and width."""
+    runs: list[range] = []
+    size = None
+    for shot in range(num_shots):
+        shape = latent_shape(record, shot)
+        here = (shape[0], *shape[2:]) if shape else None
+        if here is None:
+            pass
+        elif here == size:
+            runs[-1] = range(runs[-1].start, shot + 1)
+        else:
+            runs.append(range(shot, shot + 1))
+        size = here
+    return runs
