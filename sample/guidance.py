@@ -1,0 +1,59 @@
+"""Classifier-free guidance over an ordered list of conditions, each nested in the one before (AID 2406.06465, eq. 9).
+
+e_0 has every condition dropped, e_i keeps the first i:  e = e_0 + sum_i s_i (e_i - e_{i-1}).
+Collected by branch, e_i carries the weight s_i - s_{i+1} (with s_0 = 1 and s_{n+1} = 0), and a branch of weight zero
+need not run at all: with every scale 1 only the fully conditional branch remains, with every scale 0 only e_0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One forward pass: the conditions it goes without, and the weight of its prediction (weights sum to 1)."""
+
+    dropped: frozenset[str]
+    weight: float
+
+
+class Guidance:
+    """Scales per condition, in nesting order; `Guidance()` is one plain conditional pass.
+
+    `Guidance([("text", 5.0)])` is ordinary classifier-free guidance (Ho & Salimans, 2207.12598).
+    Raises ValueError for a repeated condition or a scale that is not finite.
+    """
+
+    def __init__(self, scales: Sequence[tuple[str, float]] = ()) -> None:
+        self.scales = tuple((name, float(scale)) for name, scale in scales)
+        names = [name for name, _ in self.scales]
+        if len(set(names)) != len(names):
+            raise ValueError(f"guidance names a condition twice: {names}; give each condition one scale")
+        for name, scale in self.scales:
+            if not math.isfinite(scale):
+                raise ValueError(f"guidance scale of {name!r} is {scale}; give a finite number")
+        weights = [1.0, *(scale for _, scale in self.scales), 0.0]
+        self.branches = tuple(
+            Branch(dropped=frozenset(names[kept:]), weight=weights[kept] - weights[kept + 1])
+            for kept in range(len(names) + 1)
+            if weights[kept] != weights[kept + 1]
+        )
+
+    def combine(self, predictions: Sequence[Tensor]) -> Tensor:
+        """The guided prediction from one prediction per branch, in the order of `self.branches`."""
+        if len(predictions) != len(self.branches):
+            raise ValueError(f"{len(predictions)} predictions for {len(self.branches)} guidance branches")
+        if len(predictions) == 1:  # its weight is 1: hand it on untouched, bit for bit
+            return predictions[0]
+        total = predictions[0] * self.branches[0].weight
+        for branch, prediction in zip(self.branches[1:], predictions[1:], strict=True):
+            total = total + prediction * branch.weight
+        return total
+
+    def __repr__(self) -> str:
+        return f"Guidance({list(self.scales)!r})"

@@ -1,0 +1,126 @@
+"""The denoising loop: follow a noise plan, one level per latent frame, from noise to a clip.
+
+Shapes: B batch, F latent frames, C channels, H W latent size, K steps, G texts, L text tokens, D text width.
+The plan decides everything a task is: a frame whose level does not change from one row to the next is held bit for
+bit, a frame that starts below level 1 starts from its source, and a frame left above level 0 (history kept at t_c)
+comes back as it was given. No noise is drawn after the start, and none from the global generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from models.layout import ClipLayout
+from models.noise import FlowMatching
+from sample.guidance import Guidance
+
+if TYPE_CHECKING:
+    from models.backbones.wan import TextContext
+
+    Text = TextContext | Tensor
+
+# one generator for the batch, or one per sample, or one per sample and shot
+Generators = torch.Generator | Sequence[torch.Generator] | Sequence[Sequence[torch.Generator]]
+Callback = Callable[[int, int], None]  # (steps done, steps in all); whatever it raises ends the run
+
+
+@torch.no_grad()
+def sample(
+    backbone: Callable[..., Tensor],
+    layout: ClipLayout,
+    plan: Tensor,  # [K+1, F] noise levels in [0, 1], non-increasing in k
+    text: Text,  # contexts of the B samples, [B, G, L, D]
+    *,
+    shape: tuple[int, int, int, int, int],  # (B, C, F, H, W) of the latents
+    generator: Generators,
+    given: Tensor | None = None,  # [B, C, F, H, W] normalised latents, read where plan[0] < 1
+    guidance: Guidance | None = None,
+    null: Mapping[str, Text] | None = None,  # what stands in for a dropped condition
+    process: FlowMatching | None = None,
+    callback: Callback | None = None,
+    **backbone_kwargs: Any,
+) -> Tensor:
+    """Latents [B, C, F, H, W] (fp32, normalised) made by following `plan` with one-step Euler updates per frame.
+
+    `given` frames keep the one noise they are given at the start (LCT 2503.10589 keeps history noise fixed).
+    Guidance branches run as one batch of B * branches samples. Raises ValueError where shapes, plan, given frames or
+    guidance do not fit together; whatever `callback` raises passes through, which is how a run is cancelled.
+    """
+    process, guidance = process or FlowMatching(), guidance or Guidance()
+    _check(layout, plan, shape, given)
+    conditions = _stack_branches(guidance, {"text": text}, null or {})
+    noise = draw_noise(layout, shape, generator).to(plan.device)
+    source = torch.zeros_like(noise) if given is None else given.to(noise)
+    x = process.add_noise(source, noise, plan[0])
+
+    steps = len(plan) - 1
+    for k in range(steps):
+        branches = len(guidance.branches)
+        levels = plan[k].expand(branches * shape[0], -1)  # [branches * B, F]
+        predictions = backbone(torch.cat([x] * branches), levels, **conditions, **backbone_kwargs)
+        prediction = guidance.combine(predictions.float().chunk(branches))
+        x = process.step(x, prediction, plan[k], plan[k + 1])
+        if callback is not None:
+            callback(k + 1, steps)
+
+    left_noisy = (plan[-1] > 0).view(-1, 1, 1)  # [F, 1, 1]: history at t_c, whose prediction is discarded
+    return torch.where(left_noisy, source, x)
+
+
+def draw_noise(layout: ClipLayout, shape: tuple[int, int, int, int, int], generator: Generators) -> Tensor:
+    """Start noise [B, C, F, H, W], drawn segment by segment.
+
+    With a generator per sample no sample's noise depends on its batch neighbours; with one per sample and shot no
+    shot's noise depends on the other shots either, so a shot alone and in its scene starts from the same noise.
+    """
+    batch, channels, _, height, width = shape
+    if not isinstance(generator, torch.Generator) and len(generator) != batch:
+        raise ValueError(f"{len(generator)} generators for a batch of {batch}; give one per sample")
+    rows = []
+    for b in range(batch):
+        own = generator if isinstance(generator, torch.Generator) else generator[b]
+        parts = []
+        for segment in layout.segments:
+            source = own if isinstance(own, torch.Generator) else own[segment.shot_id]
+            size = (channels, segment.num_frames, height, width)
+            parts.append(torch.randn(size, generator=source, device=source.device, dtype=torch.float32))
+        rows.append(torch.cat(parts, dim=1))
+    return torch.stack(rows)
+
+
+def _stack_branches(guidance: Guidance, conditions: dict[str, Text], null: Mapping[str, Text]) -> dict[str, Text]:
+    """Each condition once per branch along the batch: the real one where it is kept, its null where it is dropped."""
+    dropped = set().union(*(branch.dropped for branch in guidance.branches))
+    if unknown := {name for name, _ in guidance.scales} - set(conditions):
+        raise ValueError(f"guidance over unknown conditions {sorted(unknown)}; this run has {sorted(conditions)}")
+    if missing := dropped - set(null):
+        raise ValueError(f"guidance drops {sorted(missing)} but `null` holds no stand-in for it")
+    return {
+        name: _concat([null[name] if name in branch.dropped else value for branch in guidance.branches])
+        for name, value in conditions.items()
+    }
+
+
+def _concat(values: list[Text]) -> Text:
+    if isinstance(values[0], Tensor):
+        return torch.cat(values)  # type: ignore[arg-type]
+    return replace(values[0], embeddings=torch.cat([value.embeddings for value in values]))  # type: ignore[union-attr]
+
+
+def _check(layout: ClipLayout, plan: Tensor, shape: tuple[int, ...], given: Tensor | None) -> None:
+    if plan.ndim != 2 or plan.shape[0] < 2 or plan.shape[1] != layout.num_frames:
+        raise ValueError(f"plan has shape {tuple(plan.shape)}; the layout needs [K+1, {layout.num_frames}] with K >= 1")
+    if shape[2] != layout.num_frames:
+        raise ValueError(f"shape {shape} has {shape[2]} latent frames, the layout {layout.num_frames}")
+    if (plan[1:] > plan[:-1]).any() or plan.min() < 0 or plan.max() > 1:
+        raise ValueError("plan levels must lie in [0, 1] and never rise from one row to the next")
+    needs_source = [f for f, level in enumerate(plan[0].tolist()) if level < 1]
+    if given is None and needs_source:
+        raise ValueError(f"plan starts latent frames {needs_source} below level 1, so `given` must hold their latents")
+    if given is not None and tuple(given.shape) != tuple(shape):
+        raise ValueError(f"given has shape {tuple(given.shape)}, expected {tuple(shape)}")

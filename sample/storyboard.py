@@ -1,0 +1,112 @@
+"""What to generate: a storyboard is a story and its shots, each with its own words, length, seed and given media."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class StoryboardError(ValueError):
+    """A storyboard that cannot be generated; the message names the storyboard, the shot, the field and the fix."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param  # dotted path of the field, such as "shots.1.frames"
+
+
+@dataclass
+class StoryboardShot:
+    """One shot. `prompt` is read together with the story, `sentence` stands alone; at least one is needed."""
+
+    prompt: str = ""
+    sentence: str = ""
+    frames: int | None = None  # pixel frames, 4k+1; None: as many as the model was trained on
+    seed: int | None = None  # None: derived from the storyboard's seed and the shot's index
+    given: str = ""  # path of an image or video that is this shot: the model sees it, does not make it
+    first_frame: str = ""  # path of an image that this shot starts from
+
+
+@dataclass
+class Storyboard:
+    """A scene to make. `name` becomes the file name; `story` is the global prompt all shots share."""
+
+    name: str = "scene"
+    story: str = ""
+    shots: list[StoryboardShot] = field(default_factory=list)
+    negative: str = ""  # what the null branch of guidance reads instead of an empty text
+    seed: int | None = None  # None: derived from the run's seed and the name
+
+    def validate(self, *, temporal_stride: int = 4, max_shots: int | None = None) -> None:
+        """Raise StoryboardError at the first thing wrong."""
+        if not NAME.fullmatch(self.name):
+            raise StoryboardError(
+                f"storyboard name {self.name!r}: use 1 to 100 letters, digits, '.', '_' or '-', starting with a "
+                "letter or digit (it becomes a file name)",
+                "name",
+            )
+        if not self.shots:
+            raise StoryboardError(f"storyboard {self.name!r} has no shots; add at least one with a prompt", "shots")
+        if max_shots is not None and len(self.shots) > max_shots:
+            raise StoryboardError(
+                f"storyboard {self.name!r} has {len(self.shots)} shots; at most {max_shots} are made at once", "shots"
+            )
+        for index, shot in enumerate(self.shots):
+            where = f"storyboard {self.name!r}, shot {index}"
+            if not (shot.prompt.strip() or shot.sentence.strip()):
+                raise StoryboardError(
+                    f"{where}: prompt and sentence are both empty; write one", f"shots.{index}.prompt"
+                )
+            if shot.frames is not None and (shot.frames < 1 or (shot.frames - 1) % temporal_stride):
+                near = nearest_frames(shot.frames, temporal_stride)
+                raise StoryboardError(
+                    f"{where}: frames={shot.frames}; a shot holds {temporal_stride}k+1 frames, the nearest is {near}",
+                    f"shots.{index}.frames",
+                )
+            if shot.given and shot.first_frame:
+                raise StoryboardError(
+                    f"{where}: both given and first_frame are set; give the whole shot or its first frame",
+                    f"shots.{index}.first_frame",
+                )
+        if all(shot.given for shot in self.shots):
+            raise StoryboardError(
+                f"storyboard {self.name!r}: every shot is given, so there is nothing to make", "shots"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(record: dict[str, Any]) -> Storyboard:
+        """Inverse of `to_dict`; the record is trusted (files and requests are checked where they come in)."""
+        return Storyboard(**{**record, "shots": [StoryboardShot(**shot) for shot in record["shots"]]})
+
+    def fingerprint(self, **settings: Any) -> str:
+        """Hash over the storyboard and whatever else decides its pixels; equal hashes mean the same video."""
+        text = json.dumps({"storyboard": self.to_dict(), **settings}, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def nearest_frames(frames: float, temporal_stride: int = 4) -> int:
+    """The nearest length of the form stride*k+1, at least 1."""
+    return max(0, round((frames - 1) / temporal_stride)) * temporal_stride + 1
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed from any parts, the same on every machine."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def shot_generators(storyboard: Storyboard, seed: int) -> list[torch.Generator]:
+    """One CPU generator per shot, so that a shot's noise depends on its seed and on nothing else in the run."""
+    return [
+        torch.Generator().manual_seed(derive_seed(seed, index) if shot.seed is None else shot.seed)
+        for index, shot in enumerate(storyboard.shots)
+    ]
