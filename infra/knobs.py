@@ -79,7 +79,6 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-
 _WORDS = {
     bool: "true|false",
     int: "integer",
