@@ -1,0 +1,185 @@
+"""What a long job says while it runs: log lines on stderr, and progress that suits a terminal and a log file alike."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+_lock = threading.RLock()
+
+
+class _Stderr(logging.StreamHandler):
+    """Writes to what sys.stderr is now, so that lines appear above a live progress line and pytest captures them."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger `shotloom.<name>`; lines read `12:30:01 prepare: 3 files set aside`."""
+    root = logging.getLogger("shotloom")
+    with _lock:
+        if not root.handlers:
+            handler = _Stderr()
+            handler.setFormatter(_Format())
+            root.addHandler(handler)
+            root.setLevel(logging.INFO)
+            root.propagate = False
+    return root.getChild(name)
+
+
+class _Format(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        text = f"{clock} {record.name.removeprefix('shotloom.')}: {level}{record.getMessage()}"
+        return text + (f"\n{self.formatException(record.exc_info)}" if record.exc_info else "")
+
+
+class Progress:
+    """Progress of one job of `total` items (None: not known). Made by `progress`; safe to use from several threads."""
+
+    def __init__(self, name: str, total: int | None) -> None:
+        self.name, self.total, self.done = name, total, 0
+        self.figures: dict[str, Any] = {}
+        self.started = time.monotonic()
+
+    def advance(self, n: int = 1, **figures: Any) -> None:
+        """Counts `n` more items as done and shows the latest figures, e.g. `advance(loss=0.12)`."""
+        with _lock:
+            self.done += n
+            self.figures |= figures
+            self._changed()
+
+    def update(self, done: int | None = None, total: int | None = None, **figures: Any) -> None:
+        """Sets the count, the total or figures outright, e.g. on resuming at step 400."""
+        with _lock:
+            self.done = self.done if done is None else done
+            self.total = self.total if total is None else total
+            self.figures |= figures
+            self._changed()
+
+    def line(self) -> str:
+        """The state in words: `train: 12/24 (50 %), 3.1/s, 0:04 left, loss 0.123`."""
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        count = f"{self.done}/{self.total} ({100 * self.done // self.total} %)" if self.total else str(self.done)
+        parts = [f"{self.name}: {count}"]
+        if self.done and seconds > 1:
+            rate = self.done / seconds
+            parts.append(f"{_figure(rate)}/s" if rate >= 1 else f"{_figure(1 / rate)} s each")
+            if self.total and self.total > self.done:
+                parts.append(f"{duration((self.total - self.done) / rate)} left")
+        return ", ".join(parts + [f"{key} {_figure(value)}" for key, value in self.figures.items()])
+
+    def _last_line(self, completed: bool) -> str:
+        return f"{self.line()}, {'done' if completed else 'stopped'} after {duration(time.monotonic() - self.started)}"
+
+    def _changed(self) -> None:
+        raise NotImplementedError
+
+    def _close(self, completed: bool) -> None:
+        raise NotImplementedError
+
+
+class _Lines(Progress):
+    """For files and pipes: a plain line at the start and the end, in between ever more rarely (2 s to 1 min apart)."""
+
+    def __init__(self, name: str, total: int | None) -> None:
+        super().__init__(name, total)
+        self._shown = self.started
+        _say(f"{name}: started" + (f", {total} to do" if total is not None else ""))
+
+    def _changed(self) -> None:
+        now = time.monotonic()
+        if now - self._shown >= min(max((now - self.started) / 10, 2.0), 60.0):
+            self._shown = now
+            _say(self.line())
+
+    def _close(self, completed: bool) -> None:
+        _say(self._last_line(completed))
+
+
+class _Live(Progress):
+    """For terminals: one moving line, drawn by rich. Nested jobs share one display, as rich allows only one."""
+
+    _display: Any = None
+    _users = 0
+
+    def __init__(self, name: str, total: int | None) -> None:
+        from rich import progress as rich
+
+        super().__init__(name, total)
+        with _lock:
+            if _Live._users == 0:
+                columns = (
+                    rich.TextColumn("{task.description}", markup=False),
+                    rich.BarColumn(bar_width=24),
+                    rich.MofNCompleteColumn(),
+                    rich.TimeElapsedColumn(),
+                    rich.TimeRemainingColumn(),
+                    rich.TextColumn("{task.fields[figures]}", markup=False),
+                )
+                _Live._display = rich.Progress(*columns, console=_console())
+                _Live._display.start()
+            _Live._users += 1
+            self._task = _Live._display.add_task(name, total=total, figures="")
+
+    def _changed(self) -> None:
+        figures = ", ".join(f"{key} {_figure(value)}" for key, value in self.figures.items())
+        _Live._display.update(self._task, completed=self.done, total=self.total, figures=figures)
+
+    def _close(self, completed: bool) -> None:
+        _Live._users -= 1
+        _Live._display.remove_task(self._task)
+        _Live._display.console.print(self._last_line(completed), markup=False, highlight=False)
+        if _Live._users == 0:
+            _Live._display.stop()
+            _Live._display = None
+
+
+@contextlib.contextmanager
+def progress(name: str, total: int | None = None) -> Iterator[Progress]:
+    """Shows the progress of a job: `with progress("encode", len(items)) as p: p.advance(loss=0.12)`."""
+    terminal = sys.stderr.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
+    job: Progress = _Live(name, total) if terminal else _Lines(name, total)
+    completed = False
+    try:
+        yield job
+        completed = True
+    finally:
+        with _lock:
+            job._close(completed)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words a person reads: `0.4 s`, `12 s`, `3:05 min`, `2:14 h`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
