@@ -19,10 +19,11 @@ from typing import Any, Protocol
 
 import torch
 from models.backbones.wan import TextContext
-from models.layout import ClipLayout
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from models.layout import ClipLayout
 
 LayoutFor = Callable[[list[int]], ClipLayout]
 
@@ -52,6 +53,11 @@ class BatchSource(Protocol):
 
     def identity(self) -> dict[str, Any]:
         """What fixes the data order; stored in checkpoints and compared on resume."""
+
+
+def rows_of(source: BatchSource, rows: slice) -> range:
+    """Row numbers of a micro-batch that `rows` selects."""
+    return range(source.batch_size)[rows]
 
 
 def keyed_seed(*key: int | str) -> int:
@@ -153,9 +159,11 @@ class LatentCache:
     def batch(self, index: int, rows: slice = slice(None)) -> SceneBatch:
         numbers = torch.tensor(self.samples(index))[rows]
         text = self.bank[self.text_ids[numbers]]  # [B,L,D]
-        drop = (
-            torch.rand(self.batch_size, generator=keyed_generator(self.seed, "drop", index))[rows] < self.text_drop_prob
-        )
+        first = index * self.batch_size
+        draws = [
+            torch.rand((), generator=keyed_generator(self.seed, "drop", first + row)) for row in rows_of(self, rows)
+        ]
+        drop = torch.stack(draws) < self.text_drop_prob
         text = torch.where(drop[:, None, None], self.null_text, text).float()
         context = TextContext(text[:, None], torch.zeros(self.layout.num_frames, dtype=torch.long))
         return SceneBatch(

@@ -1,7 +1,7 @@
 """The training loop: one for every method, backbone and number of workers.
 
-Draw a noise level per latent frame, noise, predict, weigh per frame, step. Everything random is keyed by (seed, step,
-row), so a run that was killed and resumed ends with the weights of one that never was, at any number of workers.
+Draw a noise level per latent frame, noise, predict, weigh per frame, step. Everything random is keyed by the seed and
+the sample's number, so a run that was killed and resumed ends with the weights of one that never was, at any number of workers.
 
 Shapes: B batch, F latent frames, C channels, H W latent size.
 """
@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from models.methods.base import Method
-from models.noise import FlowMatching
 from torch import Tensor, nn
 
+from models.noise import FlowMatching
 from train.batches import BatchSource, SceneBatch, keyed_generator, keyed_seed, prefetch
 from train.checkpoint import Checkpoints, TrainState
 from train.metrics import Tracker, Window
@@ -99,9 +99,8 @@ def run_loop(
     # Resume
     start = step = checkpoints.resume(state)
     tracker = Tracker(run_dir, start) if parallel.rank == 0 else None
-    micro = prefetch(
-        source, parallel.rows(source.batch_size), start * settings.accumulate, settings.steps * settings.accumulate
-    )
+    rows = parallel.rows(source.batch_size)
+    micro = prefetch(source, rows, start * settings.accumulate, settings.steps * settings.accumulate)
     window = Window(parallel)
     checkpoint = checkpoints.path(start)
 
@@ -114,7 +113,10 @@ def run_loop(
             batch = next(micro).to(parallel.device)
             waited += time.perf_counter() - before
 
-            levels, noise = draw(method, batch, source.batch_size, parallel, (settings.seed, step, part))
+            first = (
+                (step - 1) * settings.accumulate + part
+            ) * source.batch_size  # number of the micro-batch's sample 0
+            levels, noise = draw(method, batch, settings.seed, first + rows.start)
             weights = frame_weights(method, batch, levels)
             noisy = process.add_noise(batch.latents, noise, levels)
             target = process.target(batch.latents, noise, levels)
@@ -179,15 +181,15 @@ def run_loop(
     return LoopResult(step, checkpoint, ema.average)
 
 
-def draw(
-    method: Method, batch: SceneBatch, size: int, parallel: Parallel, key: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
-    """Noise levels [B,F] and noise [B,C,F,H,W] of this rank's rows, equal for a row at any number of workers."""
-    rows = parallel.rows(size)
-    levels = method.sample_levels(batch.layout, size, keyed_generator(*key, "levels"))[rows]
-    shape = batch.latents.shape[1:]
-    noise = [torch.randn(shape, generator=keyed_generator(*key, "noise", row)) for row in range(size)[rows]]
-    return levels.to(parallel.device), torch.stack(noise).to(parallel.device)
+def draw(method: Method, batch: SceneBatch, seed: int, first: int) -> tuple[Tensor, Tensor]:
+    """Noise levels [B,F] and noise [B,C,F,H,W], keyed by each sample's number (`first` is that of row 0).
+
+    So a sample gets the same draws however the step is split into micro-batches and workers.
+    """
+    numbers = range(first, first + len(batch.latents))
+    levels = [method.sample_levels(batch.layout, 1, keyed_generator(seed, "levels", n)) for n in numbers]
+    noise = [torch.randn(batch.latents.shape[1:], generator=keyed_generator(seed, "noise", n)) for n in numbers]
+    return torch.cat(levels).to(batch.latents.device), torch.stack(noise).to(batch.latents.device)
 
 
 def frame_weights(method: Method, batch: SceneBatch, levels: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from models.text import pack_text
 from torch import Tensor
 
 from models.scene import Scene, shot_tensor_key
-from train.batches import LayoutFor, SceneBatch, keyed_generator, stream
+from train.batches import LayoutFor, SceneBatch, keyed_generator, rows_of, stream
 from train.shards import Record, read_shard
 
 Latents = Literal["sample", "mean"]
@@ -155,28 +155,29 @@ class ShardDataset:
             raise ValueError(
                 f"the method's layout has {layout.num_frames} frames for shots of {list(frames)} latent frames"
             )
-        windows = list(enumerate(self.windows(index)))[rows]
-        latents = torch.stack([self._latents(window, (self.seed, index, row)) for row, window in windows])
-        text = torch.stack([self._text(window, kind, (self.seed, index, row)) for row, window in windows])
-        keys = [f"{w.scene_id}/s{w.first:03d}+{w.count}" for _, w in windows]
+        windows = self.windows(index)[rows]
+        numbers = [index * self.batch_size + row for row in rows_of(self, rows)]
+        latents = torch.stack([self._latents(window, n) for window, n in zip(windows, numbers, strict=True)])
+        text = torch.stack([self._text(window, kind, n) for window, n in zip(windows, numbers, strict=True)])
+        keys = [f"{w.scene_id}/s{w.first:03d}+{w.count}" for w in windows]
         return SceneBatch(self.normalize(latents), layout, TextContext(text, layout.text_ids), keys)
 
-    def _latents(self, window: Window, key: tuple[int, ...]) -> Tensor:
-        """Raw latents of the window's shots, one after another: [C,F,H,W]."""
+    def _latents(self, window: Window, number: int) -> Tensor:
+        """Raw latents of the window's shots, one after another: [C,F,H,W]. `number` keys the draws of this sample."""
         shots = []
         for shot in range(window.first, window.first + window.count):
             latent = window.record.read(shot_tensor_key(shot, "latent_mean")).float()
             if self.latents == "sample":
                 logvar = window.record.read(shot_tensor_key(shot, "latent_logvar")).float()
-                noise = torch.randn(latent.shape, generator=keyed_generator(*key, "posterior", shot))
+                noise = torch.randn(latent.shape, generator=keyed_generator(self.seed, "posterior", number, shot))
                 latent = latent + torch.exp(0.5 * logvar) * noise
             shots.append(latent)
         return torch.cat(shots, dim=1)
 
-    def _text(self, window: Window, kind: str, key: tuple[int, ...]) -> Tensor:
+    def _text(self, window: Window, kind: str, number: int) -> Tensor:
         """One context per shot: [S,L,D]."""
         read = window.record.read
-        lost = self.text_drop.choose(float(torch.rand((), generator=keyed_generator(*key, "drop"))))
+        lost = self.text_drop.choose(float(torch.rand((), generator=keyed_generator(self.seed, "drop", number))))
         contexts = []
         for shot in range(window.first, window.first + window.count):
             sentence = shot_tensor_key(shot, "sentence_text")

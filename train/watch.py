@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,10 +29,11 @@ def watching(
     """
     lines = read(run_dir / "metrics.jsonl")
     seen = {"log": lines[-1]["step"] if lines else 0, "checkpoint": (latest(run_dir / "checkpoints") or (0,))[0]}
+    log = _Tail(run_dir / "metrics.jsonl")
     done, errors = threading.Event(), []
 
     def look() -> None:
-        for line in read(run_dir / "metrics.jsonl"):
+        for line in log.new_lines():
             if on_log and line["step"] > seen["log"]:
                 seen["log"] = line["step"]
                 on_log(line)
@@ -56,3 +59,22 @@ def watching(
         thread.join()
     if errors:
         raise errors[0]
+
+
+class _Tail:
+    """Whole lines added to a file since the last look; from the top again if the file was replaced (a restarted run)."""
+
+    def __init__(self, path: Path):
+        self.path, self.inode, self.position = path, 0, 0
+
+    def new_lines(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            inode = os.fstat(file.fileno()).st_ino
+            if inode != self.inode:
+                self.inode, self.position = inode, 0
+            file.seek(self.position)
+            whole, _, _ = file.read().rpartition(b"\n")
+        self.position += len(whole) + 1 if whole else 0
+        return [json.loads(line) for line in whole.splitlines()]
