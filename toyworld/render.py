@@ -185,8 +185,8 @@ def _blend(canvas: np.ndarray, rows: slice, cols: slice, alpha: np.ndarray, rgb:
 def _patch(size: int, x: float, y: float, reach: float) -> tuple[slice, slice, np.ndarray, np.ndarray]:
     """Slices and pixel-centre coordinates (in pixels from (x, y)) of the square of half-width `reach` pixels."""
     cx, cy = x * size, y * size
-    rows = slice(max(int(cy - reach) - 1, 0), min(int(cy + reach) + 3, size))
-    cols = slice(max(int(cx - reach) - 1, 0), min(int(cx + reach) + 3, size))
+    rows = slice(*np.clip([int(cy - reach) - 1, int(cy + reach) + 3], 0, size))
+    cols = slice(*np.clip([int(cx - reach) - 1, int(cx + reach) + 3], 0, size))
     py, px = np.mgrid[rows, cols].astype(np.float64)
     return rows, cols, px + 0.5 - cx, py + 0.5 - cy
 

@@ -1,0 +1,68 @@
+"""ToyWorld clips as latents with their texts, made once and kept on disk for pretraining the transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.codecs import VideoCodec
+from models.text import TextEncoder
+from pipelines.toy_models.data import SIZE, to_video
+from toyworld.render import render_shot
+from toyworld.text import sentence, shot_prompt, story
+from toyworld.vocabulary import LevelName, Split
+from toyworld.world import ToyScene, sample_scene, single_shot
+from train.batches import write_cache
+
+TEXTS_PER_CLIP = 3  # two wordings of the sentence, and the story with the shot's prompt
+
+
+def cache_clip(level: LevelName, split: Split, seed: int, index: int) -> tuple[ToyScene, list[tuple[str, ...]]]:
+    """One shot of a scene of 1 to 9 shots, alone, and its texts: each a tuple of strings encoded one by one.
+
+    Shots come from whole scenes so that the model also knows the story form of a prompt: characters that the shot does
+    not show, and a number of shots that is not one.
+    """
+    scene = sample_scene(level, seed=seed, index=index, split=split)
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, index, 11])))
+    chosen = int(rng.integers(len(scene.shots)))
+    alone = single_shot(scene, chosen)
+    texts = [(sentence(alone, 0, rng),), (sentence(alone, 0, rng),), (story(scene), shot_prompt(scene, chosen, rng))]
+    return alone, texts
+
+
+@torch.no_grad()
+def build_cache(
+    folder: Path, codec: VideoCodec, encoder: TextEncoder, *, level: LevelName, split: Split, seed: int, clips: int,
+    part_size: int = 1000, say: Callable[[str], None] = print,
+) -> list[Path]:  # fmt: skip
+    """Write `clips` clips to `folder` in parts of `part_size`; parts that are there already are kept. Returns the parts.
+
+    Every clip stands in its part once per text (`TEXTS_PER_CLIP` rows share one latent).
+    """
+    paths = []
+    known: dict[str, Tensor] = {}
+    for begin in range(0, clips, part_size):
+        path = folder / f"{split}-{begin:06d}.safetensors"
+        paths.append(path)
+        if path.exists():
+            continue
+        latents, ids = [], []
+        bank: dict[tuple[str, ...], int] = {}
+        for index in range(begin, min(begin + part_size, clips)):
+            alone, texts = cache_clip(level, split, seed, index)
+            mean, _ = codec.encode(to_video(render_shot(alone, 0, SIZE))[None])
+            latents += [codec.normalize(mean)[0].half()] * len(texts)
+            ids += [bank.setdefault(text, len(bank)) for text in texts]
+        fresh = sorted({part for text in bank for part in text} - known.keys())
+        for start in range(0, len(fresh), 256):
+            chunk = fresh[start : start + 256]
+            known |= dict(zip(chunk, (tokens.half() for tokens in encoder.encode(chunk)), strict=True))
+        contexts = [torch.cat([known[part] for part in text]) for text in bank]
+        write_cache(path, torch.stack(latents), contexts, torch.tensor(ids))
+        say(f"latents {min(begin + part_size, clips)}/{clips} ({split})")
+    return paths

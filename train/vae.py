@@ -1,0 +1,159 @@
+"""Train a small causal video VAE (`AutoencoderKLWan`) from a stream of clips. One process, resumable, seeded.
+
+Shapes: B batch, C channels, T video frames, H W size.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from train.snapshot import load_snapshot, save_snapshot
+
+# step -> (video [B,3,T,H,W] in [-1,1], weight [B,1,T,H,W] of each pixel in the reconstruction loss)
+ClipSource = Callable[[int], tuple[Tensor, Tensor]]
+
+
+@dataclass
+class VaeSettings:
+    """How to train the VAE; the loss is weighted L1 + mse_weight * MSE + kl_weight * KL (mean over latent elements)."""
+
+    steps: int = 2000
+    learning_rate: float = 2e-3
+    final_learning_rate: float = 5e-5
+    warmup_steps: int = 50
+    kl_weight: float = 1e-4
+    mse_weight: float = 2.0
+    grad_clip: float = 1.0
+    ema_decay: float = 0.998
+    checkpoint_every: int = 100
+    log_every: int = 20
+    seed: int = 0
+
+
+@torch.no_grad()
+def initialise_vae(vae: AutoencoderKLWan, generator: torch.Generator, log_variance: float = -6.0, bias_scale: float = 0.3) -> None:
+    """Initialise a VAE for fast training from nothing, in place.
+
+    PyTorch's default halves the signal at every convolution while the biases stay, so that after a few layers the
+    norms see hardly anything of the input. Here every convolution keeps the variance (gain 1, no bias), a causal 3-D
+    kernel starts as an image kernel on its last tap, residual branches start at zero, and the posterior starts narrow.
+    """
+    for name, module in vae.named_modules():
+        if not isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
+            continue
+        weight = module.weight
+        fan_in = weight[0].numel() // (weight.shape[2] if weight.ndim == 5 else 1)
+        values = torch.randn(weight.shape, generator=generator) / fan_in**0.5
+        if weight.ndim == 5:
+            values[:, :, :-1] = 0.0
+        weight.copy_(torch.zeros_like(values) if name.endswith("conv2") else values)
+        if module.bias is not None:
+            module.bias.copy_(torch.randn(module.bias.shape, generator=generator) * bias_scale)
+    channels = vae.config.z_dim
+    vae.quant_conv.weight[channels:] *= 0.1
+    vae.quant_conv.bias[channels:] = log_variance
+
+
+def _learning_rate(settings: VaeSettings, step: int) -> float:
+    """Linear warm-up, then linear decay to the final rate."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    share = (step - settings.warmup_steps) / max(settings.steps - settings.warmup_steps, 1)
+    return settings.learning_rate + share * (settings.final_learning_rate - settings.learning_rate)
+
+
+def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """`vae.decode` without its final clamp to [-1,1], whose gradient is zero wherever a young decoder overshoots.
+
+    latents [B,C,F,H,W] -> video [B,3,4F-3,8H,8W], latent frame by latent frame through the causal cache.
+    """
+    vae.clear_cache()
+    hidden = vae.post_quant_conv(latents)
+    frames = []
+    for index in range(latents.shape[2]):
+        vae._conv_idx = [0]
+        cache = {"feat_cache": vae._feat_map, "feat_idx": vae._conv_idx}
+        frames.append(vae.decoder(hidden[:, :, index : index + 1], first_chunk=index == 0, **cache))
+    vae.clear_cache()
+    return torch.cat(frames, dim=2)
+
+
+def vae_loss(vae: AutoencoderKLWan, video: Tensor, weight: Tensor, settings: VaeSettings, generator: torch.Generator):
+    """(loss, figures) of one batch; the posterior is sampled with `generator`."""
+    posterior = vae.encode(video).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=generator)
+    latents = posterior.mean + posterior.std * noise
+    reconstruction = decode_unclamped(vae, latents)
+    weight = weight / weight.mean()
+    difference = reconstruction - video
+    l1, mse = (weight * difference.abs()).mean(), (weight * difference.square()).mean()
+    kl = 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).mean()
+    loss = l1 + settings.mse_weight * mse + settings.kl_weight * kl
+    return loss, {"l1": l1.item(), "mse": mse.item(), "kl": kl.item()}
+
+
+def train_vae(
+    vae: AutoencoderKLWan, clips: ClipSource, settings: VaeSettings, run_dir: Path, say: Callable[[str], None] = print
+) -> AutoencoderKLWan:
+    """Train `vae` in place from step 0 or from the last snapshot in `run_dir`; returns it with its EMA weights.
+
+    `clips(step)` must be a pure function of the step, so that a resumed run sees what the unbroken one would have seen.
+    Figures go to `run_dir/metrics.jsonl`.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    average = {name: value.detach().clone() for name, value in vae.state_dict().items()}
+    step = load_snapshot(run_dir, vae, average, optimizer, asdict(settings))
+    began, first = time.time(), step
+    while step < settings.steps:
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+        for group in optimizer.param_groups:
+            group["lr"] = _learning_rate(settings, step)
+        loss, figures = vae_loss(vae, *clips(step), settings, generator)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), settings.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        decay = min(settings.ema_decay, step / (step + 10))
+        with torch.no_grad():
+            for name, value in vae.state_dict().items():
+                average[name].lerp_(value, 1 - decay)
+        if step % settings.log_every == 0 or step == settings.steps:
+            seconds = (time.time() - began) / (step - first)
+            row = {
+                "step": step,
+                "loss": loss.item(),
+                "grad_norm": norm.item(),
+                "seconds_per_step": round(seconds, 3),
+                **figures,
+            }
+            with (run_dir / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            say(f"vae {step}/{settings.steps} " + " ".join(f"{k}={v:.4g}" for k, v in row.items() if k != "step"))
+        if step % settings.checkpoint_every == 0 or step == settings.steps:
+            save_snapshot(run_dir, step, vae, average, optimizer, asdict(settings))
+    vae.load_state_dict(average)
+    return vae.eval()
+
+
+@torch.no_grad()
+def latent_statistics(vae: AutoencoderKLWan, clips: ClipSource, batches: int) -> tuple[list[float], list[float]]:
+    """Per-channel mean and standard deviation of posterior means over `batches` batches, for the VAE's config."""
+    total, square, count = 0.0, 0.0, 0
+    for index in range(batches):
+        mean = vae.encode(clips(index)[0]).latent_dist.mean.double()
+        total = total + mean.sum(dim=(0, 2, 3, 4))
+        square = square + mean.square().sum(dim=(0, 2, 3, 4))
+        count += mean.shape[0] * mean[0, 0].numel()
+    average = total / count
+    spread = (square / count - average**2).clamp_min(1e-8).sqrt()
+    return [round(v, 6) for v in average.tolist()], [round(v, 6) for v in spread.tolist()]
