@@ -16,8 +16,23 @@ import numpy as np
 
 from toyworld.render import states
 from toyworld.vocabulary import (
-    COLOURS, LANDMARKS, PAIR_ACTIONS, PLACES, SHAPES, STYLES,
-    Action, Camera, Colour, Landmark, Light, Pattern, PlaceName, Shape, ShotSize, Side, Style,
+    COLOURS,
+    LANDMARKS,
+    PAIR_ACTIONS,
+    PLACES,
+    SHAPES,
+    STYLES,
+    Action,
+    Camera,
+    Colour,
+    Landmark,
+    Light,
+    Pattern,
+    PlaceName,
+    Shape,
+    ShotSize,
+    Side,
+    Style,
 )  # fmt: skip
 from toyworld.world import Character, Place, ToyScene
 

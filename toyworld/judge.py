@@ -1,0 +1,57 @@
+"""The judge of ToyWorld: reads RGB frames and nothing else, and scores them against a prompt or a scene.
+
+    reading = read(frames)                    # one shot: place, characters, action, states
+    scores = score_clip(frames, scene, 0)     # one shot against what was asked
+    scores = score_scene(frames, cuts, scene) # several shots, with the agreement between them
+    table = summarise([scores, ...])          # {metric: {"value", "count"}}
+
+Seeing is in judge_pixels, judge_shape, judge_pattern, judge_action and judge_read; scoring in judge_score; the
+distance between sets of clips in frechet.
+"""
+
+from toyworld.frechet import FEATURES, FrechetDistance, clip_features, frechet
+from toyworld.judge_read import Reading, Track, read
+from toyworld.judge_score import (
+    SceneReading,
+    Score,
+    Scores,
+    assign,
+    continuity,
+    find_cuts,
+    psnr,
+    read_scene,
+    score_clip,
+    score_cuts,
+    score_reading,
+    score_scene,
+    score_scene_reading,
+    summarise,
+    unsaid_identity,
+    unsaid_traits,
+)
+
+__all__ = [
+    "FEATURES",
+    "FrechetDistance",
+    "Reading",
+    "SceneReading",
+    "Score",
+    "Scores",
+    "Track",
+    "assign",
+    "clip_features",
+    "continuity",
+    "find_cuts",
+    "frechet",
+    "psnr",
+    "read",
+    "read_scene",
+    "score_clip",
+    "score_cuts",
+    "score_reading",
+    "score_scene",
+    "score_scene_reading",
+    "summarise",
+    "unsaid_identity",
+    "unsaid_traits",
+]
