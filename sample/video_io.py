@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
 from PIL import Image
+
+from infra.storage import atomic_path
 
 CRF = 16  # visually lossless; the default 23 smears small synthetic frames
 
@@ -27,23 +28,20 @@ def write_video(frames: np.ndarray, path: Path | str, fps: float) -> Path:
         raise ValueError(f"{path}: {width}x{height} has an odd side; H.264 in yuv420p needs even ones")
     if not fps > 0:
         raise ValueError(f"{path}: fps is {fps}; give a positive frame rate")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-            rate = Fraction(fps).limit_denominator(1001)
-            stream = container.add_stream("libx264", rate=rate)
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            stream.options = {"crf": str(CRF), "threads": "1"}  # x264's output depends on its thread count
-            stream.codec_context.time_base = 1 / rate
-            for index, pixels in enumerate(frames):
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-                frame.pts, frame.time_base = index, 1 / rate
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode(None))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    rate = Fraction(fps).limit_denominator(1001)
+    with (
+        atomic_path(path) as partial,
+        av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container,
+    ):
+        stream = container.add_stream("libx264", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"crf": str(CRF), "threads": "1"}  # x264's output depends on its thread count
+        stream.codec_context.time_base = 1 / rate
+        for index, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            frame.pts, frame.time_base = index, 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
     return path
 
 

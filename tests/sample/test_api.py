@@ -17,6 +17,8 @@ from sample.api import VideoService, build_api
 from sample.jobs import JobStore
 from sample.video_io import write_video
 
+NO_IMAGE = "data:image/png;base64,AAAA"
+
 
 @pytest.fixture
 def store(tmp_path: Path) -> JobStore:
@@ -122,7 +124,7 @@ def test_a_storyboard_travels_in_shots(client: TestClient, store: JobStore, form
         ({"prompt": "x", "shots": [{"prompt": "a", "seconds": 99}]}, "shots.0.seconds", "too long"),
         ({"prompt": "x", "steps": 0}, "steps", "greater than or equal to 1"),
         ({"prompt": "x", "input_reference": {"image_url": "https://example.org/a"}}, "input_reference", "data: URL"),
-        ({"prompt": "x", "input_reference": {"image_url": "data:image/png;base64,AA=="}}, "input_reference", "readable"),
+        ({"prompt": "x", "input_reference": {"image_url": NO_IMAGE}}, "input_reference", "not a readable"),
         ({"prompt": "x", "input_reference": {"file_id": "f"}}, "input_reference", "uploaded image"),
     ],
 )  # fmt: skip

@@ -18,6 +18,7 @@ from sample.storyboard import (
 )
 
 BOARD = Storyboard("walk", "[Story] A walk.", [StoryboardShot("one"), StoryboardShot("two", frames=9)])
+SHOT = StoryboardShot("a")
 
 
 def test_dict_round_trip_through_json() -> None:
@@ -31,11 +32,11 @@ def test_dict_round_trip_through_json() -> None:
         (replace(BOARD, name=""), "name", "file name"),
         (replace(BOARD, shots=[]), "shots", "no shots"),
         (replace(BOARD, shots=[StoryboardShot(" ")]), "shots.0.prompt", "write one"),
-        (replace(BOARD, shots=[StoryboardShot("a"), StoryboardShot("b", frames=16)]), "shots.1.frames", "nearest is 17"),
+        (replace(BOARD, shots=[SHOT, StoryboardShot("b", frames=16)]), "shots.1.frames", "nearest is 17"),
         (replace(BOARD, shots=[StoryboardShot("a", frames=0)]), "shots.0.frames", "nearest is 1"),
-        (replace(BOARD, shots=[StoryboardShot("a")] * 4), "shots", "at most 3"),
-        (replace(BOARD, shots=[StoryboardShot("a", given="a.png")]), "shots", "nothing to make"),
-        (replace(BOARD, shots=[StoryboardShot("a", given="a.png", first_frame="b.png")]), "shots.0.first_frame", "both"),
+        (replace(BOARD, shots=[SHOT] * 4), "shots", "at most 3"),
+        (replace(BOARD, shots=[replace(SHOT, given="a.png")]), "shots", "nothing to make"),
+        (replace(BOARD, shots=[replace(SHOT, given="a", first_frame="b")]), "shots.0.first_frame", "both"),
     ],
 )  # fmt: skip
 def test_errors_name_the_field(board: Storyboard, param: str, word: str) -> None:
