@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from models.backbones.wan import TextContext
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from models.layout import ClipLayout
+from models.text import TextContext, pack_text
 
 LayoutFor = Callable[[list[int]], ClipLayout]
 
@@ -38,8 +38,8 @@ class SceneBatch:
     keys: list[str]
 
     def to(self, device: torch.device) -> SceneBatch:
-        embeddings = self.text.embeddings.to(device, non_blocking=True)
-        text = TextContext(embeddings, self.text.frame_text.to(device))
+        # which frame reads which text stays on the CPU: the backbone decides by it
+        text = TextContext(self.text.embeddings.to(device, non_blocking=True), self.text.frame_text)
         return replace(self, latents=self.latents.to(device, non_blocking=True), text=text)
 
 
@@ -95,15 +95,6 @@ def prefetch(source: BatchSource, rows: slice, first: int, last: int, ahead: int
             yield batch
 
 
-def pad_text(embedding: Tensor, length: int) -> Tensor:
-    """[L,D] -> [length,D] with zeros at the end, Wan's convention; ValueError if it does not fit."""
-    if embedding.shape[0] > length:
-        raise ValueError(
-            f"text of {embedding.shape[0]} tokens does not fit text_length={length}: raise it, or shorten the text"
-        )
-    return torch.nn.functional.pad(embedding, (0, 0, 0, length - embedding.shape[0]))
-
-
 class LatentCache:
     """Single-shot clips of one shape with a bank of texts, held in memory.
 
@@ -111,7 +102,7 @@ class LatentCache:
         paths: files written by `write_cache`, in the order that fixes the sample numbers.
         batch_size: samples per micro-batch, over all workers.
         text_length: tokens to pad each text to.
-        null_text: [length,D] context of a dropped text (`models.text.null_text`).
+        null_text: [text_length,D] context of a dropped text (`TextEncoder.null`).
         layout_for: the method's layout for a list of shot lengths in latent frames.
         text_drop_prob: share of samples trained without text, for classifier-free guidance.
     """
@@ -134,7 +125,7 @@ class LatentCache:
         texts = [text for _, bank, _ in parts for text in bank]
         firsts = torch.tensor([0] + [len(bank) for _, bank, _ in parts]).cumsum(0)
         self.text_ids = torch.cat([ids + first for (_, _, ids), first in zip(parts, firsts, strict=False)])  # [n]
-        self.bank = torch.stack([pad_text(text, text_length) for text in texts])  # [texts,L,D]
+        self.bank = torch.stack([pack_text([text], text_length) for text in texts])  # [texts,L,D]
         self.null_text = null_text.to(self.bank.dtype)
         if self.null_text.shape != self.bank.shape[1:]:
             raise ValueError(f"null_text is {tuple(null_text.shape)}, texts are {tuple(self.bank.shape[1:])}")
@@ -159,11 +150,8 @@ class LatentCache:
     def batch(self, index: int, rows: slice = slice(None)) -> SceneBatch:
         numbers = torch.tensor(self.samples(index))[rows]
         text = self.bank[self.text_ids[numbers]]  # [B,L,D]
-        first = index * self.batch_size
-        draws = [
-            torch.rand((), generator=keyed_generator(self.seed, "drop", first + row)) for row in rows_of(self, rows)
-        ]
-        drop = torch.stack(draws) < self.text_drop_prob
+        draws = [keyed_generator(self.seed, "drop", index * self.batch_size + row) for row in rows_of(self, rows)]
+        drop = torch.stack([torch.rand((), generator=draw) for draw in draws]) < self.text_drop_prob
         text = torch.where(drop[:, None, None], self.null_text, text).float()
         context = TextContext(text[:, None], torch.zeros(self.layout.num_frames, dtype=torch.long))
         return SceneBatch(

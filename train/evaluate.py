@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from models.backbones.wan import TextContext
 from models.methods.base import Method
-from models.noise import FlowMatching
 from torch import Tensor, nn
 
+from models.noise import FlowMatching
+from models.text import TextContext
 from train.batches import BatchSource, keyed_generator
 from train.parallel import Parallel
 

@@ -1,7 +1,8 @@
 """The training loop: one for every method, backbone and number of workers.
 
 Draw a noise level per latent frame, noise, predict, weigh per frame, step. Everything random is keyed by the seed and
-the sample's number, so a run that was killed and resumed ends with the weights of one that never was, at any number of workers.
+the sample's number, so a run that was killed and resumed ends with the weights of one that never was, at any number of
+workers.
 
 Shapes: B batch, F latent frames, C channels, H W latent size.
 """
@@ -19,6 +20,7 @@ import torch
 from models.methods.base import Method
 from torch import Tensor, nn
 
+from models.backbones.wan import WanBackbone
 from models.noise import FlowMatching
 from train.batches import BatchSource, SceneBatch, keyed_generator, keyed_seed, prefetch
 from train.checkpoint import Checkpoints, TrainState
@@ -63,7 +65,7 @@ class LoopResult:
 
 
 def run_loop(
-    backbone: nn.Module,
+    backbone: WanBackbone,
     method: Method,
     source: BatchSource,
     settings: LoopSettings,
@@ -76,7 +78,7 @@ def run_loop(
     on_log: Callable[[dict[str, Any]], None] | None = None,
     on_checkpoint: Callable[[int, Path], None] | None = None,
 ) -> LoopResult:
-    """Train `backbone` (after `train.parallel.prepare`) in place up to `settings.steps`, from the last checkpoint if any.
+    """Train `backbone` (after `train.parallel.prepare`) in place to `settings.steps`, from the last checkpoint if any.
 
     Args:
         evaluate: called every `evaluate_every` steps, on every rank, as (step, backbone holding the averaged weights,
@@ -90,6 +92,7 @@ def run_loop(
     process, parallel = process or FlowMatching(), parallel or Parallel()
     checkpoints = checkpoints or Checkpoints(run_dir / "checkpoints", settings.keep_checkpoints)
     parameters = trainable(backbone)
+    patch = math.prod(backbone.config.patch_size)  # latent pixels per token
     optimizer = make_optimizer(parameters, settings.learning_rate, settings.weight_decay)
     ema = EMA(parameters, settings.ema_decay)
     identity = {"seed": settings.seed, "accumulate": settings.accumulate, **source.identity()}
@@ -129,7 +132,7 @@ def run_loop(
 
             loss_sum += loss.detach()
             samples += source.batch_size
-            tokens += source.batch_size * batch.latents[0, 0].numel()
+            tokens += source.batch_size * batch.latents[0, 0].numel() // patch
             window.add_errors(levels, errors.detach(), weights)
 
         for group in optimizer.param_groups:

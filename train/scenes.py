@@ -14,11 +14,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from models.backbones.wan import TextContext
-from models.text import pack_text
 from torch import Tensor
 
-from models.scene import Scene, shot_tensor_key
+from models.scene import STORY_TEXT, Scene, shot_tensor_key
+from models.text import TextContext, pack_text
 from train.batches import LayoutFor, SceneBatch, keyed_generator, rows_of, stream
 from train.shards import Record, read_shard
 
@@ -187,7 +186,7 @@ class ShardDataset:
             if kind == "single" and sentence in window.record.tensors:
                 parts = [read(sentence)]
             else:
-                names = {"story": "text.story", "prompts": shot_tensor_key(shot, "text")}
+                names = {"story": STORY_TEXT, "prompts": shot_tensor_key(shot, "text")}
                 parts = [read(name) for layer, name in names.items() if layer != lost]
             try:
                 contexts.append(pack_text([part.float() for part in parts], self.text_length))

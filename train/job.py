@@ -1,0 +1,41 @@
+"""What a training job is: typed, picklable, the same in this process and in every Ray Train worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from train.loop import LoopSettings
+from train.scenes import Latents, TextDrop
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Train rank-`rank` updates of the backbone's linear layers named `targets` instead of all weights."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """Everything a worker needs to know; picklable. `batch_size` is a micro-batch, over all workers."""
+
+    model: Path
+    dataset: Path
+    run_dir: Path
+    loop: LoopSettings
+    method: str
+    method_params: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 8
+    shots_per_scene: int = 3
+    single_shot_prob: float = 0.0
+    text_drop: TextDrop = field(default_factory=TextDrop)
+    latents: Latents = "sample"
+    lora: Lora | None = None
+    merge_lora: bool = False
+    parallel: Literal["one_device", "fsdp2"] = "one_device"
+    activation_checkpointing: bool = False
+    compile_blocks: bool = False
