@@ -173,12 +173,12 @@ class Scene:
             _equal(at, "shot_id", shot.shot_id, shot_id(self.scene_id, i))
             _equal(at, "prev_id", shot.prev_id, ids[i - 1] if i else None)
             _equal(at, "next_id", shot.next_id, ids[i + 1] if i + 1 < len(ids) else None)
-            _validate_span(at, shot)
             if i:
                 before = self.shots[i - 1]
                 _equal(at, "time_base", shot.time_base, before.time_base)
                 _equal(at, "start_frame", shot.start_frame, before.end_frame)  # gap-free
                 _equal(at, "start_pts", shot.start_pts, before.end_pts)
+            _validate_span(at, shot)
 
 
 def shot_id(scene_id: str, index: int) -> str:

@@ -1,0 +1,258 @@
+"""Wan 2.1 with a noise level per latent frame, shot positions, attention rules and a text per shot.
+
+The diffusers model itself runs, unchanged. Where the frames of a clip differ in level, its blocks see the frames as
+rows of the batch, [B*F,n,D] with one time per row, so that its per-sample modulation *is* a per-frame modulation,
+broadcast over the tokens of a frame and never expanded to tokens. Only what mixes frames needs to know of the clip: the
+two attention processors bring the frames of a sample together and part them again. Gradient checkpointing, FSDP, LoRA,
+`torch.compile` and saving therefore work as on the plain model, whose state-dict keys these are.
+
+B batch, F latent frames, C channels, H W latent size, n tokens per frame, N = F*n tokens, D width, G text groups,
+L text tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor, nn
+
+from models.attention import Attend, AttentionRule, group_ids, grouped_attention
+from models.layout import ClipLayout, Segment
+from models.noise import FlowMatching
+from models.positions import PositionMode, position_ids, rope_tables
+from models.text import TextContext
+
+__all__ = ["TextContext", "WanBackbone"]
+
+
+class WanBackbone(nn.Module):
+    """`transformer` is a diffusers WanTransformer3DModel for text to video; its attention processors are replaced."""
+
+    def __init__(self, transformer: WanTransformer3DModel) -> None:
+        super().__init__()
+        model: Any = transformer
+        config = model.config
+        if config.patch_size[0] != 1:
+            raise ValueError(f"patch_size is {config.patch_size}: a level per latent frame needs a temporal patch of 1")
+        if config.image_dim is not None or config.added_kv_proj_dim is not None:
+            raise ValueError(
+                "this is an image-to-video Wan with image cross-attention; use a text-to-video one, which learns "
+                "image conditions as clean frames (method fvdm)"
+            )
+        self.transformer = model
+        self.rope_dims = (model.rope.t_dim, model.rope.h_dim, model.rope.w_dim)
+        self.process = FlowMatching()
+        model.rope = _ClipInfo()
+        model.blocks[0].register_forward_pre_hook(_frames_as_rows)
+        for block in model.blocks:
+            text_attention = _TextAttention()
+            block.attn1.set_processor(_VideoAttention(text_attention))
+            block.attn2.set_processor(text_attention)
+
+    @property
+    def config(self) -> Any:
+        return self.transformer.config
+
+    def forward(
+        self,
+        x: Tensor,  # [B,C,F,H,W]
+        levels: Tensor,  # [B] or [B,F], in [0, 1]
+        text: TextContext | Tensor,  # or [B,L,D], one context for the whole clip
+        *,
+        layout: ClipLayout | None = None,  # None: one shot
+        position_mode: PositionMode = "contiguous",
+        position_gap: int = 4,
+        attention_rule: AttentionRule = "full",
+    ) -> Tensor:
+        """The predicted velocity, [B,C,F,H,W].
+
+        With equal levels, one text and no layout this is, bit for bit, the diffusers model at timestep 1000 * level.
+        Raises ValueError where x, levels, text and layout do not fit together.
+        """
+        batch, _, frames, height, width = x.shape
+        _, patch_h, patch_w = self.config.patch_size
+        layout = layout or ClipLayout((Segment("target", frames),))
+        if isinstance(text, Tensor):
+            text = TextContext(text[:, None], torch.zeros(frames, dtype=torch.long))
+        _check(x, levels, text, layout, (patch_h, patch_w))
+
+        grid = (height // patch_h, width // patch_w)
+        cos, sin = _tables(layout, grid, position_mode, position_gap, self.rope_dims, x.device)
+        clip = _Clip(batch, frames, (cos, sin), _groups(layout), attention_rule, _frame_groups(text))
+        if levels.ndim == 2 and bool((levels == levels[:, :1]).all()):
+            levels = levels[:, 0]  # one time per sample is the plain model's own arithmetic
+        times = self.process.to_model_time(levels).flatten()  # [B] or [B*F]
+
+        self.transformer.rope.clip = clip
+        return self.transformer(x, times, text.embeddings.flatten(0, 1), return_dict=False)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class _Clip:
+    """What the attention processors must know of the clip; reaches them through the blocks' `rotary_emb` argument.
+
+    As an argument it is replayed when gradient checkpointing runs a block again. A plain class rather than a tuple, so
+    that FSDP's mixed precision leaves the rotary tables in float32.
+    """
+
+    batch: int
+    frames: int
+    rotary: tuple[Tensor, Tensor]  # [1,N,1,d] each
+    groups: Tensor  # [F]
+    rule: AttentionRule
+    text_frames: tuple[tuple[int, ...], ...]  # the frames that read each text group
+
+
+class _ClipInfo(nn.Module):
+    """Stands in for the model's rotary embedding and hands the clip at hand to its blocks. Holds no parameters."""
+
+    clip: _Clip
+
+    def forward(self, hidden_states: Tensor) -> _Clip:
+        return self.clip
+
+
+def _frames_as_rows(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Before the first block: hidden states [B,N,D] as [B*F,n,D] when there is one time per frame."""
+    hidden, text, modulation, clip = args
+    return hidden.reshape(len(modulation), -1, hidden.shape[-1]), text, modulation, clip
+
+
+class _Processor:
+    # read by diffusers' set_attention_backend and context parallelism
+    _attention_backend = None
+    _parallel_config = None
+
+
+class _VideoAttention(_Processor):
+    """Self-attention over the clip: [B,N,D] or [B*F,n,D], in and out."""
+
+    def __init__(self, text_attention: _TextAttention) -> None:
+        self.text_attention = text_attention
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: None = None,
+        attention_mask: None = None,
+        rotary_emb: _Clip | None = None,
+    ) -> Tensor:
+        clip = rotary_emb
+        assert clip is not None, "the block was called without its clip: call it through WanBackbone"
+        # a block runs its self-attention first, also when it is recomputed: its text attention sees the same clip
+        self.text_attention.clip = clip
+        hidden = hidden_states.reshape(clip.batch, -1, hidden_states.shape[-1])  # [B,N,D]
+        query = _rotate(attn.norm_q(attn.to_q(hidden)).unflatten(2, (attn.heads, -1)), clip.rotary)
+        key = _rotate(attn.norm_k(attn.to_k(hidden)).unflatten(2, (attn.heads, -1)), clip.rotary)
+        value = attn.to_v(hidden).unflatten(2, (attn.heads, -1))
+        attend = partial(dispatch_attention_fn, backend=self._attention_backend, parallel_config=self._parallel_config)
+        out = grouped_attention(query, key, value, clip.groups, clip.rule, attend).flatten(2, 3).type_as(query)
+        return attn.to_out[1](attn.to_out[0](out)).reshape(hidden_states.shape)
+
+
+class _TextAttention(_Processor):
+    """Cross-attention of each frame to its own text: [B,N,D] or [B*F,n,D] reads [B*G,L,D]."""
+
+    clip: _Clip
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: None = None,
+        rotary_emb: None = None,
+    ) -> Tensor:
+        clip = self.clip
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        key = attn.norm_k(attn.to_k(encoder_hidden_states)).unflatten(2, (attn.heads, -1))  # [B*G,L,heads,d]
+        value = attn.to_v(encoder_hidden_states).unflatten(2, (attn.heads, -1))
+        query = query.reshape(clip.batch, clip.frames, -1, *query.shape[2:])  # [B,F,n,heads,d]
+
+        attend = partial(dispatch_attention_fn, backend=self._attention_backend)
+        out = text_attention(query, key, value, clip.text_frames, attend)
+        out = out.reshape(hidden_states.shape).type_as(query)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+def text_attention(
+    query: Tensor, key: Tensor, value: Tensor, text_frames: tuple[tuple[int, ...], ...], attend: Attend
+) -> Tensor:
+    """Queries [B,F,n,heads,d] of frames `text_frames[g]` read keys and values [B*G,L,heads,d] of group g.
+
+    One call for all groups when they have equally many frames, else one per group that is read.
+    """
+    batch, groups = query.shape[0], len(text_frames)
+    order = [frame for frames in text_frames for frame in frames]
+    moved = order != list(range(len(order)))
+    if moved:
+        query = query[:, torch.tensor(order, device=query.device)]
+    if len({len(frames) for frames in text_frames}) == 1:
+        folded = query.unflatten(1, (groups, -1)).flatten(2, 3).flatten(0, 1)  # [B*G,(F/G)*n,heads,d]
+        out = attend(folded, key, value).reshape(query.shape)
+    else:
+        key, value = key.unflatten(0, (batch, groups)), value.unflatten(0, (batch, groups))
+        parts = query.split([len(frames) for frames in text_frames], dim=1)
+        outs = [
+            attend(part.flatten(1, 2), key[:, g], value[:, g]).reshape(part.shape)
+            for g, part in enumerate(parts)
+            if part.shape[1]
+        ]
+        out = torch.cat(outs, dim=1)
+    return out[:, torch.tensor(order, device=out.device).argsort()] if moved else out
+
+
+def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding as WanAttnProcessor does it; x [B,N,heads,d]."""
+    cos, sin = rotary[0][..., 0::2], rotary[1][..., 1::2]
+    x1, x2 = x.unflatten(-1, (-1, 2)).unbind(-1)
+    out = torch.empty_like(x)
+    out[..., 0::2] = x1 * cos - x2 * sin
+    out[..., 1::2] = x1 * sin + x2 * cos
+    return out
+
+
+@lru_cache(maxsize=4)  # the layout of a run rarely changes, and the tables of a long scene are large
+def _tables(
+    layout: ClipLayout,
+    grid: tuple[int, int],
+    mode: PositionMode,
+    gap: int,
+    dims: tuple[int, int, int],
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    cos, sin = rope_tables(position_ids(layout, grid, mode, gap), dims)
+    return cos[None, :, None].to(device), sin[None, :, None].to(device)
+
+
+@lru_cache(maxsize=64)
+def _groups(layout: ClipLayout) -> Tensor:
+    return group_ids(layout)
+
+
+def _frame_groups(text: TextContext) -> tuple[tuple[int, ...], ...]:
+    reads = text.frame_text.tolist()
+    return tuple(tuple(f for f, g in enumerate(reads) if g == group) for group in range(text.embeddings.shape[1]))
+
+
+def _check(x: Tensor, levels: Tensor, text: TextContext, layout: ClipLayout, patch: tuple[int, int]) -> None:
+    batch, _, frames, height, width = x.shape
+    if tuple(levels.shape) not in ((batch,), (batch, frames)):
+        raise ValueError(f"levels have shape {tuple(levels.shape)}, expected [{batch}] or [{batch},{frames}]")
+    if layout.num_frames != frames:
+        raise ValueError(f"the layout has {layout.num_frames} latent frames, x has {frames}")
+    if height % patch[0] or width % patch[1]:
+        raise ValueError(f"latent size {height}x{width} is not a multiple of the patch size {patch[0]}x{patch[1]}")
+    groups = text.embeddings.shape[1]
+    if text.embeddings.shape[0] != batch or len(text.frame_text) != frames:
+        raise ValueError(
+            f"text is for {text.embeddings.shape[0]} samples of {len(text.frame_text)} frames, x is {batch} of {frames}"
+        )
+    if int(text.frame_text.min()) < 0 or int(text.frame_text.max()) >= groups:
+        raise ValueError(f"frame_text is {text.frame_text.tolist()}, but the text has groups 0..{groups - 1}")

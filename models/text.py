@@ -1,0 +1,133 @@
+"""Text for the backbone: encode prompts, pack them into contexts, and say which frames read which context.
+
+B batch, G text groups, L text tokens, D width of the text, F latent frames. Wan's convention: a context is a fixed
+number of tokens, zeros after the valid ones, and no mask.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TextContext:
+    """Contexts of a batch: embeddings [B,G,L,D], and the group that each latent frame reads, long [F]."""
+
+    embeddings: Tensor
+    frame_text: Tensor
+
+    def __post_init__(self) -> None:
+        groups = self.embeddings.shape[1] if self.embeddings.ndim == 4 else 0
+        if not groups or self.frame_text.ndim != 1:
+            raise ValueError(
+                f"text embeddings have shape {tuple(self.embeddings.shape)} and frame_text "
+                f"{tuple(self.frame_text.shape)}, expected [B,G,L,D] and [F]"
+            )
+
+
+class TextEncoder:
+    """A tokenizer and a T5 or UMT5 encoder.
+
+    Each text is encoded alone, unpadded: an embedding never depends on what else is in the batch.
+    """
+
+    def __init__(self, tokenizer: Any, model: nn.Module) -> None:
+        self.tokenizer = tokenizer
+        self.model = model.eval().requires_grad_(False)
+        self.truncated = 0  # texts cut by `max_tokens` so far
+
+    @staticmethod
+    def from_folder(
+        path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> TextEncoder:
+        """Reads `tokenizer/` and `text_encoder/` of a model folder."""
+        from transformers import AutoTokenizer, T5EncoderModel, UMT5EncoderModel
+
+        path = Path(path)
+        config = path / "text_encoder" / "config.json"
+        if not config.is_file():
+            raise FileNotFoundError(f"{config} is missing: a model folder keeps its text encoder there")
+        kind = json.loads(config.read_text())["model_type"]
+        classes: dict[str, Any] = {"t5": T5EncoderModel, "umt5": UMT5EncoderModel}
+        if kind not in classes:
+            raise ValueError(f"{config}: model_type is {kind!r}, supported are {', '.join(classes)}")
+        tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer", local_files_only=True)
+        model = classes[kind].from_pretrained(path / "text_encoder", local_files_only=True, dtype=dtype)
+        return TextEncoder(tokenizer, model.to(device))
+
+    @property
+    def dim(self) -> int:
+        return int(self.model.config.d_model)  # type: ignore[union-attr, arg-type]
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over the weights and the tokenizer's name; equal hashes give equal embeddings."""
+        return weights_hash(self.model.state_dict(), {"tokenizer": type(self.tokenizer).__name__})
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> list[Tensor]:
+        """One embedding [L_i,D] per text, valid tokens only, on the CPU; L_i >= 1 (the end token of an empty text).
+
+        Texts longer than `max_tokens` are cut, counted in `truncated`, and warned about.
+        """
+        device = next(self.model.parameters()).device
+        done: dict[str, Tensor] = {}
+        cut = 0
+        for text in texts:
+            if text in done:
+                continue
+            ids = self.tokenizer(clean_prompt(text), return_tensors="pt").input_ids
+            if max_tokens is not None and ids.shape[1] > max_tokens:
+                cut += 1
+                ids = torch.cat([ids[:, : max_tokens - 1], ids[:, -1:]], dim=1)  # the end token stays
+            done[text] = self.model(ids.to(device)).last_hidden_state[0].cpu()
+        if cut:
+            self.truncated += cut
+            warnings.warn(f"{cut} of {len(texts)} texts are longer than {max_tokens} tokens and were cut", stacklevel=2)
+        return [done[text] for text in texts]
+
+    def null(self, length: int) -> Tensor:
+        """The context of "no text", [length,D]: the packed encoding of the empty string, as in Wan."""
+        return pack_text(self.encode([""]), length)
+
+
+def clean_prompt(text: str) -> str:
+    """Undo HTML escapes and join runs of white space, as WanPipeline does."""
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
+
+
+def pack_text(embeddings: Sequence[Tensor], length: int) -> Tensor:
+    """One context [length,D] from the valid tokens of several texts [L_i,D], in order, zeros at the end.
+
+    Raises ValueError naming the lengths when they do not fit.
+    """
+    tokens = torch.cat(list(embeddings))
+    if len(tokens) > length:
+        parts = " + ".join(str(len(e)) for e in embeddings)
+        raise ValueError(
+            f"texts of {parts} = {len(tokens)} tokens do not fit a context of {length}: shorten them, or use a model "
+            "with a larger text_length"
+        )
+    return torch.nn.functional.pad(tokens, (0, 0, 0, length - len(tokens)))
+
+
+def weights_hash(tensors: dict[str, Tensor], config: dict[str, Any]) -> str:
+    """SHA-256 over named tensors (name, type, shape, bytes) and the public fields of a config."""
+    public = {key: value for key, value in config.items() if not key.startswith("_")}
+    digest = hashlib.sha256(json.dumps(public, sort_keys=True, default=str).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
