@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import tarfile
@@ -91,18 +92,21 @@ def read_shard(path: Path) -> list[Record]:
 def _tensor_places(file: BinaryIO, path: Path, key: str, start: int, size: int) -> dict[str, TensorPlace]:
     """Parse a safetensors header (https://github.com/huggingface/safetensors#format) that begins at `start`."""
     file.seek(start)
-    head = file.read(8)
-    length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
-    if not 0 < length <= min(size - 8, _LARGEST_HEADER):
-        raise ValueError(f"{path}: {key}.safetensors has no valid header; prepare this shard again")
-    header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    places = {}
-    for name, entry in header.items():
-        first, last = entry["data_offsets"]
-        if entry["dtype"] not in _DTYPES or not 0 <= first <= last <= size - 8 - length:
-            raise ValueError(f"{path}: {key}.safetensors: bad entry for {name}: {entry}; prepare this shard again")
-        places[name] = TensorPlace(
-            _DTYPES[entry["dtype"]], tuple(entry["shape"]), start + 8 + length + first, last - first
-        )
-    return places
+    try:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > min(size - 8, _LARGEST_HEADER):
+            raise ValueError(f"header of {length} bytes in a file of {size}")
+        header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        return {name: _place(start + 8 + length, size - 8 - length, **entry) for name, entry in header.items()}
+    except (ValueError, TypeError, KeyError, struct.error) as error:
+        remedy = "prepare this shard again"
+        raise ValueError(f"{path}: {key}.safetensors has a bad header ({error}); {remedy}") from error
+
+
+def _place(base: int, room: int, dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> TensorPlace:
+    first, last = data_offsets
+    place = TensorPlace(_DTYPES[dtype], tuple(shape), base + first, last - first)
+    if not 0 <= first <= last <= room or place.size != math.prod(shape) * place.dtype.itemsize:
+        raise ValueError(f"{dtype} tensor of shape {shape} at bytes {first}..{last} of {room}")
+    return place

@@ -1,0 +1,157 @@
+"""`shotloom train`: fine-tune a model folder on a prepared dataset with one of the methods.
+
+    prepared dataset + model folder -> run folder with checkpoints/, metrics.jsonl, tensorboard/ and model/
+
+The model folder it leaves is read by plain diffusers and by `shotloom sample`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from infra.knobs import knob, required
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """Low-rank updates instead of all weights."""
+
+    rank: int = knob(0, "rank of the updates; 0 = train all weights")
+    alpha: float = knob(16.0, "updates are scaled by alpha / rank")
+    targets: list[str] = knob(["to_q", "to_k", "to_v", "to_out.0"], "names of the linear layers to update")
+    merge: bool = knob(False, "write whole weights with the updates added, instead of a LoRA file")
+
+
+@dataclass(kw_only=True)
+class TextDropConfig:
+    """Texts left out at random, so that guidance can do without them at sampling; at most one layer per sample."""
+
+    everything: float = knob(0.1, "share of samples without any text")
+    story: float = knob(0.0, "share without the story, only the shots' prompts")
+    prompts: float = knob(0.0, "share without the shots' prompts, only the story")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """All that `shotloom train` can be told."""
+
+    dataset: Path = required("folder that `shotloom prepare` wrote")
+    model: Path = required("model folder to start from")
+    run_dir: Path = required("folder of this run; started again on the same folder, a run goes on where it was")
+    method: str = knob("lct", "fvdm or lct")
+    method_params: dict[str, Any] = knob({}, "parameters of the method; empty = its defaults")
+    shots_per_scene: int = knob(3, "neighbouring shots per sample")
+    single_shot_prob: float = knob(0.25, "share of batches made of single shots")
+    latents: Literal["sample", "mean"] = knob("sample", "draw latents from the VAE's posterior, or take its mean")
+    text_drop: TextDropConfig = knob(TextDropConfig, "texts left out in training")
+    steps: int = knob(1000, "optimizer steps")
+    batch_size: int = knob(8, "samples per optimizer step, over all workers")
+    accumulate: int = knob(1, "micro-batches per optimizer step; each has batch_size / accumulate samples")
+    learning_rate: float = knob(1e-4, "peak learning rate of AdamW")
+    warmup_steps: int = knob(50, "steps of linear warm-up")
+    lr_schedule: Literal["constant", "cosine"] = knob("constant", "after warm-up; cosine ends at a tenth of the peak")
+    weight_decay: float = knob(0.01, "AdamW weight decay of matrices")
+    grad_clip: float = knob(1.0, "largest global gradient norm; 0 = no clipping")
+    ema_decay: float = knob(0.99, "decay per step of the averaged weights, which are the ones exported")
+    precision: Literal["fp32", "bf16"] = knob("fp32", "of matrix products; master weights are always fp32")
+    seed: int = knob(0, "of data order, noise and LoRA start")
+    num_workers: int = knob(1, "Ray Train workers; 0 = in this process, without Ray")
+    parallel: Literal["one_device", "fsdp2"] = knob("one_device", "fsdp2 = shard model and optimizer over the workers")
+    activation_checkpointing: bool = knob(False, "recompute blocks in the backward pass: less memory, more time")
+    compile: bool = knob(False, "torch.compile each block")
+    checkpoint_every: int = knob(100, "steps between checkpoints; 0 = only at the end")
+    keep_checkpoints: int = knob(2, "how many of the newest to keep")
+    log_every: int = knob(10, "steps between lines of metrics.jsonl and TensorBoard")
+    lora: LoraConfig = knob(LoraConfig, "low-rank updates instead of all weights")
+
+    def __post_init__(self) -> None:
+        if self.batch_size % (self.accumulate * max(self.num_workers, 1)):
+            raise ValueError(
+                f"batch_size={self.batch_size} must be a multiple of accumulate={self.accumulate} times "
+                f"num_workers={max(self.num_workers, 1)}"
+            )
+        if self.num_workers > 1 and self.parallel != "fsdp2":
+            raise ValueError(f"num_workers={self.num_workers} needs parallel=fsdp2")
+        if self.num_workers == 0 and self.parallel != "one_device":
+            raise ValueError("num_workers=0 runs in this process: it needs parallel=one_device")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run leaves behind."""
+
+    model_dir: Path
+    steps: int
+    losses_path: Path
+    checkpoint: Path
+
+
+def run_train(
+    config: TrainConfig,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+    on_checkpoint: Callable[[int, Path], None] | None = None,
+) -> TrainResult:
+    """Train to the last step, from the newest checkpoint of `run_dir` if there is one.
+
+    Needs a Ray session (`infra.ray_session`) unless `num_workers=0`; opens one of its own if none is up.
+
+    Args:
+        on_step: called with each line of metrics.jsonl.
+        on_checkpoint: called as (step, folder) with each new checkpoint.
+    """
+    from infra.ray_session import ray_session
+    from train.trainer import fit
+    from train.watch import watching
+
+    job = make_job(config)
+    with watching(config.run_dir, on_step, on_checkpoint):
+        if config.num_workers == 0:
+            step, checkpoint = fit(job, 0)
+        else:
+            with ray_session():
+                step, checkpoint = fit(job, config.num_workers)
+    return TrainResult(config.run_dir / "model", step, config.run_dir / "metrics.jsonl", checkpoint)
+
+
+def make_job(config: TrainConfig) -> Any:
+    """The `train.job.TrainJob` of a config; raises ValueError if dataset and model folder do not fit together."""
+    from train.job import Lora, TrainJob
+    from train.loop import LoopSettings
+    from train.scenes import TextDrop
+
+    lora = config.lora
+    return TrainJob(
+        model=config.model.resolve(),
+        dataset=config.dataset.resolve(),
+        run_dir=config.run_dir.resolve(),
+        method=config.method,
+        method_params=config.method_params,
+        batch_size=config.batch_size // config.accumulate,
+        shots_per_scene=config.shots_per_scene,
+        single_shot_prob=config.single_shot_prob,
+        text_drop=TextDrop(config.text_drop.everything, config.text_drop.story, config.text_drop.prompts),
+        latents=config.latents,
+        lora=Lora(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None,
+        merge_lora=lora.merge,
+        parallel=config.parallel,
+        activation_checkpointing=config.activation_checkpointing,
+        compile_blocks=config.compile,
+        loop=LoopSettings(
+            steps=config.steps,
+            learning_rate=config.learning_rate,
+            warmup_steps=config.warmup_steps,
+            lr_schedule=config.lr_schedule,
+            weight_decay=config.weight_decay,
+            grad_clip=config.grad_clip,
+            accumulate=config.accumulate,
+            ema_decay=config.ema_decay,
+            precision=config.precision,
+            seed=config.seed,
+            checkpoint_every=config.checkpoint_every,
+            keep_checkpoints=config.keep_checkpoints,
+            log_every=config.log_every,
+        ),
+    )

@@ -1,0 +1,141 @@
+"""Scene windows from real tars: order, texts, latents, errors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.methods import get_method
+from tests.train.tiny import CHANNELS, SIZE, TEXT_DIM, TEXT_LENGTH
+from train.scenes import ShardDataset, TextDrop, Turns
+from train.shards import read_shard
+
+NULL = torch.full((TEXT_LENGTH, TEXT_DIM), -1.0)
+SCENES = [[2, 2, 2, 2], [2, 2, 2], [3, 3], [2, 0, 2, 2], [2]]
+
+
+def open_dataset(folder: Path, **options) -> ShardDataset:
+    options = {
+        "batch_size": 2,
+        "text_length": TEXT_LENGTH,
+        "null_text": NULL,
+        "layout_for": get_method("lct").layout_for_training,
+        "normalize": lambda latents: latents / 10.0,
+        "text_drop": TextDrop(0.0),
+        "latents": "mean",
+    } | options
+    return ShardDataset(folder, **options)
+
+
+def test_windows_are_all_runs_of_neighbours_of_equal_size(dataset):
+    data = open_dataset(dataset(SCENES), shots_per_scene=3, single_shot_prob=0.5)
+    scenes = {f"{w.scene_id}:{w.first}+{w.count}" for key, ws in data.buckets.items() if key[0] == "scene" for w in ws}
+    assert scenes == {
+        "scene000:0+3", "scene000:1+3", "scene001:0+3", "scene002:0+2", "scene003:0+1", "scene003:2+2", "scene004:0+1",
+    }  # fmt: skip
+    singles = [w for key, ws in data.buckets.items() if key[0] == "single" for w in ws]
+    assert len(singles) == 4 + 3 + 2 + 3 + 1
+
+
+def test_a_batch_is_a_function_of_seed_and_index_alone(dataset):
+    folder = dataset(SCENES)
+    options = {"single_shot_prob": 0.3, "latents": "sample", "text_drop": TextDrop(0.2, 0.2, 0.2)}
+    forward, backward = open_dataset(folder, **options), open_dataset(folder, **options)
+    batches = [forward.batch(i) for i in range(12)]
+    for i in reversed(range(12)):
+        again = backward.batch(i)
+        assert torch.equal(again.latents, batches[i].latents)
+        assert torch.equal(again.text.embeddings, batches[i].text.embeddings)
+        halves = [backward.batch(i, slice(0, 1)), backward.batch(i, slice(1, 2))]
+        assert torch.equal(torch.cat([h.latents for h in halves]), batches[i].latents)
+        assert sum((h.keys for h in halves), []) == batches[i].keys
+    other = open_dataset(folder, seed=1, **options)
+    assert [other.batch(i).keys for i in range(12)] != [b.keys for b in batches]
+
+
+def test_every_window_comes_once_per_epoch_of_its_bucket(dataset):
+    data = open_dataset(dataset([[2, 2, 2]] * 6), shots_per_scene=2)
+    seen = Counter(f"{w.scene_id}:{w.first}" for i in range(18) for w in data.windows(i))  # 3 epochs of 12 windows
+    assert len(seen) == 12 and set(seen.values()) == {3}
+    first, second = ([str(w) for i in range(a, a + 6) for w in data.windows(i)] for a in (0, 6))
+    assert sorted(first) == sorted(second) and first != second
+
+
+def test_latents_and_texts_of_each_shot(dataset):
+    data = open_dataset(dataset([[2, 2, 2]]), batch_size=1)
+    batch = data.batch(0)
+    assert batch.latents.shape == (1, CHANNELS, 6, SIZE, SIZE)
+    means = batch.latents.mean(dim=(0, 1, 3, 4)).reshape(3, 2).mean(dim=1)
+    torch.testing.assert_close(means, torch.tensor([0.0, 0.1, 0.2]), atol=0.01, rtol=0)
+    assert batch.text.frame_text.tolist() == batch.layout.text_ids.tolist()
+    texts = batch.text.embeddings[0, :, :, 0]  # [S,L]
+    for shot, text in enumerate(texts.tolist()):
+        assert text == [1.0] * 5 + [100.0 + shot] * (3 + shot) + [0.0] * (TEXT_LENGTH - 8 - shot)
+
+
+def test_single_shots_read_their_sentence_or_story_and_prompt(dataset):
+    data = open_dataset(dataset([[2, 2]]), batch_size=1, single_shot_prob=1.0)
+    texts = {data.batch(i).keys[0]: data.batch(i).text.embeddings[0, 0, :, 0].tolist() for i in range(4)}
+    assert texts["scene000/s000+1"] == [200.0] * 4 + [0.0] * (TEXT_LENGTH - 4)
+    assert texts["scene000/s001+1"] == [1.0] * 5 + [101.0] * 4 + [0.0] * (TEXT_LENGTH - 9)
+
+
+@pytest.mark.parametrize(
+    ("drop", "expected"),
+    [
+        (TextDrop(1.0), [-1.0] * TEXT_LENGTH),
+        (TextDrop(0.0, story=1.0), [100.0] * 3 + [0.0] * (TEXT_LENGTH - 3)),
+        (TextDrop(0.0, prompts=1.0), [1.0] * 5 + [0.0] * (TEXT_LENGTH - 5)),
+    ],
+)
+def test_dropped_text(dataset, drop, expected):
+    batch = open_dataset(dataset([[2, 2]]), batch_size=1, text_drop=drop).batch(0)
+    assert batch.text.embeddings[0, 0, :, 0].tolist() == expected
+
+
+def test_drop_shares_are_kept(dataset):
+    data = open_dataset(dataset([[2, 2]] * 3), batch_size=50, text_drop=TextDrop(0.2, 0.3, 0.1))
+    first = torch.cat([data.batch(i).text.embeddings[:, 0, 0, 0] for i in range(20)])
+    assert (first == -1.0).float().mean().item() == pytest.approx(0.2, abs=0.04)
+    assert (first >= 100.0).float().mean().item() == pytest.approx(0.3, abs=0.05)
+
+
+def test_posterior_is_sampled_with_its_deviation(dataset):
+    folder = dataset([[2, 2]])
+    mean = open_dataset(folder, batch_size=1, normalize=lambda x: x).batch(0).latents
+    drawn = open_dataset(folder, batch_size=1, normalize=lambda x: x, latents="sample").batch(0).latents
+    assert (drawn - mean).std().item() == pytest.approx(np.exp(-2.0), rel=0.15)
+
+
+def test_turns_keep_to_their_shares():
+    turns = Turns(np.array([0.5, 0.3, 0.2]))
+    order = [turns.at(i) for i in range(1000)]
+    for bucket, share in enumerate([0.5, 0.3, 0.2]):
+        chosen = [b for b, _ in order]
+        assert all(abs(chosen[:n].count(bucket) - n * share) <= 1.0 for n in range(1, 1000, 37))
+        assert [t for b, t in order if b == bucket] == list(range(chosen.count(bucket)))
+
+
+def test_errors_name_the_file_and_the_remedy(dataset, tmp_path):
+    with pytest.raises(ValueError, match=r"nothing.*no shards/\*\.tar"):
+        open_dataset(tmp_path / "nothing")
+    folder = dataset([[2, 2]])
+    with pytest.raises(ValueError, match=r"scenes-000000\.tar: scene000 shot 0: .*8.*4"):
+        open_dataset(folder, text_length=4, null_text=NULL[:4]).batch(0)
+    shard = folder / "shards" / "scenes-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:700])
+    with pytest.raises(ValueError, match=r"scenes-000000\.tar"):
+        open_dataset(folder)
+
+
+def test_hostile_tensor_offsets_are_refused(dataset):
+    shard = dataset([[2]]) / "shards" / "scenes-000000.tar"
+    data = shard.read_bytes()
+    assert b'"data_offsets":[0,' in data
+    shard.write_bytes(data.replace(b'"data_offsets":[0,', b'"data_offsets":[9,', 1).replace(b"[9,", b"[-", 1))
+    with pytest.raises(ValueError, match="scenes-000000"):
+        read_shard(shard)

@@ -1,0 +1,67 @@
+"""A tiny Wan and prepared datasets as real WebDataset tars. Sizes: 4 channels, 4x4 latents, texts of width 16."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import webdataset
+from diffusers import WanTransformer3DModel
+from models.backbones.wan import WanBackbone
+from safetensors.torch import save
+
+from models.scene import STORY_TEXT, EncodedSpan, Scene, Shot, Source, link_shots, shot_tensor_key
+
+CHANNELS, SIZE, TEXT_LENGTH, TEXT_DIM = 4, 4, 12, 16
+
+
+def tiny_backbone(seed: int = 0) -> WanBackbone:
+    torch.manual_seed(seed)
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        text_dim=TEXT_DIM,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=64,
+    )
+    return WanBackbone(transformer)
+
+
+def write_dataset(folder: Path, scenes: Sequence[Sequence[int]], *, seed: int = 0, per_shard: int = 2) -> Path:
+    """Write scenes given as latent frames per shot (0 = not encoded). Shot i of scene n is filled around 10 n + i."""
+    (folder / "shards").mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    pattern = str(folder / "shards" / "scenes-%06d.tar")
+    with webdataset.ShardWriter(pattern, maxcount=per_shard, verbose=0) as writer:
+        for number, frames in enumerate(scenes):
+            scene, tensors = make_scene(number, frames, generator)
+            writer.write({"__key__": scene.scene_id, "json": scene.to_json().encode(), "safetensors": save(tensors)})
+    return folder
+
+
+def make_scene(number: int, frames: Sequence[int], generator: torch.Generator) -> tuple[Scene, dict[str, torch.Tensor]]:
+    shots, tensors = [], {STORY_TEXT: torch.full((5, TEXT_DIM), 1.0 + number)}
+    for i, count in enumerate(frames):
+        span = EncodedSpan(i * 40, 4 * count - 3, 8.0, list(range(i * 40, i * 40 + 4 * count - 3)), 32, 32)
+        shot = Shot("", i, i * 40, i * 40 + 40, i * 40, i * 40 + 40, [1, 8], encoded=span if count else None)
+        shot.transition = "cut" if i else "start"
+        shot.prompt, shot.sentence = f"shot {i}", f"scene {number} shot {i}" if i % 2 == 0 else ""
+        shots.append(shot)
+        tensors[shot_tensor_key(i, "text")] = torch.full((3 + i, TEXT_DIM), 100.0 + i)
+        if shot.sentence:
+            tensors[shot_tensor_key(i, "sentence_text")] = torch.full((4, TEXT_DIM), 200.0 + i)
+        if count:
+            shape = (CHANNELS, count, SIZE, SIZE)
+            noise = torch.randn(shape, generator=generator)
+            tensors[shot_tensor_key(i, "latent_mean")] = (10.0 * number + i + 0.01 * noise).half()
+            tensors[shot_tensor_key(i, "latent_logvar")] = torch.full(shape, -4.0).half()
+    scene_id = f"scene{number:03d}"
+    source = Source(f"{scene_id}.mp4", "0" * 64, 1)
+    total = 40 * len(frames)
+    return Scene(scene_id, f"video{number}", source, 8.0, 32, 32, total / 8, link_shots(shots, scene_id)), tensors

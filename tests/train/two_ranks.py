@@ -1,0 +1,50 @@
+"""What the two processes of test_parallel run; a module of its own, so that a spawned process can import it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from models.methods import get_method
+from tests.train.tiny import TEXT_DIM, TEXT_LENGTH, tiny_backbone
+from train.batches import LatentCache
+from train.checkpoint import Checkpoints
+from train.export import full_weights
+from train.loop import LoopSettings, run_loop
+from train.parallel import prepare, this_rank
+
+SETTINGS = LoopSettings(
+    steps=4, learning_rate=3e-3, warmup_steps=2, checkpoint_every=0, log_every=1, grad_clip=0.5, accumulate=2
+)
+
+
+def train(cache_file: Path, run_dir: Path, settings: LoopSettings, sharded: bool) -> dict[str, torch.Tensor]:
+    """Run the loop as this rank; returns the whole averaged weights."""
+    torch.set_num_threads(1)
+    parallel = this_rank(sharded)
+    method = get_method("fvdm")
+    backbone = prepare(tiny_backbone(), parallel, precision=settings.precision, activation_checkpointing=sharded)
+    source = LatentCache(
+        [cache_file],
+        batch_size=2,
+        text_length=TEXT_LENGTH,
+        null_text=torch.zeros(TEXT_LENGTH, TEXT_DIM),
+        layout_for=method.layout_for_training,
+    )
+    checkpoints = Checkpoints(run_dir / "checkpoints", 2)
+    result = run_loop(backbone, method, source, settings, run_dir, parallel=parallel, checkpoints=checkpoints)
+    return full_weights(result.average)
+
+
+def rank_main(rank: int, port: int, cache_file: Path, folder: Path) -> None:
+    """Three runs over two ranks: from the start, from a one-device checkpoint, and in bfloat16."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    runs = {"two": SETTINGS, "one-two": replace(SETTINGS, steps=8), "two-bf16": replace(SETTINGS, precision="bf16")}
+    for name, settings in runs.items():
+        weights = train(cache_file, folder / name, settings, sharded=True)
+        if rank == 0:
+            torch.save(weights, folder / f"{name}.pt")
+    dist.destroy_process_group()
