@@ -10,20 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.layout import ClipLayout
 from models.noise import FlowMatching
+from models.text import TextContext
 from sample.guidance import Guidance
 
-if TYPE_CHECKING:
-    from models.backbones.wan import TextContext
-
-    Text = TextContext | Tensor
-
+Text = TextContext | Tensor
 # one generator for the batch, or one per sample, or one per sample and shot
 Generators = torch.Generator | Sequence[torch.Generator] | Sequence[Sequence[torch.Generator]]
 Callback = Callable[[int, int], None]  # (steps done, steps in all); whatever it raises ends the run
@@ -48,7 +45,8 @@ def sample(
     """Latents [B, C, F, H, W] (fp32, normalised) made by following `plan` with one-step Euler updates per frame.
 
     `given` frames keep the one noise they are given at the start (LCT 2503.10589 keeps history noise fixed).
-    Guidance branches run as one batch of B * branches samples. Raises ValueError where shapes, plan, given frames or
+    Guidance branches run as one batch of B * branches samples. The state stays in fp32; the backbone reads it in the
+    dtype of its text. Raises ValueError where shapes, plan, given frames or
     guidance do not fit together; whatever `callback` raises passes through, which is how a run is cancelled.
     """
     process, guidance = process or FlowMatching(), guidance or Guidance()
@@ -58,11 +56,11 @@ def sample(
     source = torch.zeros_like(noise) if given is None else given.to(noise)
     x = process.add_noise(source, noise, plan[0])
 
-    steps = len(plan) - 1
+    steps, branches = len(plan) - 1, len(guidance.branches)
+    dtype = text.dtype if isinstance(text, Tensor) else text.embeddings.dtype
     for k in range(steps):
-        branches = len(guidance.branches)
         levels = plan[k].expand(branches * shape[0], -1)  # [branches * B, F]
-        predictions = backbone(torch.cat([x] * branches), levels, **conditions, **backbone_kwargs)
+        predictions = backbone(torch.cat([x.to(dtype)] * branches), levels, **conditions, **backbone_kwargs)
         prediction = guidance.combine(predictions.float().chunk(branches))
         x = process.step(x, prediction, plan[k], plan[k + 1])
         if callback is not None:

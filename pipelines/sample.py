@@ -1,0 +1,266 @@
+"""`shotloom sample`: storyboards and a model folder in, one mp4 per storyboard and manifest.jsonl out.
+
+    storyboards -> groups of equal shape -> generate (this process, or a Ray Data actor pool) -> out/NAME.mp4 + .json
+
+Each video leaves its own record NAME.json once it is whole. A second run skips what has a record of the same
+storyboard, settings, seed and model, makes the rest, and tries failed ones again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from infra.knobs import knob, required
+
+if TYPE_CHECKING:
+    from models.folder import Model
+    from sample.generate import GenerateSettings
+    from sample.storyboard import Storyboard
+
+
+@dataclass(kw_only=True)
+class SampleConfig:
+    """All that `shotloom sample` can be told."""
+
+    model: Path = required("model folder")
+    storyboards: list[Path] = knob([], "storyboard files (YAML or JSON), or folders of them")
+    out: Path = knob(Path("runs/sample"), "folder for the videos, their records and manifest.jsonl")
+    seed: int = knob(0, "of storyboards without a seed of their own; each name gets its own noise from it")
+    independent: bool = knob(False, "make every shot by itself: the single-shot baseline")
+    text: Literal["scene", "sentence"] = knob("scene", "a shot reads its story and prompt, or its lone sentence")
+    steps: int = knob(30, "denoising steps")
+    guidance: float = knob(5.0, "classifier-free guidance scale of the text; 1 = none")
+    context_level: float = knob(0.1, "noise level in [0, 1) at which given shots are seen")
+    batch_size: int = knob(1, "storyboards of equal shape made at once")
+    device: str = knob("cpu", "torch device: cpu, cuda, ...")
+    dtype: Literal["float32", "bfloat16"] = knob("float32", "of the model's weights and activations")
+    num_workers: int = knob(0, "Ray Data actors, each with its own copy of the model; 0 = in this process")
+    cpus_per_worker: float = knob(1.0, "CPUs of each actor")
+    gpus_per_worker: float = knob(0.0, "GPUs of each actor")
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("num_workers", 0), ("steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}; give at least {least}")
+
+
+@dataclass(frozen=True)
+class SampleReport:
+    """What a run did; `records` are the lines of the manifest, in the storyboards' order."""
+
+    made: int
+    skipped: int
+    failed: int
+    seconds: float
+    manifest: Path
+    records: list[dict[str, Any]]
+
+
+def run_sample(
+    config: SampleConfig,
+    storyboards: Sequence[Storyboard] | None = None,
+    on_video: Callable[[dict[str, Any]], None] | None = None,
+) -> SampleReport:
+    """Make every storyboard of the files and of `storyboards`; one that fails is recorded and stops no other.
+
+    `on_video` gets each record as its video is finished or has failed. Raises ConfigError for unreadable storyboard
+    files and ValueError for an unusable model folder, before anything is made.
+    """
+    from infra.log import progress
+    from infra.storage import atomic_write_text
+    from models.folder import load_model
+    from pipelines.storyboards import load_storyboards
+
+    started = time.monotonic()
+    boards = [*load_storyboards(config.storyboards), *(storyboards or [])]
+    names = [board.name for board in boards]
+    if not boards:
+        raise ValueError("no storyboards to sample; name files or folders in `storyboards`")
+    if len(set(names)) != len(names):
+        raise ValueError(f"storyboard names must differ, they become file names: {sorted(names)}")
+    config.out.mkdir(parents=True, exist_ok=True)
+    described = load_model(config.model, parts=()).settings
+    weights = folder_fingerprint(config.model)
+    jobs = {board.name: _Job.of(board, config, weights) for board in boards}
+    records = {name: record for name, job in jobs.items() if (record := job.finished(config.out)) is not None}
+    skipped = len(records)
+    groups = _group([job for name, job in jobs.items() if name not in records], described, config.batch_size)
+    try:
+        with progress("sample", len(boards)) as bar:
+            bar.advance(skipped)
+            for record in _make_all(config, groups):
+                records[record["name"]] = record
+                bar.advance(1)
+                if on_video is not None:
+                    on_video(record)
+    finally:  # also when stopped half-way: the manifest lists what is there
+        ordered = [records[name] for name in names if name in records]
+        manifest = config.out / "manifest.jsonl"
+        atomic_write_text(manifest, "".join(json.dumps(record, sort_keys=True) + "\n" for record in ordered))
+    failed = sum(record["status"] == "failed" for record in ordered)
+    made = len(ordered) - skipped - failed
+    return SampleReport(made, skipped, failed, time.monotonic() - started, manifest, ordered)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One video to make; plain data, so that it travels to Ray actors as JSON."""
+
+    board: dict[str, Any]
+    seed: int
+    fingerprint: str
+
+    @staticmethod
+    def of(board: Storyboard, config: SampleConfig, weights: str) -> _Job:
+        from sample.storyboard import derive_seed
+
+        board.validate()
+        seed = derive_seed(config.seed, board.name) if board.seed is None else board.seed
+        media = [path for shot in board.shots for path in (shot.given, shot.first_frame) if path]
+        fingerprint = board.fingerprint(
+            seed=seed,
+            settings=repr(generate_settings(config)),
+            independent=config.independent,
+            dtype=config.dtype,
+            model=weights,
+            media=[(path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns) for path in media],
+        )
+        return _Job(board.to_dict(), seed, fingerprint)
+
+    def finished(self, out: Path) -> dict[str, Any] | None:
+        """The record of an earlier run that made this very video, if its file is there."""
+        path = out / f"{self.board['name']}.json"
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        same = record.get("fingerprint") == self.fingerprint and record.get("status") == "completed"
+        return record if same and (out / f"{self.board['name']}.mp4").is_file() else None
+
+
+def generate_settings(config: SampleConfig) -> GenerateSettings:
+    from sample.generate import GenerateSettings
+
+    return GenerateSettings(config.steps, config.guidance, config.context_level, config.text)
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Hash over names, sizes and times of a folder's files: cheap at any size, and a changed model never looks old."""
+    import hashlib
+
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    rows = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return hashlib.sha256(repr(rows).encode()).hexdigest()
+
+
+def _group(jobs: list[_Job], described: Any, size: int) -> list[list[_Job]]:
+    """Up to `size` jobs of one shape per group, in the order in which the first of each comes."""
+    from sample.generate import scene_shape
+    from sample.storyboard import Storyboard
+
+    groups: list[list[_Job]] = []
+    open_groups: dict[Any, list[_Job]] = {}
+    for job in jobs:
+        shape = scene_shape(Storyboard.from_dict(job.board), described)
+        group = open_groups.get(shape)
+        if group is None or len(group) >= size:
+            group = open_groups[shape] = []
+            groups.append(group)
+        group.append(job)
+    return groups
+
+
+def _make_all(config: SampleConfig, groups: list[list[_Job]]) -> Iterator[dict[str, Any]]:
+    if not groups:
+        return
+    if config.num_workers == 0:
+        maker = _Maker(config)
+        for group in groups:
+            yield from maker.make(group)
+        return
+    import ray.data
+
+    from infra.ray_session import ray_session
+
+    with ray_session():
+        rows = [{"group": json.dumps([vars(job) for job in group])} for group in groups]
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            _Maker,
+            fn_constructor_args=[config],
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=min(config.num_workers, len(groups))),
+            num_cpus=config.cpus_per_worker,
+            num_gpus=config.gpus_per_worker,
+            max_restarts=2,  # Ray's default is without end: a group that kills its actor would loop forever
+            max_task_retries=2,
+        )
+        for row in dataset.iter_rows():
+            yield json.loads(row["record"])
+
+
+class _Maker:
+    """A loaded model that turns groups into videos; used as it is, and as Ray Data's actor."""
+
+    def __init__(self, config: SampleConfig) -> None:
+        import torch
+
+        from models.folder import load_model
+
+        if config.num_workers > 0:
+            torch.set_num_threads(max(1, int(config.cpus_per_worker)))
+        self.config = config
+        self.model: Model = load_model(config.model, device=config.device, dtype=getattr(torch, config.dtype))
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        records = []
+        for text in batch["group"]:
+            records += self.make([_Job(**job) for job in json.loads(text)])
+        return {"record": [json.dumps(record) for record in records]}
+
+    def make(self, group: list[_Job]) -> list[dict[str, Any]]:
+        """Records of the group's videos. A group that fails is made one by one, so that the bad one stands alone."""
+        try:
+            return self._make(group)
+        except Exception as error:
+            if len(group) > 1:
+                return [record for job in group for record in self.make([job])]
+            return [self._record(group[0], status="failed", error=f"{type(error).__name__}: {error}")]
+
+    def _make(self, group: list[_Job]) -> list[dict[str, Any]]:
+        from sample.generate import generate_scenes
+        from sample.storyboard import Storyboard
+        from sample.video_io import write_video
+
+        started = time.monotonic()
+        boards = [Storyboard.from_dict(job.board) for job in group]
+        clips = generate_scenes(
+            self.model,
+            boards,
+            generate_settings(self.config),
+            [job.seed for job in group],
+            independent=self.config.independent,
+        )
+        seconds = round((time.monotonic() - started) / len(group), 3)
+        records = []
+        for job, clip in zip(group, clips, strict=True):
+            path = write_video(clip.frames, self.config.out / f"{job.board['name']}.mp4", self.model.settings.fps)
+            frames, height, width, _ = clip.frames.shape
+            figures = {"frames": frames, "height": height, "width": width, "fps": self.model.settings.fps}
+            records.append(
+                self._record(job, status="completed", file=path.name, cuts=clip.cuts, seconds=seconds, **figures)
+            )
+        return records
+
+    def _record(self, job: _Job, **facts: Any) -> dict[str, Any]:
+        from infra.storage import atomic_write_json
+
+        record = {"name": job.board["name"], "seed": job.seed, "storyboard": job.board, **facts}
+        record |= {"model": str(self.config.model), "independent": self.config.independent}
+        record |= {"steps": self.config.steps, "guidance": self.config.guidance, "fingerprint": job.fingerprint}
+        atomic_write_json(self.config.out / f"{job.board['name']}.json", record)
+        return record
