@@ -141,7 +141,9 @@ class _Reader:
         if isinstance(hint, type) and issubclass(hint, enum.Enum):
             return hint(self._read_choice(tuple(m.value for m in hint), node, key))
         if node.tag == _LITERAL and hint not in (str, Path):
-            node = _parse_literal(node)
+            literal, node = node, _parse_literal(node)
+            if isinstance(node, yaml.ScalarNode) and list in (origin, hint):
+                node = yaml.SequenceNode("tag:yaml.org,2002:seq", [literal])  # one value stands for a list of one
         if hint is Any:
             return _untyped(node)
         if dataclasses.is_dataclass(hint):

@@ -186,8 +186,9 @@ def toyworld() -> None:
 def doctor(as_json: bool) -> None:
     """Check this machine: versions, cores, memory, disk, GPU, Ray, codecs; for each problem, its fix."""
     from infra.doctor import report
+    from pipelines.shipped import SHIPPED_WAN
 
-    sys.exit(report(as_json))
+    sys.exit(report(SHIPPED_WAN, as_json))
 
 
 toyworld.add_command(JobCommand(RENDER))
