@@ -15,6 +15,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,9 @@ def is_whole(path: Path) -> bool:
 class Checkpoints:
     """Saves into, prunes and resumes from one folder. `publish` moves a finished folder to where it belongs.
 
+    In a process group the state is copied and written by a thread while training goes on, over a process group of its
+    own; without one it is written at once.
+
     Args:
         root: folder of the checkpoints, seen by every rank.
         keep: how many of the newest to keep.
@@ -103,27 +107,41 @@ class Checkpoints:
     ):
         self.root, self.keep, self.scratch = root, keep, scratch or root
         self.publish = publish or self._rename
+        self.writers = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.pending: tuple[Future[Any], Path, int, dict[str, Any]] | None = None
         root.mkdir(parents=True, exist_ok=True)
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of `step` lies (whether it exists or not)."""
         return self.root / step_name(step)
 
-    def save(self, step: int, state: TrainState) -> Path:
-        """Write the state after `step` steps; it becomes visible whole or not at all. Returns its final path."""
+    def save(self, step: int, state: TrainState) -> None:
+        """Take the state after `step` steps; `finish` makes the checkpoint visible, whole or not at all."""
+        self.finish()
         folder = self.scratch / f".writing-{step_name(step)}"
         shutil.rmtree(folder, ignore_errors=True)
         _barrier()
         folder.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.save(state.tensors(step), checkpoint_id=folder, no_dist=not dist.is_initialized())
+        if self.writers:
+            future = dcp.async_save(state.tensors(step), checkpoint_id=folder, process_group=self.writers)
+        else:
+            future = Future()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                future.set_result(dcp.save(state.tensors(step), checkpoint_id=folder, no_dist=True))
+        self.pending = future, folder, step, state.identity
+
+    def finish(self) -> int | None:
+        """Wait for the save under way, if any, and publish it; returns its step. Call it on every rank."""
+        if self.pending is None:
+            return None
+        (future, folder, step, identity), self.pending = self.pending, None
+        future.result()
         if _rank() == 0:
-            record = {"step": step, "identity": state.identity}
-            (folder / STATE_FILE).write_text(json.dumps(record, indent=1, sort_keys=True))
+            (folder / STATE_FILE).write_text(json.dumps({"step": step, "identity": identity}, indent=1, sort_keys=True))
         _barrier()
         self.publish(folder, step)
-        return self.path(step)
+        return step
 
     def resume(self, state: TrainState) -> int:
         """Load the newest whole checkpoint into `state` in place and return its step; 0 if there is none.

@@ -157,6 +157,7 @@ def run_loop(
         )
         if not (saving or evaluating or _due(step, settings.log_every)):
             continue
+        checkpoint = _publish(checkpoints, parallel, on_checkpoint) or checkpoint
         figures = window.close()
         if not math.isfinite(figures["loss"] + figures["grad_norm"]):
             raise FloatingPointError(
@@ -175,9 +176,9 @@ def run_loop(
 
         # Snapshot
         if saving:
-            checkpoint = checkpoints.save(step, state)
-            if on_checkpoint and parallel.rank == 0:
-                on_checkpoint(step, checkpoint)
+            checkpoints.save(step, state)
+            if last or not checkpoints.writers:
+                checkpoint = _publish(checkpoints, parallel, on_checkpoint) or checkpoint
         window = Window(parallel)
     if tracker:
         tracker.close()
@@ -199,6 +200,18 @@ def frame_weights(method: Method, batch: SceneBatch, levels: Tensor) -> Tensor:
     """Loss weights [B,F], summing to 1 per sample; frames at level 0 hold no noise to predict: weight 0."""
     weights = method.loss_weights(batch.layout).to(levels) * (levels > 0)
     return weights / weights.sum(dim=1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+
+
+def _publish(
+    checkpoints: Checkpoints, parallel: Parallel, on_checkpoint: Callable[[int, Path], None] | None
+) -> Path | None:
+    """Make the checkpoint being written visible; returns its folder, None if none is being written."""
+    step = checkpoints.finish()
+    if step is None:
+        return None
+    if on_checkpoint and parallel.rank == 0:
+        on_checkpoint(step, checkpoints.path(step))
+    return checkpoints.path(step)
 
 
 def _due(step: int, every: int) -> bool:

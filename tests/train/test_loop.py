@@ -12,7 +12,7 @@ import torch
 from models.layout import shots_layout
 from models.methods import get_method
 from models.noise import diffusion_loss
-from tests.train.tiny import tiny_backbone
+from tests.train.tiny import tensors, tiny_backbone
 from train.batches import SceneBatch
 from train.checkpoint import is_whole, latest
 from train.evaluate import HeldOutLoss
@@ -38,19 +38,8 @@ def train(
             raise Killed
 
     batch_size = options.pop("batch_size", 4)
-    source = cache(method.layout_for_training, batch_size=batch_size, seed=options.pop("data_seed", 0))
-    return run_loop(backbone, method, source, settings, run_dir, on_checkpoint=maybe_die, **options)
-
-
-def tensors(path: Path) -> dict[str, torch.Tensor]:
-    import torch.distributed.checkpoint as dcp
-
-    reader = dcp.FileSystemReader(path)
-    state = {
-        k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in reader.read_metadata().state_dict_metadata.items()
-    }
-    dcp.load(state, storage_reader=reader, no_dist=True)
-    return state
+    source = cache(METHOD.layout_for_training, batch_size=batch_size)
+    return run_loop(backbone, METHOD, source, settings, run_dir, on_checkpoint=maybe_die, **options)
 
 
 def test_a_killed_run_ends_bit_for_bit_like_one_never_killed(cache, tmp_path):

@@ -12,7 +12,7 @@ import torch
 import torch.multiprocessing as mp
 
 from tests.train import two_ranks
-from tests.train.tiny import tiny_backbone
+from tests.train.tiny import tensors, tiny_backbone
 from train.metrics import read
 from train.parallel import Parallel, block_names, prepare, trainable
 
@@ -55,6 +55,14 @@ def test_a_checkpoint_resumes_on_another_number_of_ranks(runs, run):
     assert figures(folder, run, "loss") == pytest.approx(figures(folder, "one-one", "loss"), rel=1e-5)
     for name, weight in weights["one-one"].items():
         torch.testing.assert_close(weights[run][name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_a_checkpoint_written_while_training_goes_on_holds_its_own_step(runs):
+    folder, _ = runs
+    one, two = (tensors(folder / run / "checkpoints" / "step-000002") for run in ("one", "two"))
+    assert one.keys() == two.keys() and int(two["step"]) == 2
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 def test_bf16_shards_stay_near_fp32(runs):

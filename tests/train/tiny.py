@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 import webdataset
 from diffusers import WanTransformer3DModel
-from models.backbones.wan import WanBackbone
 from safetensors.torch import save
 
+from models.backbones.wan import WanBackbone
 from models.scene import STORY_TEXT, EncodedSpan, Scene, Shot, Source, link_shots, shot_tensor_key
 
 CHANNELS, SIZE, TEXT_LENGTH, TEXT_DIM = 4, 4, 12, 16
@@ -65,3 +67,14 @@ def make_scene(number: int, frames: Sequence[int], generator: torch.Generator) -
     source = Source(f"{scene_id}.mp4", "0" * 64, 1)
     total = 40 * len(frames)
     return Scene(scene_id, f"video{number}", source, 8.0, 32, 32, total / 8, link_shots(shots, scene_id)), tensors
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole."""
+    reader = dcp.FileSystemReader(checkpoint)
+    index = reader.read_metadata().state_dict_metadata
+    state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in index.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
