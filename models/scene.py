@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import json
 import math
-import types
-import typing
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from difflib import get_close_matches
-from typing import Any, Literal, TypeVar, cast
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from models.records import RecordError, decode
 
 Transition = Literal["start", "cut", "dissolve", "fade"]
 
@@ -30,7 +29,7 @@ SHOT_TENSORS = (
 )  # fmt: skip
 
 
-class SceneError(ValueError):
+class SceneError(RecordError):
     """A scene record breaks the contract; the message names the scene, the field, the value and what it should be."""
 
 
@@ -154,7 +153,10 @@ class Scene:
         except ValueError as error:
             raise SceneError(f"scene record is not JSON: {error}") from error
         name = value.get("scene_id", "?") if isinstance(value, dict) else "?"
-        scene = _decode(Scene, value, f"scene {name!r}")
+        try:
+            scene = decode(Scene, value, f"scene {name!r}")
+        except RecordError as error:
+            raise SceneError(str(error)) from error
         scene.validate()
         return scene
 
@@ -249,44 +251,3 @@ def _finite(at: str, value: Any) -> None:
             _finite(f"{at}[{i}]", inner)
     elif isinstance(value, float) and not math.isfinite(value):
         raise SceneError(f"{at} is {value}, expected a finite number")
-
-
-T = TypeVar("T")
-
-
-def _decode(kind: type[T], value: Any, at: str) -> T:
-    """Rebuild a value of type `kind` from its JSON form, checking every type on the way."""
-    if is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise SceneError(f"{at}: expected an object, got {type(value).__name__}")
-        hints = typing.get_type_hints(kind)
-        names = [f.name for f in fields(kind)]
-        for key in value:
-            if key not in names:
-                near = get_close_matches(key, names, n=1)
-                raise SceneError(f"{at}: unknown field {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        known = {name: _decode(hints[name], value[name], f"{at}.{name}") for name in names if name in value}
-        try:
-            return cast(T, kind(**known))
-        except TypeError as error:
-            raise SceneError(f"{at}: {str(error).split(') ', 1)[-1].replace('__init__() ', '')}") from error
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):  # X | None
-        if value is None:
-            return cast(T, None)
-        return cast(T, _decode(next(a for a in args if a is not type(None)), value, at))
-    if origin is Literal:
-        if value not in args:
-            raise SceneError(f"{at} is {value!r}, expected one of {', '.join(map(repr, args))}")
-        return cast(T, value)
-    if origin is list and isinstance(value, list):
-        return cast(T, [_decode(args[0], inner, f"{at}[{i}]") for i, inner in enumerate(value)])
-    if origin is dict and isinstance(value, dict):
-        return cast(T, {key: _decode(args[1], inner, f"{at}.{key}") for key, inner in value.items()})
-    if kind is Any:
-        return cast(T, value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return cast(T, float(value))
-    if origin is None and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    raise SceneError(f"{at} is {value!r} ({type(value).__name__}), expected {getattr(kind, '__name__', kind)}")

@@ -42,14 +42,18 @@ class TextEncoder:
     Each text is encoded alone, unpadded: an embedding never depends on what else is in the batch.
     """
 
-    def __init__(self, tokenizer: Any, model: nn.Module) -> None:
+    def __init__(self, tokenizer: Any, model: nn.Module, max_length: int = 512) -> None:
         self.tokenizer = tokenizer
         self.model = model.eval().requires_grad_(False)
-        self.truncated = 0  # texts cut by `max_tokens` so far
+        self.max_length = max_length  # tokens; longer texts are cut
+        self.truncated = 0  # texts cut so far
 
     @staticmethod
     def from_folder(
-        path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        path: Path | str,
+        max_length: int = 512,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> TextEncoder:
         """Reads `tokenizer/` and `text_encoder/` of a model folder."""
         from transformers import AutoTokenizer, T5EncoderModel, UMT5EncoderModel
@@ -64,7 +68,7 @@ class TextEncoder:
             raise ValueError(f"{config}: model_type is {kind!r}, supported are {', '.join(classes)}")
         tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer", local_files_only=True)
         model = classes[kind].from_pretrained(path / "text_encoder", local_files_only=True, dtype=dtype)
-        return TextEncoder(tokenizer, model.to(device))
+        return TextEncoder(tokenizer, model.to(device), max_length)
 
     @property
     def dim(self) -> int:
@@ -76,10 +80,10 @@ class TextEncoder:
         return weights_hash(self.model.state_dict(), {"tokenizer": type(self.tokenizer).__name__})
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> list[Tensor]:
-        """One embedding [L_i,D] per text, valid tokens only, on the CPU; L_i >= 1 (the end token of an empty text).
+    def encode(self, texts: Sequence[str]) -> list[Tensor]:
+        """One embedding [L_i,D] per text, float32 on the CPU, valid tokens only; L_i >= 1 (an empty text's end token).
 
-        Texts longer than `max_tokens` are cut, counted in `truncated`, and warned about.
+        Texts of more than `max_length` tokens are cut, counted in `truncated`, and warned about.
         """
         device = next(self.model.parameters()).device
         done: dict[str, Tensor] = {}
@@ -87,19 +91,20 @@ class TextEncoder:
         for text in texts:
             if text in done:
                 continue
-            ids = self.tokenizer(clean_prompt(text), return_tensors="pt").input_ids
-            if max_tokens is not None and ids.shape[1] > max_tokens:
+            ids = self.tokenizer(clean_prompt(text), return_tensors="pt", verbose=False).input_ids
+            if ids.shape[1] > self.max_length:
                 cut += 1
-                ids = torch.cat([ids[:, : max_tokens - 1], ids[:, -1:]], dim=1)  # the end token stays
-            done[text] = self.model(ids.to(device)).last_hidden_state[0].cpu()
+                ids = torch.cat([ids[:, : self.max_length - 1], ids[:, -1:]], dim=1)  # the end token stays
+            done[text] = self.model(ids.to(device)).last_hidden_state[0].float().cpu()
         if cut:
             self.truncated += cut
-            warnings.warn(f"{cut} of {len(texts)} texts are longer than {max_tokens} tokens and were cut", stacklevel=2)
+            warnings.warn(f"{cut} of {len(done)} texts have over {self.max_length} tokens and were cut", stacklevel=2)
         return [done[text] for text in texts]
 
-    def null(self, length: int) -> Tensor:
-        """The context of "no text", [length,D]: the packed encoding of the empty string, as in Wan."""
-        return pack_text(self.encode([""]), length)
+
+def null_text(encoder: TextEncoder, length: int) -> Tensor:
+    """The context of "no text", [length,D]: the packed encoding of the empty string, Wan's own convention."""
+    return pack_text(encoder.encode([""]), length)
 
 
 def clean_prompt(text: str) -> str:

@@ -1,0 +1,26 @@
+"""Methods by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+from models.methods.base import Method
+from models.methods.fvdm import FVDM
+from models.methods.lct import LCT
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (FVDM, LCT)}
+
+
+def get_method(name: str, **params: Any) -> Method:
+    """The method `name` with its parameters; ValueError for a name or a parameter it does not have."""
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
+    known = [field.name for field in dataclasses.fields(METHODS[name])]
+    for key in params:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
+            raise ValueError(f"method {name!r} has no parameter {key!r}; {hint}")
+    return METHODS[name](**params)

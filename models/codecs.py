@@ -1,0 +1,87 @@
+"""Video to latents and back with a causal VAE (`AutoencoderKLWan`).
+
+B batch, C latent channels, F latent frames, T = 4(F-1)+1 video frames, H W video size, h w latent size. Rule: what must
+be known without the future is encoded alone: every shot by itself, a given frame by itself.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+
+from models.text import weights_hash
+
+
+class VideoCodec:
+    """Encodes and decodes one clip or a batch of equal ones. Holds caches while it runs: one thread at a time."""
+
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        self.vae = cast(Any, vae)
+        self.vae.eval().requires_grad_(False)
+        config = self.vae.config
+        self.temporal_stride: int = config.scale_factor_temporal
+        self.spatial_stride: int = config.scale_factor_spatial
+        self.latent_channels: int = config.z_dim
+        if {len(config.latents_mean), len(config.latents_std)} != {config.z_dim}:
+            raise ValueError(
+                f"the VAE's latents_mean and latents_std have {len(config.latents_mean)} and {len(config.latents_std)} "
+                f"entries for {config.z_dim} latent channels; write one per channel into vae/config.json"
+            )
+        self._mean = torch.tensor(config.latents_mean).view(-1, 1, 1, 1)
+        self._std = torch.tensor(config.latents_std).view(-1, 1, 1, 1)
+
+    @staticmethod
+    def from_folder(path: Path | str, device: torch.device | str = "cpu") -> VideoCodec:
+        """Reads `vae/` of a model folder, in float32 (diffusers' advice for Wan: bfloat16 shows in the pixels)."""
+        path = Path(path) / "vae"
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"{path / 'config.json'} is missing: a model folder keeps its VAE there")
+        vae: Any = AutoencoderKLWan.from_pretrained(
+            path, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
+        )
+        return VideoCodec(vae.to(device))
+
+    @property
+    def device(self) -> torch.device:
+        return self.vae.device
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 over weights and config; latents made under equal hashes are interchangeable."""
+        return weights_hash(self.vae.state_dict(), dict(self.vae.config))
+
+    def num_latent_frames(self, num_frames: int) -> int:
+        """F for T video frames; ValueError unless T = stride*k + 1."""
+        if num_frames < 1 or num_frames % self.temporal_stride != 1:
+            raise ValueError(f"{num_frames} frames: the VAE takes {self.temporal_stride}k+1 frames (1, 5, 9, ...)")
+        return (num_frames - 1) // self.temporal_stride + 1
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior (mean, logvar), each [B,C,F,h,w] in raw VAE units, of video [B,3,T,H,W] in [-1,1]."""
+        if video.ndim != 5 or video.shape[1] != 3:
+            raise ValueError(f"video has shape {tuple(video.shape)}, expected [B,3,T,H,W]")
+        self.num_latent_frames(video.shape[2])
+        height, width = video.shape[3:]
+        if height % self.spatial_stride or width % self.spatial_stride:
+            raise ValueError(f"video is {height}x{width}, the VAE needs multiples of {self.spatial_stride}")
+        posterior = self.vae.encode(video.to(self.device, self.vae.dtype)).latent_dist
+        return posterior.mean, posterior.logvar
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Video [B,3,T,H,W] in [-1,1] from normalised latents [B,C,F,h,w]."""
+        return self.vae.decode(self.denormalize(latents.to(self.device)).to(self.vae.dtype)).sample
+
+    def normalize(self, mean: Tensor) -> Tensor:
+        """Raw VAE latents [...,C,F,h,w] to the backbone's units: zero mean, unit deviation per channel."""
+        return (mean - self._mean.to(mean)) / self._std.to(mean)
+
+    def denormalize(self, z: Tensor) -> Tensor:
+        """Inverse of `normalize`."""
+        return z * self._std.to(z) + self._mean.to(z)
