@@ -21,7 +21,7 @@ import difflib
 import enum
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
@@ -29,18 +29,23 @@ from typing import Any, Literal, TypeVar, Union
 import yaml
 
 from infra.knobs import KeyDoc, default_of, describe, fields, knob, plain, required, type_words
+from infra.yaml_nodes import (
+    LITERAL,
+    ConfigError,
+    apply_override,
+    children,
+    is_null,
+    parse_literal,
+    read_file,
+    untyped,
+    value_words,
+    where,
+)
 
 __all__ = ["ConfigError", "KeyDoc", "describe", "knob", "load_config", "required", "to_yaml"]
 
 T = TypeVar("T")
-COMMAND_LINE = "command line"
 _TRUE, _FALSE = {"true", "yes", "on"}, {"false", "no", "off"}
-_LITERAL = "!literal"  # tag of command-line text that is not yet read as YAML
-_MAP = "tag:yaml.org,2002:map"
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used. The message says where, which key, which value and what to do."""
 
 
 def load_config(cls: type[T], file: Path | str | None = None, overrides: Sequence[str] = ()) -> T:
@@ -48,81 +53,17 @@ def load_config(cls: type[T], file: Path | str | None = None, overrides: Sequenc
 
     Raises ConfigError on an unknown, missing, doubled or ill-typed key, and when a dataclass refuses its values.
     """
-    tree = _read_file(Path(file)) if file is not None else yaml.MappingNode(_MAP, [])
+    tree = read_file(Path(file)) if file is not None else yaml.MappingNode("tag:yaml.org,2002:map", [])
     if not isinstance(tree, yaml.MappingNode):
-        raise ConfigError(f"{_where(tree)}: a config file holds `key: value` lines, found {_value_words(tree)}")
+        raise ConfigError(f"{where(tree)}: a config file holds `key: value` lines, found {value_words(tree)}")
     for override in overrides:
-        _apply_override(tree, override)
+        apply_override(tree, override)
     return typing.cast(T, _Reader(cls).read_dataclass(cls, tree, "", None))
 
 
 def to_yaml(config: Any) -> str:
     """The YAML text of a config object; `load_config(type(config), file_with_that_text)` gives an equal object."""
     return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True, width=120)
-
-
-# --- text to node tree: a node keeps its literal text and its line ------------------------------------------------
-
-
-def _read_file(path: Path) -> yaml.Node:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file (looked from {Path.cwd()})") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-    try:
-        node = _compose(text, str(path))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    return node if node is not None else yaml.MappingNode(_MAP, [], yaml.Mark(str(path), 0, 0, 0, "", 0))
-
-
-def _compose(text: str, name: str) -> yaml.Node | None:
-    loader = yaml.SafeLoader(text)
-    loader.name = name
-    try:
-        return loader.get_single_node()
-    finally:
-        loader.dispose()
-
-
-def _apply_override(tree: yaml.MappingNode, override: str) -> None:
-    """Sets one `a.b=value` in the tree. The value stays literal text until the type of its field is known."""
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise ConfigError(f"{COMMAND_LINE}: '{override}' is not of the form key=value (example: train.steps=20)")
-    node: Any = tree
-    for part in parts[:-1]:
-        child = _child(node, part, key)
-        if not isinstance(child, (yaml.MappingNode, yaml.SequenceNode)):
-            child = yaml.MappingNode(_MAP, [])
-            _set_child(node, part, child)
-        node = child
-    _child(node, parts[-1], key)
-    _set_child(node, parts[-1], yaml.ScalarNode(_LITERAL, text))
-
-
-def _child(node: Any, part: str, key: str) -> Any:
-    if isinstance(node, yaml.MappingNode):
-        return next((child for name, child in node.value if name.value == part), None)
-    if part.isdecimal() and int(part) < len(node.value):
-        return node.value[int(part)]
-    raise ConfigError(f"{COMMAND_LINE}: '{key}': no item {part} in a list of {len(node.value)}, counted from 0")
-
-
-def _set_child(node: Any, part: str, child: yaml.Node) -> None:
-    if isinstance(node, yaml.SequenceNode):
-        node.value[int(part)] = child
-        return
-    kept = [(name, old) for name, old in node.value if name.value != part]
-    node.value = [*kept, (yaml.ScalarNode(_LITERAL, part), child)]
-
-
-# --- node tree to typed objects ----------------------------------------------------------------------------------
 
 
 class _Reader:
@@ -140,12 +81,12 @@ class _Reader:
             return self._read_choice(args, node, key)
         if isinstance(hint, type) and issubclass(hint, enum.Enum):
             return hint(self._read_choice(tuple(m.value for m in hint), node, key))
-        if node.tag == _LITERAL and hint not in (str, Path):
-            literal, node = node, _parse_literal(node)
-            if isinstance(node, yaml.ScalarNode) and list in (origin, hint):
+        if node.tag == LITERAL and hint not in (str, Path):
+            literal, node = node, parse_literal(node)
+            if not isinstance(node, yaml.SequenceNode) and list in (origin, hint):
                 node = yaml.SequenceNode("tag:yaml.org,2002:seq", [literal])  # one value stands for a list of one
         if hint is Any:
-            return _untyped(node)
+            return untyped(node)
         if dataclasses.is_dataclass(hint):
             return self.read_dataclass(typing.cast(type, hint), node, key, base)
         if origin in (list, tuple) or hint in (list, tuple):
@@ -154,19 +95,19 @@ class _Reader:
             if not isinstance(node, yaml.MappingNode):
                 raise _mismatch(hint, node, key)
             item = args[1] if args else Any
-            return {k: self.read(item, v, f"{key}.{k}", None) for k, v in _pairs(node, key)}
+            return {k: self.read(item, v, f"{key}.{k}", None) for k, v in children(node)}
         return _read_scalar(hint, node, key)
 
     def read_dataclass(self, cls: type, node: Any, key: str, base: Any) -> Any:
         if not isinstance(node, yaml.MappingNode):
             raise _mismatch(cls, node, key)
-        given = dict(_pairs(node, key))
+        given = dict(children(node))
         prefix = key + "." if key else ""
         names = [field.name for field, _ in fields(cls)]
         for name, child in given.items():
             if name not in names:
                 remedy = self._suggest(names, prefix, name)
-                raise ConfigError(f"{_where(child)}: unknown key '{prefix}{name}'; {remedy}")
+                raise ConfigError(f"{where(child)}: unknown key '{prefix}{name}'; {remedy}")
         values = {}
         for field, hint in fields(cls):
             name, default = field.name, getattr(base, field.name) if isinstance(base, cls) else default_of(field)
@@ -174,16 +115,16 @@ class _Reader:
                 values[name] = self.read(hint, given[name], prefix + name, default)
             elif default is MISSING:
                 note = f": {field.metadata['help']}" if "help" in field.metadata else ""
-                raise ConfigError(f"{_where(node)}: key '{prefix}{name}' ({type_words(hint)}) is required{note}")
+                raise ConfigError(f"{where(node)}: key '{prefix}{name}' ({type_words(hint)}) is required{note}")
             else:
                 values[name] = default
         try:
             return cls(**values)
         except (ValueError, TypeError) as error:  # what the dataclass checks in __post_init__
-            raise ConfigError(f"{_where(node)}: {f'in {key!r}: ' if key else ''}{error}") from error
+            raise ConfigError(f"{where(node)}: {f'in {key!r}: ' if key else ''}{error}") from error
 
     def _read_union(self, hint: Any, args: tuple[Any, ...], node: Any, key: str, base: Any) -> Any:
-        if type(None) in args and _is_null(node):
+        if type(None) in args and is_null(node):
             return None
         members = [a for a in args if a is not type(None)]
         if len(members) == 1:
@@ -212,7 +153,7 @@ class _Reader:
         close = difflib.get_close_matches(node.value, [str(c) for c in choices], 1)
         nearest = f"; nearest is '{close[0]}'" if close else ""
         words = ", ".join(f"'{c}'" for c in choices)
-        raise ConfigError(f"{_where(node)}: key '{key}': {_value_words(node)} is not one of {words}{nearest}")
+        raise ConfigError(f"{where(node)}: key '{key}': {value_words(node)} is not one of {words}{nearest}")
 
     def _suggest(self, siblings: list[str], prefix: str, name: str) -> str:
         if close := difflib.get_close_matches(name, siblings, 1):
@@ -228,7 +169,7 @@ def _read_scalar(hint: Any, node: Any, key: str) -> Any:
     if not isinstance(node, yaml.ScalarNode):
         pass
     elif hint in (str, Path):
-        if node.tag == _LITERAL or not _is_null(node):
+        if node.tag == LITERAL or not is_null(node):
             return Path(text).expanduser() if hint is Path else text
     elif node.style is None and hint is bool and text.lower() in _TRUE | _FALSE:
         return text.lower() in _TRUE
@@ -240,57 +181,6 @@ def _read_scalar(hint: Any, node: Any, key: str) -> Any:
     raise _mismatch(hint, node, key)
 
 
-def _parse_literal(node: yaml.ScalarNode) -> yaml.Node:
-    """Command-line text where something other than text is wanted is YAML: numbers, [lists], {mappings}."""
-    try:
-        parsed = _compose(node.value, COMMAND_LINE)
-    except yaml.YAMLError:
-        parsed = None
-    return parsed if parsed is not None else yaml.ScalarNode("tag:yaml.org,2002:str", node.value, style='"')
-
-
-def _pairs(node: yaml.MappingNode, key: str) -> Iterator[tuple[str, Any]]:
-    yaml.SafeLoader("").flatten_mapping(node)  # YAML merge keys `<<: *base`
-    seen = set()
-    for name, child in node.value:
-        if name.value in seen:
-            raise ConfigError(f"{_where(name)}: key '{f'{key}.' if key else ''}{name.value}' is given twice; keep one")
-        seen.add(name.value)
-        yield str(name.value), child
-
-
-def _untyped(node: Any) -> Any:
-    """A value whose field accepts anything: YAML's own reading, plus `1e-3` as a number."""
-    if isinstance(node, yaml.MappingNode):
-        return {key: _untyped(child) for key, child in _pairs(node, "")}
-    if isinstance(node, yaml.SequenceNode):
-        return [_untyped(child) for child in node.value]
-    value = yaml.SafeLoader("").construct_object(node)
-    try:
-        return float(value) if isinstance(value, str) and node.style is None else value
-    except ValueError:
-        return value
-
-
-def _is_null(node: Any) -> bool:
-    nulls = ("null", "~") if node.tag == _LITERAL else ("null", "~", "")
-    return isinstance(node, yaml.ScalarNode) and node.style is None and node.value.lower() in nulls
-
-
 def _mismatch(hint: Any, node: Any, key: str) -> ConfigError:
     at = f"key '{key}': " if key else ""
-    return ConfigError(f"{_where(node)}: {at}expected {type_words(hint)}, got {_value_words(node)}")
-
-
-def _value_words(node: Any) -> str:
-    if isinstance(node, yaml.MappingNode):
-        return "a mapping"
-    if isinstance(node, yaml.SequenceNode):
-        return f"a list of {len(node.value)}"
-    quoted = " (quoted text)" if node.style and node.start_mark else ""
-    return "null" if _is_null(node) else f"'{node.value}'{quoted}"
-
-
-def _where(node: Any) -> str:
-    mark = node.start_mark
-    return COMMAND_LINE if mark is None or mark.name == COMMAND_LINE else f"{mark.name}:{mark.line + 1}"
+    return ConfigError(f"{where(node)}: {at}expected {type_words(hint)}, got {value_words(node)}")
