@@ -1,0 +1,101 @@
+"""Pictures and videos of the report as data URIs: key frames of prepared shots, strips and files of generated scenes."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from models.scene import Scene, Shot
+from pipelines.report import SceneSheet, ShotSheet, Take
+
+KEY_SIZE = 96  # pixels, both sides of a key frame in a contact sheet
+
+
+def image_uri(frame: np.ndarray, side: int | None = None) -> str:
+    """uint8 [H,W,3] as a data URI: JPEG scaled to fit `side`, or lossless PNG at its own size."""
+    buffer = io.BytesIO()
+    image = Image.fromarray(frame)
+    if side is None:
+        image.save(buffer, "PNG", optimize=True)
+        return _uri("image/png", buffer.getvalue())
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    image.save(buffer, "JPEG", quality=84)
+    return _uri("image/jpeg", buffer.getvalue())
+
+
+def video_uri(path: Path) -> str:
+    """An mp4 file as a data URI."""
+    return _uri("video/mp4", path.read_bytes())
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def take(path: Path, cuts: list[int], label: str, note: str) -> Take:
+    """A generated video with a strip of three frames per shot, first, middle and last."""
+    from sample.video_io import read_video
+
+    frames, _ = read_video(path)
+    edges = [0, *cuts, len(frames)]
+    strip = [
+        [image_uri(frames[k]) for k in _spread(begin, end)] for begin, end in zip(edges, edges[1:], strict=False)
+    ]
+    return Take(label, note, video_uri(path), frames.shape[2], strip)
+
+
+def scene_sheet(scene: Scene, source: Path, max_shots: int = 9) -> SceneSheet:
+    """Contact sheet of a prepared scene: of each shot when it begins, how, its caption and three of its frames.
+
+    A source that can no longer be read leaves the pictures out.
+    """
+    shots = [shot for shot in scene.shots if shot.encoded is not None][:max_shots]
+    wanted = [_key_pts(shot) for shot in shots]
+    pictures = _frames_at(source, sorted({pts for row in wanted for pts in row}))
+    return SceneSheet(
+        source.name,
+        scene.story,
+        [
+            ShotSheet(
+                begins=shot.transition,
+                when=f"{shot.start_s:.1f} s, lasts {shot.duration_s:.1f} s",
+                caption=shot.prompt or shot.sentence,
+                images=[image_uri(pictures[pts], KEY_SIZE) for pts in row if pts in pictures],
+            )
+            for shot, row in zip(shots, wanted, strict=True)
+        ],
+    )
+
+
+def _key_pts(shot: Shot) -> list[int]:
+    assert shot.encoded is not None
+    pts = shot.encoded.pts
+    return [pts[k] for k in _spread(0, len(pts))]
+
+
+def _spread(begin: int, end: int) -> list[int]:
+    """First, middle and last of begin..end-1; fewer where there are fewer."""
+    return sorted({begin, (begin + end - 1) // 2, end - 1})
+
+
+def _frames_at(source: Path, wanted: list[int]) -> dict[int, np.ndarray]:
+    """Frames of a video by PTS, upright, at least KEY_SIZE on each side."""
+    from preprocess.decode import DecodeCount, frames
+    from preprocess.outcome import SetAside
+    from preprocess.probe import probe
+
+    found: dict[int, np.ndarray] = {}
+    try:
+        info = probe(str(source))
+        for frame in frames(str(source), info, KEY_SIZE, KEY_SIZE, count=DecodeCount()):
+            if frame.pts in wanted:
+                found[frame.pts] = frame.image
+            if wanted and frame.pts >= wanted[-1]:
+                break
+    except SetAside:
+        pass  # a contact sheet without pictures is better than no report
+    return found
