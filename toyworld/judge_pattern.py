@@ -9,12 +9,14 @@ import numpy as np
 
 from toyworld.judge_pixels import LIGHT_MIX
 from toyworld.judge_shape import Match, shape_cover
+from toyworld.render import OUTLINE_WIDTH
 from toyworld.vocabulary import SHAPES, Pattern, Shape
 
 GRID = 21  # samples across the body
 REACH = 1.15  # half-width of the sampled square in radii
 STEP = 5.0  # degrees between templates
-MIN_CONTRAST = 0.10  # weakest spread of the marks (0: no marks, 1: pure colour beside pure light)
+MIN_CONTRAST = 0.025  # weakest spread of the marks (0: no marks, 1: pure colour beside pure light)
+CLEAR_CONTRAST = 0.10  # from here on MIN_CORRELATION is enough; fainter marks must fit a template better
 MIN_CORRELATION = 0.45
 
 
@@ -57,7 +59,13 @@ def _inside(shape: Shape, outlined: bool, angle: float) -> np.ndarray:
     """Samples well inside the paint [GRID^2], as weights."""
     x, y = _axes()
     cover = shape_cover(shape, outlined, x, y, angle, 1.0)  # 0.5 - distance
-    return np.clip((cover - 0.5 - (0.06 if outlined else 0.14)) * 20.0, 0.0, 1.0)
+    margin = 0.18 * OUTLINE_WIDTH[shape] if outlined else 0.14
+    return np.clip((cover - 0.5 - margin) * 20.0, 0.0, 1.0)
+
+
+def _is_marked(contrast: np.ndarray, correlation: np.ndarray) -> np.ndarray:
+    needed = MIN_CORRELATION + 5.0 * np.maximum(CLEAR_CONTRAST - contrast, 0.0)
+    return (contrast > MIN_CONTRAST) & (correlation > needed)
 
 
 def read_pattern(frames: np.ndarray, rgb: np.ndarray, match: Match, readable: np.ndarray) -> PatternReading:
@@ -85,7 +93,11 @@ def read_pattern(frames: np.ndarray, rgb: np.ndarray, match: Match, readable: np
     variance = np.maximum(weight @ (masks**2).T / total - mean**2, 1e-6)
     covariance = (weight * centred) @ masks.T / total
     correlation = covariance / np.sqrt(variance) / np.maximum(contrast, 1e-6)[:, None]  # [T,P]
-    marked = (contrast > MIN_CONTRAST) & (correlation.max(1) > MIN_CORRELATION)
+    marked = _is_marked(contrast, correlation.max(1))
+    if readable.any() and marked[readable].mean() <= 0.5:
+        # marks that one frame shows too faintly may show in all frames together
+        together = correlation[readable].mean(0).max()
+        marked |= bool(_is_marked(contrast[readable].mean(), together)) & (contrast > MIN_CONTRAST)
     best_striped = correlation[:, striped].max(1)
     best_dotted = correlation[:, ~striped].max(1)
     # small bodies blur their marks: let the larger frames of a shot speak louder

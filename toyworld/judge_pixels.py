@@ -11,16 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from toyworld.vocabulary import COLOURS, DIM_FACTOR, PLACE_RGB, Colour, Light, PlaceName, colour_rgb
+from toyworld.vocabulary import COLOURS, DIM_FACTOR, LANDMARK_RGB, PLACE_RGB, Colour, Light, PlaceName, colour_rgb
 
 SIDE = 64  # every clip is read at this size
 LIGHT_MIX = 0.62  # the light marks of stripes and dots: colour + LIGHT_MIX * (white - colour)
 HUE_STEPS = (-8.0, 0.0, 8.0)
-LANDMARK_RGB = {
-    "tree": ((104, 124, 100), (96, 78, 66)),
-    "house": ((150, 138, 130), (92, 76, 74)),
-    "moon": ((232, 230, 214),),
-}
 MIN_COVER = 0.30  # a place is read if this share of the frame has its colours
 PLACE_TOLERANCE = 20.0  # RGB distance at which a pixel counts 0.6 towards a place
 

@@ -42,7 +42,7 @@ def shape_cover(
     cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     distance = signed_distance(shape, px * cos - py * sin, px * sin + py * cos)
     if outlined:
-        half = OUTLINE_WIDTH / 2
+        half = OUTLINE_WIDTH[shape] / 2
         distance = np.abs(distance + half) - half
     return np.clip(0.5 - distance * softness, 0.0, 1.0)
 

@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from toyworld.vocabulary import DIM_FACTOR, HORIZON, PLACE_RGB, Action, Shape, colour_rgb
+from toyworld.vocabulary import DIM_FACTOR, HORIZON, LANDMARK_RGB, PLACE_RGB, Action, Shape, colour_rgb
 from toyworld.world import Character, Place, ToyScene, ToyShot
 
 TRAVEL = 0.30  # a move goes from centre - TRAVEL to centre + TRAVEL
 GROWTH = 0.40  # grow runs from 1 - GROWTH to 1 + GROWTH times the character's size
 CLOSE_FACTOR = 1.4  # a close shot draws characters this much larger
-OUTLINE_WIDTH = 0.34  # of the radius
-PIXELATED_BLOCKS = 16  # blocks across the width
+OUTLINE_WIDTH: dict[Shape, float] = {  # of the radius; thin bodies have thin outlines, or they would look filled
+    "circle": 0.34, "square": 0.34, "triangle": 0.34, "star": 0.22, "heart": 0.34, "cross": 0.18,
+}  # fmt: skip
+PIXELATED_BLOCKS = 32  # blocks across the width: as coarse as shapes and patterns can bear
 
 
 class Pose(NamedTuple):
@@ -86,9 +88,9 @@ def _actor_pose(action: Action, x: float, y: float, t: float, place: Place) -> P
         return still._replace(y=0.76 - 0.50 * height)
     if action == "spin":
         return still._replace(angle=360.0 * t)
-    if action == "hide":
-        hidden = 0.36 <= t < 0.64
-        return still._replace(x=place.landmark_x + 0.8 * (t - 0.5) * (1 if place.side == "left" else -1), y=0.66, visible=not hidden)
+    if action == "hide":  # from the open side behind the landmark and back, never out of the picture
+        reach = 0.45 * abs(2 * t - 1) * (1 if place.side == "left" else -1)
+        return still._replace(x=place.landmark_x + reach, y=0.66, visible=not 0.36 <= t < 0.64)
     if action == "change":
         return still._replace(striped=1.0 if t >= 0.5 else 0.0)
     if action == "approach":
@@ -201,7 +203,7 @@ def _draw_character(canvas: np.ndarray, who: Character, pose: Pose, radius: floa
     lx, ly = (px * cos - py * sin) / radius, (px * sin + py * cos) / radius
     distance = signed_distance(who.shape, lx, ly)
     if outlined:
-        half = OUTLINE_WIDTH / 2
+        half = OUTLINE_WIDTH[who.shape] / 2
         distance = np.abs(distance + half) - half
     alpha = np.clip(0.5 - distance * radius, 0.0, 1.0)
     base = np.asarray(colour_rgb(who.colour, who.hue_offset), dtype=np.float64)
@@ -234,13 +236,13 @@ def _draw_landmark(canvas: np.ndarray, place: Place) -> None:
         _blend(canvas, rows, cols, np.clip(0.5 - (np.hypot(px, py) - r * size), 0, 1), np.asarray(rgb) * brightness)
 
     if place.landmark == "tree":
-        box(place.landmark_x, 0.66, 0.025, 0.16, (96, 78, 66))
-        disc(place.landmark_x, 0.44, 0.15, (104, 124, 100))
+        box(place.landmark_x, 0.66, 0.025, 0.16, LANDMARK_RGB["tree"][1])
+        disc(place.landmark_x, 0.44, 0.15, LANDMARK_RGB["tree"][0])
     elif place.landmark == "house":
-        box(place.landmark_x, 0.58, 0.15, 0.20, (150, 138, 130))
-        box(place.landmark_x, 0.37, 0.17, 0.025, (92, 76, 74))
+        box(place.landmark_x, 0.58, 0.15, 0.20, LANDMARK_RGB["house"][0])
+        box(place.landmark_x, 0.37, 0.17, 0.025, LANDMARK_RGB["house"][1])
     elif place.landmark == "moon":
-        disc(place.landmark_x, 0.16, 0.075, (232, 230, 214))
+        disc(place.landmark_x, 0.16, 0.075, LANDMARK_RGB["moon"][0])
 
 
 def _background(place: Place, size: int, horizon: float, duotone: bool) -> np.ndarray:

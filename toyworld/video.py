@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 from dataclasses import asdict, dataclass
@@ -120,7 +121,7 @@ def _write_json(path: Path, record: dict[str, Any]) -> None:
 def _timing(scene: ToyScene, rate: float, look: Footage) -> tuple[list[int], list[int]]:
     """Which drawn frame each written frame shows, and its PTS in TIME_BASE. Every shot keeps its first frame."""
     step = Fraction(rate).limit_denominator(1001)
-    count = int(np.ceil(scene.num_frames * step / scene.fps))
+    count = math.ceil(scene.num_frames * step / scene.fps)
     times = [Fraction(n) / step for n in range(count)]
     source = [min(int(t * scene.fps), scene.num_frames - 1) for t in times]
     if look.variable_rate:

@@ -74,6 +74,12 @@ PLACE_RGB: dict[PlaceName, tuple[tuple[int, int, int], tuple[int, int, int]]] = 
     "snow": ((206, 216, 228), (246, 248, 250)),
     "room": ((200, 188, 198), (132, 112, 104)),
 }
+# the colours of each landmark, crown, wall or disc first; the moon is brighter than every sky, so that it shows
+LANDMARK_RGB: dict[Landmark, tuple[tuple[int, int, int], ...]] = {
+    "tree": ((104, 124, 100), (96, 78, 66)),
+    "house": ((150, 138, 130), (92, 76, 74)),
+    "moon": ((250, 246, 226),),
+}
 HORIZON = 0.62  # share of the height that is sky
 DIM_FACTOR = 0.62  # a dim place keeps this share of its brightness; characters keep theirs
 

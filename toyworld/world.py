@@ -150,7 +150,11 @@ def _anchors(rng: np.random.Generator, action: Action, count: int) -> tuple[tupl
         spots = [(0.5, 0.5)]
     elif action in ("move_up", "move_down", "jump", "rise_and_drop"):
         spots = [(near, 0.5), (far, 0.5), (0.5, 0.16)]
-    elif action in ("move_left", "move_right", "hide", *PAIR_ACTIONS):
+    elif action == "hide":  # the hider's path has its own height (render.py): companions stay above it
+        spots = [(0.5, near), (0.5, 0.24), (0.14, 0.20)]
+    elif action in PAIR_ACTIONS:  # so have the paths of pairs, through the middle
+        spots = [(0.5, near), (0.5, far), (0.14, 0.87 if far > 0.5 else 0.13)]
+    elif action in ("move_left", "move_right"):
         spots = [(0.5, near), (0.5, far), (0.14, far)]
     else:
         spots = [(near, 0.5), (far, 0.5), (0.5, 0.16)]
