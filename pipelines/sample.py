@@ -28,14 +28,13 @@ class SampleConfig:
     """All that `shotloom sample` can be told."""
 
     model: Path = required("model folder")
-    storyboards: list[Path] = knob([], "storyboard files (YAML or JSON), or folders of them")
+    storyboards: list[Path] | Path = knob([], "storyboard file (YAML or JSON), folder of them, or a list of these")
     out: Path = knob(Path("runs/sample"), "folder for the videos, their records and manifest.jsonl")
     seed: int = knob(0, "of storyboards without a seed of their own; each name gets its own noise from it")
     independent: bool = knob(False, "make every shot by itself: the single-shot baseline")
     text: Literal["scene", "sentence"] = knob("scene", "a shot reads its story and prompt, or its lone sentence")
     steps: int = knob(30, "denoising steps")
     guidance: float = knob(5.0, "classifier-free guidance scale of the text; 1 = none")
-    context_level: float = knob(0.1, "noise level in [0, 1) at which given shots are seen")
     batch_size: int = knob(1, "storyboards of equal shape made at once")
     device: str = knob("cpu", "torch device: cpu, cuda, ...")
     dtype: Literal["float32", "bfloat16"] = knob("float32", "of the model's weights and activations")
@@ -77,7 +76,8 @@ def run_sample(
     from pipelines.storyboards import load_storyboards
 
     started = time.monotonic()
-    boards = [*load_storyboards(config.storyboards), *(storyboards or [])]
+    paths = [config.storyboards] if isinstance(config.storyboards, Path) else config.storyboards
+    boards = [*load_storyboards(paths), *(storyboards or [])]
     names = [board.name for board in boards]
     if not boards:
         raise ValueError("no storyboards to sample; name files or folders in `storyboards`")
@@ -146,7 +146,7 @@ class _Job:
 def generate_settings(config: SampleConfig) -> GenerateSettings:
     from sample.generate import GenerateSettings
 
-    return GenerateSettings(config.steps, config.guidance, config.context_level, config.text)
+    return GenerateSettings(config.steps, config.guidance, config.text)
 
 
 def folder_fingerprint(folder: Path) -> str:

@@ -32,6 +32,7 @@ def sample(
     layout: ClipLayout,
     plan: Tensor,  # [K+1, F] noise levels in [0, 1], non-increasing in k
     text: Text,  # contexts of the B samples, [B, G, L, D]
+    /,  # `layout` may also be among the backbone's arguments
     *,
     shape: tuple[int, int, int, int, int],  # (B, C, F, H, W) of the latents
     generator: Generators,

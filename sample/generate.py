@@ -1,0 +1,293 @@
+"""Storyboards to frames: words and given media in, uint8 videos out, for any method a model folder names.
+
+A scene is made as one clip whose shots see one another (LCT, 2503.10589), or with `independent=True` shot by shot
+from the same texts and the same start noise, which is the baseline that a scene model has to beat. Every shot is
+decoded alone, as it was encoded in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.layout import ClipLayout
+from models.methods import get_method
+from models.noise import base_levels
+from models.text import TextContext, pack_text
+from sample.guidance import Guidance
+from sample.sampler import Callback, sample
+from sample.storyboard import Storyboard, StoryboardError, StoryboardShot, derive_seed, shot_generators
+from sample.video_io import fit_frames, read_image, read_video
+
+if TYPE_CHECKING:
+    from models.folder import Model, ModelSettings
+    from models.methods import Method
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+MAX_SHOTS = 9  # LCT trains on scenes of up to nine shots
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """How to sample; what to sample is the storyboard's."""
+
+    steps: int = 30
+    guidance: float = 5.0  # classifier-free guidance scale of the text; 1 is none
+    text: Literal["scene", "sentence"] = "scene"  # a shot reads [story; prompt], or its self-contained sentence
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps}; give at least 1")
+
+    def override(self, *, steps: int | None = None, guidance: float | None = None) -> GenerateSettings:
+        """These settings with what is not None put in place."""
+        given = {"steps": steps, "guidance": guidance}
+        return replace(self, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A finished video: uint8 frames [T, H, W, 3] and the first frame of every shot but the first."""
+
+    frames: np.ndarray
+    cuts: list[int]
+
+
+def generate_scene(
+    model: Model,
+    storyboard: Storyboard,
+    settings: GenerateSettings,
+    seed: int,
+    *,
+    independent: bool = False,
+    callback: Callback | None = None,
+) -> tuple[np.ndarray, list[int]]:
+    """Frames uint8 [T, H, W, 3] of one storyboard and its cuts (first frame of every shot but the first)."""
+    (clip,) = generate_scenes(model, [storyboard], settings, [seed], independent=independent, callback=callback)
+    return clip.frames, clip.cuts
+
+
+def generate_scenes(
+    model: Model,
+    storyboards: Sequence[Storyboard],
+    settings: GenerateSettings,
+    seeds: Sequence[int],
+    *,
+    independent: bool = False,
+    callback: Callback | None = None,
+) -> list[Clip]:
+    """One clip per storyboard, made as one batch; all must have the same `scene_shape`.
+
+    A scene's noise comes from its own seed, so its neighbours in the batch do not change it. Raises StoryboardError
+    for a storyboard that the model cannot make, naming the shot and the field.
+    """
+    for board in storyboards:
+        board.validate(temporal_stride=model.codec.temporal_stride)
+    if independent:
+        return _generate_shots_alone(model, storyboards, settings, seeds, callback)
+    shapes = {scene_shape(board, model.settings) for board in storyboards}
+    if len(shapes) != 1:
+        raise ValueError(f"a batch needs storyboards of one shape, got {len(shapes)}: {sorted(shapes)}")
+
+    first = storyboards[0]  # stands for all where only the shape matters
+    media = [_load_media(first, index, model) for index in range(len(first.shots))]
+    method = get_method(model.settings.method, **model.settings.method_params)
+    layout, task = _layout(method, first, media, model)
+    levels = base_levels(settings.steps, shift=model.settings.level_shift)
+    text, null = _encode_texts(storyboards, layout, model, settings.text)
+    latents = sample(
+        model.backbone,
+        layout,
+        method.plan(layout, levels, task).to(text.embeddings.device),
+        text,
+        shape=(len(storyboards), model.codec.latent_channels, layout.num_frames, *_latent_size(model)),
+        generator=[shot_generators(board, seed) for board, seed in zip(storyboards, seeds, strict=True)],
+        given=_encode_media(media, layout, model, len(storyboards)),
+        guidance=Guidance([("text", settings.guidance)]),
+        null={"text": null},
+        callback=callback,
+        **method.backbone_kwargs(layout),
+    )
+    return [_to_clip(one, layout, first, media, model) for one in latents]
+
+
+def scene_shape(storyboard: Storyboard, described: ModelSettings) -> tuple[tuple[int, str, str], ...]:
+    """What storyboards of one batch share: the length of each shot and the media it is given."""
+    return tuple((shot.frames or described.frames_per_shot, shot.given, shot.first_frame) for shot in storyboard.shots)
+
+
+def largest_scene(described: ModelSettings) -> int:
+    """Most shots that a model of these settings makes as one scene."""
+    return MAX_SHOTS if "joint" in get_method(described.method, **described.method_params).tasks else 1
+
+
+def starts_from_image(described: ModelSettings) -> bool:
+    """Whether a shot can start from a given first frame."""
+    return "i2v" in get_method(described.method, **described.method_params).tasks
+
+
+def _generate_shots_alone(
+    model: Model,
+    storyboards: Sequence[Storyboard],
+    settings: GenerateSettings,
+    seeds: Sequence[int],
+    callback: Callback | None,
+) -> list[Clip]:
+    """Every shot a clip of its own, with its scene's text and its own start noise; equal shapes share a batch."""
+    boards = [
+        replace(board, shots=[replace(shot, seed=derive_seed(seed, index) if shot.seed is None else shot.seed)])
+        for board, seed in zip(storyboards, seeds, strict=True)
+        for index, shot in enumerate(board.shots)
+    ]
+    frames: list[np.ndarray] = [np.empty(0)] * len(boards)
+    groups: dict[Any, list[int]] = {}
+    for index, board in enumerate(boards):
+        if (given := _load_media(board, 0, model)) is not None and board.shots[0].given:
+            frames[index] = given
+        else:
+            groups.setdefault(scene_shape(board, model.settings), []).append(index)
+    for number, members in enumerate(groups.values()):
+        on_step = None if callback is None else _part_of(callback, number, len(groups))
+        alone = [boards[index] for index in members]
+        clips = generate_scenes(model, alone, settings, [0] * len(alone), callback=on_step)
+        for index, clip in zip(members, clips, strict=True):
+            frames[index] = clip.frames
+    finished = iter(frames)
+    return [_join([next(finished) for _ in board.shots]) for board in storyboards]
+
+
+def _part_of(callback: Callback, number: int, parts: int) -> Callback:
+    """The callback of part `number` of a run of `parts` equal parts."""
+    return lambda done, total: callback(number * total + done, parts * total)
+
+
+def _load_media(storyboard: Storyboard, index: int, model: Model) -> np.ndarray | None:
+    """The given pixels of a shot at the model's size, uint8 [T, H, W, 3] with T = 4k+1: its frames, or its first."""
+    shot = storyboard.shots[index]
+    field, path = ("given", shot.given) if shot.given else ("first_frame", shot.first_frame)
+    if not path:
+        return None
+    try:
+        if shot.first_frame or Path(path).suffix.lower() in IMAGE_SUFFIXES:
+            frames = read_image(path)[None]
+        else:
+            frames = read_video(path)[0]
+    except ValueError as error:
+        raise StoryboardError(f"{_where(storyboard, index)}: {field}: {error}", f"shots.{index}.{field}") from error
+    longest = shot.frames or model.settings.frames_per_shot
+    stride = model.codec.temporal_stride
+    frames = frames[: (min(len(frames), longest) - 1) // stride * stride + 1]
+    return fit_frames(frames, model.settings.height, model.settings.width)
+
+
+def _layout(
+    method: Method, storyboard: Storyboard, media: list[np.ndarray | None], model: Model
+) -> tuple[ClipLayout, str]:
+    """How the model's method lays out what the storyboard asks for, and the task's name."""
+    shots = storyboard.shots
+    given = [index for index, shot in enumerate(shots) if shot.given]
+    started = [index for index, shot in enumerate(shots) if shot.first_frame]
+    many = len(shots) > 1
+    task = "shot_conditioned" if given else "i2v" if started else "joint" if "joint" in method.tasks else "t2v"
+    if task not in method.tasks or (many and task in ("i2v", "t2v")):
+        index, field = (given[0], "given") if given else (started[0], "first_frame") if started else (0, "prompt")
+        hint = "; independent=true makes every shot by itself" if many and not given else ""
+        raise StoryboardError(
+            f"{_where(storyboard, index)}: a model of method {method.name!r} cannot make {len(shots)} shots in one "
+            f"scene with {len(given)} given shots and {len(started)} given first frames (its tasks: "
+            f"{', '.join(method.tasks)}){hint}",
+            f"shots.{index}.{field}",
+        )
+    lengths = [
+        len(pixels) if shot.given and pixels is not None else shot.frames or model.settings.frames_per_shot
+        for shot, pixels in zip(shots, media, strict=True)
+    ]
+    latent_frames = [model.codec.num_latent_frames(length) for length in lengths]
+    return method.layout_for_task(task, latent_frames, **({"given_shots": given} if given else {})), task
+
+
+def _encode_texts(
+    storyboards: Sequence[Storyboard], layout: ClipLayout, model: Model, text: str
+) -> tuple[TextContext, TextContext]:
+    """The contexts of all shots [B, G, L, D] and those of the null branch."""
+    rows, nulls = [], []
+    for board in storyboards:
+        contexts = []
+        for index, shot in enumerate(board.shots):
+            try:
+                contexts.append(_encode_context(shot_texts(board, shot, text), model))
+            except ValueError as error:
+                raise StoryboardError(f"{_where(board, index)}: {error}", f"shots.{index}.prompt") from error
+        try:
+            null = _encode_context([board.negative], model)
+        except ValueError as error:
+            raise StoryboardError(f"storyboard {board.name!r}: negative: {error}", "negative") from error
+        rows.append(torch.stack(contexts))
+        nulls.append(null.expand(len(board.shots), -1, -1))
+    to = {"device": model.device, "dtype": model.backbone.transformer.patch_embedding.weight.dtype}
+    return (
+        TextContext(torch.stack(rows).to(**to), layout.text_ids),
+        TextContext(torch.stack(nulls).to(**to), layout.text_ids),
+    )
+
+
+def _encode_context(texts: list[str], model: Model) -> Tensor:
+    """One context [L, D]. Raises ValueError for texts that do not fit, also for one that the encoder would cut."""
+    before = model.text.truncated
+    context = pack_text(model.text.encode(texts), model.settings.text_length)
+    if model.text.truncated > before:
+        raise ValueError(f"a text has more than the model's {model.settings.text_length} tokens; shorten it")
+    return context
+
+
+def shot_texts(storyboard: Storyboard, shot: StoryboardShot, text: str) -> list[str]:
+    """The texts of a shot's context: [story; prompt] in a scene, its lone sentence otherwise."""
+    if text == "scene" and storyboard.story:
+        return [storyboard.story, shot.prompt or shot.sentence]
+    return [shot.sentence or shot.prompt]
+
+
+def _encode_media(media: list[np.ndarray | None], layout: ClipLayout, model: Model, batch: int) -> Tensor | None:
+    """Normalised latents [B, C, F, H, W] of the given frames, each shot's encoded alone; zero elsewhere."""
+    if all(pixels is None for pixels in media):
+        return None
+    given = torch.zeros(model.codec.latent_channels, layout.num_frames, *_latent_size(model))
+    for pixels, frames in zip(media, layout.shot_slices, strict=True):
+        if pixels is not None:
+            video = torch.tensor(pixels).permute(3, 0, 1, 2)[None].float() / 127.5 - 1  # [1, 3, T, H, W]
+            latents = model.codec.normalize(model.codec.encode(video)[0])[0]
+            given[:, frames.start : frames.start + latents.shape[1]] = latents.cpu()
+    return given.expand(batch, -1, -1, -1, -1)
+
+
+def _to_clip(
+    latents: Tensor, layout: ClipLayout, storyboard: Storyboard, media: list[np.ndarray | None], model: Model
+) -> Clip:
+    """Pixels of one scene's latents [C, F, H, W]: each shot decoded alone, given shots as they were given."""
+    shots = []
+    for shot, pixels, frames in zip(storyboard.shots, media, layout.shot_slices, strict=True):
+        if shot.given and pixels is not None:
+            shots.append(pixels)
+        else:
+            video = model.codec.decode(latents[None, :, frames])[0].float()  # [3, T, H, W]
+            shots.append(((video.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy())
+    return _join(shots)
+
+
+def _join(shots: list[np.ndarray]) -> Clip:
+    starts = np.cumsum([len(shot) for shot in shots])[:-1]
+    return Clip(np.concatenate(shots), [int(start) for start in starts])
+
+
+def _latent_size(model: Model) -> tuple[int, int]:
+    return model.settings.height // model.codec.spatial_stride, model.settings.width // model.codec.spatial_stride
+
+
+def _where(storyboard: Storyboard, index: int) -> str:
+    return f"storyboard {storyboard.name!r}, shot {index}"
