@@ -49,8 +49,8 @@ class _Format(logging.Formatter):
 class Progress:
     """Progress of one job of `total` items (None: not known). Made by `progress`; safe to use from several threads."""
 
-    def __init__(self, name: str, total: int | None) -> None:
-        self.name, self.total, self.done = name, total, 0
+    def __init__(self, name: str, total: int | None, done: int) -> None:
+        self.name, self.total, self.done, self.first = name, total, done, done
         self.figures: dict[str, Any] = {}
         self.started = time.monotonic()
 
@@ -62,7 +62,7 @@ class Progress:
             self._changed()
 
     def update(self, done: int | None = None, total: int | None = None, **figures: Any) -> None:
-        """Sets the count, the total or figures outright, e.g. on resuming at step 400."""
+        """Sets the count, the total or figures outright, e.g. where another process does the work."""
         with _lock:
             self.done = self.done if done is None else done
             self.total = self.total if total is None else total
@@ -74,8 +74,8 @@ class Progress:
         seconds = max(time.monotonic() - self.started, 1e-9)
         count = f"{self.done}/{self.total} ({100 * self.done // self.total} %)" if self.total else str(self.done)
         parts = [f"{self.name}: {count}"]
-        if self.done and seconds > 1:
-            rate = self.done / seconds
+        if self.done > self.first and seconds > 1:
+            rate = (self.done - self.first) / seconds
             parts.append(f"{_figure(rate)}/s" if rate >= 1 else f"{_figure(1 / rate)} s each")
             if self.total and self.total > self.done:
                 parts.append(f"{duration((self.total - self.done) / rate)} left")
@@ -94,10 +94,10 @@ class Progress:
 class _Lines(Progress):
     """For files and pipes: a plain line at the start and the end, in between ever more rarely (2 s to 1 min apart)."""
 
-    def __init__(self, name: str, total: int | None) -> None:
-        super().__init__(name, total)
+    def __init__(self, name: str, total: int | None, done: int) -> None:
+        super().__init__(name, total, done)
         self._shown = self.started
-        _say(f"{name}: started" + (f", {total} to do" if total is not None else ""))
+        _say(f"{name}: started" + (f", {total - done} to do" if total is not None else ""))
 
     def _changed(self) -> None:
         now = time.monotonic()
@@ -115,10 +115,10 @@ class _Live(Progress):
     _display: Any = None
     _users = 0
 
-    def __init__(self, name: str, total: int | None) -> None:
+    def __init__(self, name: str, total: int | None, done: int) -> None:
         from rich import progress as rich
 
-        super().__init__(name, total)
+        super().__init__(name, total, done)
         with _lock:
             if _Live._users == 0:
                 columns = (
@@ -132,7 +132,7 @@ class _Live(Progress):
                 _Live._display = rich.Progress(*columns, console=_console())
                 _Live._display.start()
             _Live._users += 1
-            self._task = _Live._display.add_task(name, total=total, figures="")
+            self._task = _Live._display.add_task(name, total=total, completed=done, figures="")
 
     def _changed(self) -> None:
         figures = ", ".join(f"{key} {_figure(value)}" for key, value in self.figures.items())
@@ -148,10 +148,13 @@ class _Live(Progress):
 
 
 @contextlib.contextmanager
-def progress(name: str, total: int | None = None) -> Iterator[Progress]:
-    """Shows the progress of a job: `with progress("encode", len(items)) as p: p.advance(loss=0.12)`."""
+def progress(name: str, total: int | None = None, done: int = 0) -> Iterator[Progress]:
+    """Shows the progress of a job: `with progress("encode", len(items)) as p: p.advance(loss=0.12)`.
+
+    total: items in all, None where not known. done: items done before, by the run that this one resumes.
+    """
     terminal = sys.stderr.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
-    job: Progress = _Live(name, total) if terminal else _Lines(name, total)
+    job: Progress = _Live(name, total, done) if terminal else _Lines(name, total, done)
     completed = False
     try:
         yield job
@@ -163,9 +166,9 @@ def progress(name: str, total: int | None = None) -> Iterator[Progress]:
 
 def duration(seconds: float) -> str:
     """Seconds in words a person reads: `0.4 s`, `12 s`, `3:05 min`, `2:14 h`."""
-    if seconds < 10:
+    if seconds < 9.95:
         return f"{seconds:.1f} s"
-    if seconds < 60:
+    if seconds < 59.5:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"

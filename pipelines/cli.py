@@ -7,7 +7,7 @@ import importlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -73,7 +73,7 @@ JOBS = (
         "EvaluateConfig",
         "run_evaluate",
         "Score generated ToyWorld scenes with the judge: identity, action, text, cuts.",
-        "shotloom evaluate model=runs/train/model",
+        "shotloom evaluate videos=runs/sample",
     ),
 )
 
@@ -115,11 +115,11 @@ class JobCommand(click.Command):
         try:
             result = function(load_config(config_class, file, overrides))
         except ConfigError as error:
-            _fail(self.job.name, error, 2)
+            _fail(error, 2)
         except (ValueError, OSError) as error:  # bad input, which our errors explain; anything else is a bug
             if traceback:
                 raise
-            _fail(self.job.name, f"{error}\n(--traceback shows where in the code this arose)", 1)
+            _fail(f"{error}\n(--traceback shows where in the code this arose)", 1)
         if hasattr(result, "summary"):
             click.echo(result.summary())
 
@@ -150,8 +150,8 @@ def _default(words: str) -> str:
     return words if words == "required" else f"default {words}"
 
 
-def _fail(name: str, error: object, code: int) -> None:
-    click.echo(f"shotloom {name}: {error}", err=True)
+def _fail(error: object, code: int) -> NoReturn:
+    click.echo(f"{click.get_current_context().command_path}: {error}", err=True)
     sys.exit(code)
 
 
