@@ -49,14 +49,21 @@ def build_report(result: DemoResult, scenes: Sequence[Scene], takes: Sequence[Ta
         happened=f"{files} were cut into shots, captioned and encoded as scenes; a small single-shot video model was "
         "fine-tuned on them to make scenes whose shots know one another (LCT); the same storyboards were generated "
         "before and after; the fine-tuned model was served over HTTP."
-        + ("" if toy else " The starting model knows only ToyWorld, a drawn world of shapes: with real footage this "
-           "shows that the whole way works on your files, not what a large model would make of them."),
+        + (
+            ""
+            if toy
+            else " The starting model knows only ToyWorld, a drawn world of shapes: with real footage this "
+            "shows that the whole way works on your files, not what a large model would make of them."
+        ),
         notes=result.notes,
         headline=headline,
         flow=_flow(result, scenes),
         compared=f"Same storyboards, same start noise, {config.sample_steps} steps, guidance {config.guidance:g}. "
-        + ("The storyboards are held out: training never showed these characters, or never in this action. "
-           if toy else "The storyboards are captions of your own scenes. ")
+        + (
+            "The storyboards are held out: training never showed these characters, or never in this action. "
+            if toy
+            else "The storyboards are captions of your own scenes. "
+        )
         + "Below each video: first, middle and last frame of its shots.",
         generated=_generated(takes),
         judge=judge_rows(result.judge["before"], result.judge["after"]) if result.judge else [],
@@ -90,9 +97,14 @@ def _percent(scores: dict[str, dict[str, float]], name: str) -> str:
 def _flow(result: DemoResult, scenes: Sequence[Scene]) -> list[Entry]:
     times = {stage.name: duration(stage.seconds) for stage in result.stages}
     steps = {
-        "render": "videos rendered", "collect": "videos found", "prepare": "scenes in shards", "train": "LCT fine-tuning",
-        "generate": "before and after", "judge": "pixels read back", "serve": "one video over HTTP",
-    }  # fmt: skip
+        "render": "videos rendered",
+        "collect": "videos found",
+        "prepare": "scenes in shards",
+        "train": "LCT fine-tuning",
+        "generate": "before and after",
+        "judge": "pixels read back",
+        "serve": "one video over HTTP",
+    }
     return [Entry(name, f"{what}, {times[name]}") for name, what in steps.items() if name in times]
 
 

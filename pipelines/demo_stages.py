@@ -238,9 +238,7 @@ def serve_one(config: DemoConfig, model: Path, board: Storyboard, out: Path, sta
     """Serve the fine-tuned model with Ray Serve on a free loopback port and fetch one video over HTTP."""
     from pipelines.serve import ServeConfig, serving
 
-    served = ServeConfig(
-        model=model, folder=out / "serve", port=0, steps=config.sample_steps, guidance=config.guidance
-    )
+    served = ServeConfig(model=model, folder=out / "serve", port=0, steps=config.sample_steps, guidance=config.guidance)
     with serving(served) as url:
         result = fetch_video(url, board, config.seed, out / "served.mp4")
     stage.items, stage.what = 1, f"1 video over HTTP, {result.seconds:.1f} s after the request"
@@ -259,9 +257,7 @@ def fetch_video(url: str, board: Storyboard, seed: int, path: Path) -> Served:
     board = replace(board, shots=board.shots[:SHOTS])
     body = {
         "prompt": board.story or board.shots[0].sentence or board.shots[0].prompt,
-        "shots": [
-            {"prompt": shot.prompt or shot.sentence, "sentence": shot.sentence} for shot in board.shots
-        ],
+        "shots": [{"prompt": shot.prompt or shot.sentence, "sentence": shot.sentence} for shot in board.shots],
         "seed": seed,
     }
     began = time.monotonic()

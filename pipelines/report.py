@@ -1,4 +1,4 @@
-"""The demo's report: facts in, one self-contained HTML file out. Media are embedded, nothing is loaded from elsewhere."""
+"""The demo's report: facts in, one self-contained HTML file out, media embedded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ METRICS: dict[str, tuple[str, str, int, bool]] = {
     ),
     "identity_unsaid": (
         "Identity across shots, unsaid",
-        "change from shot to shot of traits no text mentions: 1 as between strangers, 0 none; lower is better", -1, False,
+        "change of traits that no text mentions: 1 as between strangers, 0 none; lower is better", -1, False,
     ),
     "place_agreement": ("Place across shots", "pairs of shots that both show the place asked for", 1, True),
     "colour": ("Colour", "characters in the colour asked for", 1, True),

@@ -1,4 +1,4 @@
-"""Pictures and videos of the report as data URIs: key frames of prepared shots, strips and files of generated scenes."""
+"""Pictures and videos of the report as data URIs: contact sheets of prepared shots, generated scenes with strips."""
 
 from __future__ import annotations
 
@@ -42,9 +42,7 @@ def take(path: Path, cuts: list[int], label: str, note: str) -> Take:
 
     frames, _ = read_video(path)
     edges = [0, *cuts, len(frames)]
-    strip = [
-        [image_uri(frames[k]) for k in _spread(begin, end)] for begin, end in zip(edges, edges[1:], strict=False)
-    ]
+    strip = [[image_uri(frames[k]) for k in _spread(begin, end)] for begin, end in zip(edges, edges[1:], strict=False)]
     return Take(label, note, video_uri(path), frames.shape[2], strip)
 
 
