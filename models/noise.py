@@ -196,8 +196,8 @@ def diffusion_loss(pred: Tensor, target: Tensor, weights: Tensor) -> Tensor:
 def _per_pixel(level: Tensor, x: Tensor) -> Tensor:
     """Level as [B or 1,1,F or 1,1,1], to broadcast over x [B,C,F,H,W]."""
     batch, _, frames, _, _ = x.shape
-    rows = level if level.ndim == 2 else level[None] if level.ndim == 1 else level.reshape(1, 1)
-    if level.ndim > 2 or rows.shape[0] not in (1, batch) or rows.shape[1] not in (1, frames):
+    rows = level.reshape(1, -1) if level.ndim < 2 else level
+    if rows.ndim > 2 or rows.shape[0] not in (1, batch) or rows.shape[1] not in (1, frames):
         raise ValueError(
             f"noise level has shape {tuple(level.shape)}, x {tuple(x.shape)}: expected [{batch},{frames}], "
             f"[{frames}] (one row for all samples) or [{batch},1] (one level per sample)"

@@ -58,7 +58,10 @@ def save_lora(backbone: WanBackbone, folder: Path | str) -> Path:
 
 
 def load_lora(backbone: WanBackbone, file: Path | str) -> None:
-    """Add the LoRA of a safetensors file (or of a folder that holds one) to a backbone that has none."""
+    """Add the LoRA of a safetensors file (or of a folder that holds one) to a backbone that has none.
+
+    The rest of the backbone is frozen, so that training goes on where it was.
+    """
     file = Path(file)
     file = file / LORA_WEIGHT_NAME_SAFE if file.is_dir() else file
     if not file.is_file():
@@ -68,6 +71,8 @@ def load_lora(backbone: WanBackbone, file: Path | str) -> None:
     if not any(name.startswith(f"{PREFIX}.") for name in names):
         raise ValueError(f"{file}: holds no weights named {PREFIX}.*; its first is {names[:1]}")
     backbone.transformer.load_lora_adapter(file.parent, weight_name=file.name, prefix=PREFIX, local_files_only=True)
+    for name, parameter in backbone.named_parameters():
+        parameter.requires_grad_("lora_" in name)
 
 
 def merge_lora(backbone: WanBackbone) -> None:
