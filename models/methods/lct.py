@@ -53,7 +53,7 @@ class LCT(Method):
         self.check_task(task)
         if (task == "shot_conditioned") != bool(given_shots):
             raise ValueError(
-                f"task {task!r} with given_shots={list(given_shots)}: shot_conditioned takes them, joint none"
+                f"task {task!r} with given_shots={list(given_shots)}: shot_conditioned needs some, joint takes none"
             )
         given = check_indices("given_shots", given_shots, len(shot_frames), "shots")
         return ClipLayout(

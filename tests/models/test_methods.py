@@ -1,0 +1,205 @@
+"""Methods: what a task gives, that its plan leads an oracle to the truth, that training has seen its levels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models.layout import ClipLayout, Segment, shots_layout
+from models.methods import METHODS, get_method
+from models.noise import FlowMatching, base_levels, noise_plan
+
+FVDM_TASKS = {
+    "t2v": ({}, "TTTTT"),
+    "i2v": ({}, "CTTTT"),
+    "interpolation": ({}, "CTTTC"),
+    "extension": ({"head": 2}, "CCTTT"),
+    "transition": ({"head": 1, "tail": 2}, "CTTCC"),
+    "next_frame": ({}, "CCCCT"),
+    "any_frame": ({"frames": [3, 1]}, "TCTCT"),
+}
+LCT_TASKS = {"joint": ({}, "TTTTT"), "shot_conditioned": ({"given_shots": [1]}, "TTHTT")}
+LETTERS = {"condition": "C", "target": "T", "history": "H"}
+
+
+def rows():
+    """Every (method, task, layout) of the table, with two shots or more where shots matter."""
+    for task, (givens, _) in FVDM_TASKS.items():
+        yield "fvdm", task, get_method("fvdm").layout_for_task(task, [5], **givens)
+    for task, (givens, _) in LCT_TASKS.items():
+        yield "lct", task, get_method("lct").layout_for_task(task, [2, 1, 2], **givens)
+
+
+def test_every_task_of_every_method_is_in_the_table():
+    assert set(FVDM_TASKS) == set(METHODS["fvdm"].tasks) and set(LCT_TASKS) == set(METHODS["lct"].tasks)
+
+
+@pytest.mark.parametrize("task", FVDM_TASKS)
+@pytest.mark.parametrize("shots", [[5], [2, 3]])
+def test_fvdm_gives_the_frames_of_its_task(task, shots):
+    givens, roles = FVDM_TASKS[task]
+    layout = get_method("fvdm").layout_for_task(task, shots, **givens)
+    assert "".join(LETTERS[role] for role in layout.roles) == roles
+    assert layout.shot_ids.tolist() == layout.text_ids.tolist() == [i for i, n in enumerate(shots) for _ in range(n)]
+
+
+@pytest.mark.parametrize("task", LCT_TASKS)
+def test_lct_gives_whole_shots(task):
+    givens, roles = LCT_TASKS[task]
+    layout = get_method("lct").layout_for_task(task, [2, 1, 2], **givens)
+    assert "".join(LETTERS[role] for role in layout.roles) == roles
+    assert layout.text_ids.tolist() == [0, 0, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("method", "task", "shots", "givens", "message"),
+    [
+        ("fvdm", "joint", [5], {}, "no task 'joint'; it has t2v, i2v"),
+        ("fvdm", "t2v", [5], {"frames": [0]}, "takes no givens, got"),
+        ("fvdm", "extension", [5], {}, r"takes \['head'\], got none"),
+        ("fvdm", "transition", [5], {"head": 1}, r"takes \['head', 'tail'\]"),
+        ("fvdm", "transition", [3], {"head": 2, "tail": 1}, "nothing is left to generate"),
+        ("fvdm", "extension", [3], {"head": 4}, r"latent frames 0\.\.2"),
+        ("fvdm", "i2v", [1], {}, "nothing is left to generate"),
+        ("fvdm", "any_frame", [3], {"frames": [-1]}, r"latent frames 0\.\.2"),
+        ("lct", "i2v", [3], {}, "it has joint, shot_conditioned"),
+        ("lct", "joint", [3, 3], {"given_shots": [0]}, "joint takes none"),
+        ("lct", "shot_conditioned", [3, 3], {}, "needs some"),
+        ("lct", "shot_conditioned", [3, 3], {"given_shots": [0, 1]}, "nothing is left to generate"),
+    ],
+)
+def test_what_does_not_fit_a_task_is_named(method, task, shots, givens, message):
+    with pytest.raises(ValueError, match=message):
+        get_method(method).layout_for_task(task, shots, **givens)
+
+
+def test_methods_by_name():
+    for name in METHODS:
+        method = get_method(name)
+        assert method.name == name and get_method(name, **method.config()) == method
+    assert get_method("fvdm", p=0.5).config()["p"] == 0.5
+    with pytest.raises(ValueError, match="unknown method 'fdvm'; choose one of fvdm, lct"):
+        get_method("fdvm")
+    with pytest.raises(ValueError, match="no parameter 'shared_probs'; did you mean 'shared_prob'"):
+        get_method("lct", shared_probs=0.1)
+    with pytest.raises(ValueError, match="clean shots are never trained"):
+        get_method("lct", context_level=0.0)
+
+
+def test_training_layouts_keep_shots_and_texts():
+    for name in METHODS:
+        layout = get_method(name).layout_for_training([2, 1, 3])
+        assert layout == shots_layout([2, 1, 3]) and layout.is_target.all()
+
+
+def test_weights_of_the_methods():
+    layout = shots_layout([1, 3])
+    assert get_method("fvdm").loss_weights(layout).tolist() == pytest.approx([1 / 4] * 4)
+    assert get_method("lct").loss_weights(layout).tolist() == pytest.approx([1 / 2] + [1 / 6] * 3)
+
+
+def test_given_shots_get_no_gradient():
+    layout = get_method("lct").layout_for_task("shot_conditioned", [2, 1, 2], given_shots=[0])
+    assert get_method("lct").loss_weights(layout).tolist() == pytest.approx([0, 0, 1 / 2, 1 / 4, 1 / 4])
+
+
+def test_how_the_backbone_sees_the_clip():
+    layout = shots_layout([1, 3])
+    assert get_method("fvdm").backbone_kwargs(layout) == {
+        "layout": layout, "position_mode": "contiguous", "attention_rule": "full",
+    }  # fmt: skip
+    lct = get_method("lct", position_mode="diagonal", position_gap=7)
+    assert lct.backbone_kwargs(layout) == {
+        "layout": layout, "position_mode": "diagonal", "position_gap": 7, "attention_rule": "full",
+    }  # fmt: skip
+
+
+# --- sampling ------------------------------------------------------------------------------------------------------
+
+MORE_PLANS = {
+    "lag": (shots_layout([4]), {"mode": "lag", "lag": 3}),
+    "lag behind history": (
+        ClipLayout((Segment("history", 2), Segment("target", 3))),
+        {"mode": "lag", "lag": 1, "context_level": 0.1},
+    ),
+    "ramp": (shots_layout([4]), {"mode": "scale", "multipliers": [0.1, 0.4, 0.7, 1.0]}),
+    "buffer": (
+        ClipLayout((Segment("condition", 1), Segment("buffer", 3), Segment("target", 2))),
+        {"mode": "min", "caps": [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]},
+    ),
+}
+
+
+def all_plans():
+    levels = base_levels(9, shift=3.0)
+    for method, task, layout in rows():
+        yield f"{method} {task}", layout, get_method(method).plan(layout, levels, task)
+    for name, (layout, options) in MORE_PLANS.items():
+        yield name, layout, noise_plan(layout, levels, **options)
+
+
+@pytest.mark.parametrize(("name", "layout", "plan"), [pytest.param(*row, id=row[0]) for row in all_plans()])
+def test_an_oracle_recovers_the_truth_and_given_frames_are_held(name, layout, plan):
+    assert (plan[1:] <= plan[:-1]).all() and (plan[-1, layout.is_target] == 0).all()
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 3, layout.num_frames, 2, 2)
+    truth, noise = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    flow = FlowMatching()
+    # where sampling starts from pure noise the truth must come from the oracle alone
+    source = torch.where((plan[0] == 1)[:, None, None], 77.0, truth)
+    x = start = flow.add_noise(source, noise, plan[0])
+    held = (plan == plan[0]).all(dim=0)
+    assert held.tolist() == layout.is_given.tolist()
+    for level, after in zip(plan, plan[1:], strict=False):
+        u = level.double()[:, None, None]
+        eps = (x - (1 - u) * truth) / u
+        # for a held frame any prediction must do, also a wild one
+        velocity = torch.where((level == after)[:, None, None], torch.inf, eps - truth)
+        clean = flow.predict_clean(x, eps - truth, level)
+        moving = (level > 0) & ~held
+        assert torch.allclose(clean[:, :, moving], truth[:, :, moving], rtol=0, atol=1e-9)
+        x = flow.step(x, velocity, level, after)
+    assert torch.equal(x[:, :, held], start[:, :, held]), "held frames are bit-equal"
+    ends = plan[-1] == 0
+    assert torch.allclose(x[:, :, ends], truth[:, :, ends], rtol=0, atol=1e-9)
+    if name.startswith("fvdm"):
+        given = layout.is_given
+        assert torch.equal(x[:, :, given], truth[:, :, given]), "and exactly what was given"
+
+
+# --- support -------------------------------------------------------------------------------------------------------
+
+
+def uncovered(method, layout: ClipLayout, task: str, draws: int = 60000, tolerance: float = 0.08) -> list[int]:
+    """Rows of the plan that training comes nowhere near: exact zeros must be met exactly, other levels closely."""
+    plan = method.plan(layout, base_levels(6, shift=method.shift), task)[:-1]  # the model never sees the last row
+    lengths = [s.stop - s.start for s in layout.shot_slices]
+    training = method.layout_for_training(lengths)
+    seen = method.sample_levels(training, draws, torch.Generator().manual_seed(0))
+    missing = []
+    for k, row in enumerate(plan):
+        same_zeros = ((seen == 0) == (row == 0)).all(dim=1)
+        near = ((seen - row).abs() < tolerance).all(dim=1)
+        if not (same_zeros & near).any():
+            missing.append(k)
+    return missing
+
+
+@pytest.mark.parametrize(("method", "task", "layout"), [pytest.param(*row, id=" ".join(row[:2])) for row in rows()])
+def test_training_covers_the_levels_that_sampling_visits(method, task, layout):
+    assert not uncovered(get_method(method), layout, task)
+
+
+def test_without_clean_frames_the_given_ones_are_never_trained():
+    method = get_method("fvdm", clean_prob=0.0)
+    assert len(uncovered(method, method.layout_for_task("i2v", [5]), "i2v")) == 6
+    assert not uncovered(method, method.layout_for_task("t2v", [5]), "t2v")
+    shots = get_method("lct", context_level=0.0, clean_prob=0.2)
+    layout = shots.layout_for_task("shot_conditioned", [2, 2], given_shots=[0])
+    assert not uncovered(shots, layout, "shot_conditioned")
+
+
+def test_plain_training_is_one_level_per_clip():
+    plain = get_method("fvdm", p=0.0, clean_prob=0.0)
+    levels = plain.sample_levels(shots_layout([5]), 500, torch.Generator().manual_seed(0))
+    assert (levels == levels[:, :1]).all()
