@@ -8,11 +8,17 @@ The model folder it leaves is read by plain diffusers and by `shotloom sample`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from infra.knobs import knob, required
+
+if TYPE_CHECKING:
+    from infra.log import Progress
+    from train.job import TrainJob
 
 
 @dataclass(kw_only=True)
@@ -20,9 +26,9 @@ class LoraConfig:
     """Low-rank updates instead of all weights."""
 
     rank: int = knob(0, "rank of the updates; 0 = train all weights")
-    alpha: float = knob(16.0, "updates are scaled by alpha / rank")
+    alpha: int = knob(16, "updates are scaled by alpha / rank")
     targets: list[str] = knob(["to_q", "to_k", "to_v", "to_out.0"], "names of the linear layers to update")
-    merge: bool = knob(False, "write whole weights with the updates added, instead of a LoRA file")
+    merge: bool = knob(True, "also write a whole model folder with the updates added; false = only the LoRA file")
 
 
 @dataclass(kw_only=True)
@@ -83,10 +89,16 @@ class TrainConfig:
 class TrainResult:
     """What a finished run leaves behind."""
 
-    model_dir: Path
+    model_dir: Path | None  # whole model folder; None for a LoRA that was not to be merged
+    lora_dir: Path | None  # holds pytorch_lora_weights.safetensors, which diffusers opens
     steps: int
-    losses_path: Path
+    losses_path: Path  # metrics.jsonl
     checkpoint: Path
+
+    def summary(self) -> str:
+        """Two lines for the terminal."""
+        written = ", ".join(str(folder) for folder in (self.model_dir, self.lora_dir) if folder)
+        return f"Trained to step {self.steps}: {written}\nFigures: tensorboard --logdir {self.losses_path.parent}"
 
 
 def run_train(
@@ -102,31 +114,48 @@ def run_train(
         on_step: called with each line of metrics.jsonl.
         on_checkpoint: called as (step, folder) with each new checkpoint.
     """
+    from infra.log import progress
     from infra.ray_session import ray_session
     from train.trainer import fit
     from train.watch import watching
 
-    job = make_job(config)
-    with watching(config.run_dir, on_step, on_checkpoint):
-        if config.num_workers == 0:
-            step, checkpoint = fit(job, 0)
-        else:
-            with ray_session():
-                step, checkpoint = fit(job, config.num_workers)
-    return TrainResult(config.run_dir / "model", step, config.run_dir / "metrics.jsonl", checkpoint)
+    job, run_dir = make_job(config), config.run_dir
+    with ExitStack() as stack:
+        if on_step is None:
+            bar = stack.enter_context(progress("train", config.steps))
+            on_step = partial(_show, bar)
+        if config.num_workers:
+            stack.enter_context(ray_session())
+        stack.enter_context(watching(run_dir, on_step, on_checkpoint))
+        step, checkpoint = fit(job, config.num_workers)
+    return TrainResult(
+        run_dir / "model" if not job.lora or job.lora.merge else None,
+        run_dir / "lora" if job.lora else None,
+        step,
+        run_dir / "metrics.jsonl",
+        checkpoint,
+    )
 
 
-def make_job(config: TrainConfig) -> Any:
-    """The `train.job.TrainJob` of a config; raises ValueError if dataset and model folder do not fit together."""
+def _show(bar: Progress, line: dict[str, Any]) -> None:
+    bar.update(line["step"], loss=line["loss"], tokens_per_s=line["tokens_per_s"], data_wait=line["data_wait"])
+
+
+def make_job(config: TrainConfig) -> TrainJob:
+    """The job of a config; encodes the empty text with the model's encoder."""
+    from models.folder import load_model
+    from models.text import null_text
     from train.job import Lora, TrainJob
     from train.loop import LoopSettings
     from train.scenes import TextDrop
 
-    lora = config.lora
+    lora, model = config.lora, load_model(config.model, parts=("text",))
     return TrainJob(
         model=config.model.resolve(),
         dataset=config.dataset.resolve(),
         run_dir=config.run_dir.resolve(),
+        null_text=null_text(model.text, model.settings.text_length),
+        text_hash=model.text.hash,
         method=config.method,
         method_params=config.method_params,
         batch_size=config.batch_size // config.accumulate,
@@ -134,8 +163,7 @@ def make_job(config: TrainConfig) -> Any:
         single_shot_prob=config.single_shot_prob,
         text_drop=TextDrop(config.text_drop.everything, config.text_drop.story, config.text_drop.prompts),
         latents=config.latents,
-        lora=Lora(lora.rank, lora.alpha, tuple(lora.targets)) if lora.rank else None,
-        merge_lora=lora.merge,
+        lora=Lora(lora.rank, lora.alpha, tuple(lora.targets), lora.merge) if lora.rank else None,
         parallel=config.parallel,
         activation_checkpointing=config.activation_checkpointing,
         compile_blocks=config.compile,

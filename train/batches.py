@@ -102,7 +102,7 @@ class LatentCache:
         paths: files written by `write_cache`, in the order that fixes the sample numbers.
         batch_size: samples per micro-batch, over all workers.
         text_length: tokens to pad each text to.
-        null_text: [text_length,D] context of a dropped text (`TextEncoder.null`).
+        null_text: [text_length,D] context of a dropped text (`models.text.null_text`).
         layout_for: the method's layout for a list of shot lengths in latent frames.
         text_drop_prob: share of samples trained without text, for classifier-free guidance.
     """
@@ -122,13 +122,15 @@ class LatentCache:
         if not parts:
             raise ValueError("LatentCache: no cache files given")
         self.latents = torch.cat([latents for latents, _, _ in parts])  # [n,C,F,H,W]
-        texts = [text for _, bank, _ in parts for text in bank]
+        self.texts = [text for _, bank, _ in parts for text in bank]  # [L_i,D] each
         firsts = torch.tensor([0] + [len(bank) for _, bank, _ in parts]).cumsum(0)
         self.text_ids = torch.cat([ids + first for (_, _, ids), first in zip(parts, firsts, strict=False)])  # [n]
-        self.bank = torch.stack([pack_text([text], text_length) for text in texts])  # [texts,L,D]
-        self.null_text = null_text.to(self.bank.dtype)
-        if self.null_text.shape != self.bank.shape[1:]:
-            raise ValueError(f"null_text is {tuple(null_text.shape)}, texts are {tuple(self.bank.shape[1:])}")
+        self.text_length, self.null_text = text_length, null_text.float()
+        pack_text([max(self.texts, key=len)], text_length)  # raises now if the longest does not fit
+        if null_text.shape != (text_length, self.texts[0].shape[1]):
+            raise ValueError(
+                f"null_text is {tuple(null_text.shape)}, texts are {(text_length, *self.texts[0].shape[1:])}"
+            )
         self.batch_size, self.text_drop_prob, self.seed = batch_size, text_drop_prob, seed
         self.layout = layout_for([self.latents.shape[2]])
 
@@ -149,10 +151,11 @@ class LatentCache:
 
     def batch(self, index: int, rows: slice = slice(None)) -> SceneBatch:
         numbers = torch.tensor(self.samples(index))[rows]
-        text = self.bank[self.text_ids[numbers]]  # [B,L,D]
+        texts = [self.texts[i] for i in self.text_ids[numbers].tolist()]
+        text = torch.stack([pack_text([one.float()], self.text_length) for one in texts])  # [B,L,D]
         draws = [keyed_generator(self.seed, "drop", index * self.batch_size + row) for row in rows_of(self, rows)]
         drop = torch.stack([torch.rand((), generator=draw) for draw in draws]) < self.text_drop_prob
-        text = torch.where(drop[:, None, None], self.null_text, text).float()
+        text = torch.where(drop[:, None, None], self.null_text, text)
         context = TextContext(text[:, None], torch.zeros(self.layout.num_frames, dtype=torch.long))
         return SceneBatch(
             self.latents[numbers].float(), self.layout, context, [f"clip-{n:06d}" for n in numbers.tolist()]

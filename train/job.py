@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from train.loop import LoopSettings
 from train.scenes import Latents, TextDrop
 
@@ -15,18 +17,21 @@ class Lora:
     """Train rank-`rank` updates of the backbone's linear layers named `targets` instead of all weights."""
 
     rank: int
-    alpha: float
+    alpha: int
     targets: tuple[str, ...]
+    merge: bool = True  # export a whole model folder, too
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
-    """Everything a worker needs to know; picklable. `batch_size` is a micro-batch, over all workers."""
+    """Everything a worker needs to know. `batch_size` is that of a micro-batch, over all workers."""
 
     model: Path
     dataset: Path
     run_dir: Path
     loop: LoopSettings
+    null_text: Tensor  # [L,D], what a dropped text is replaced by (`models.text.null_text`)
+    text_hash: str  # of the text encoder of `model`; the dataset must have been made with it
     method: str
     method_params: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 8
@@ -35,7 +40,6 @@ class TrainJob:
     text_drop: TextDrop = field(default_factory=TextDrop)
     latents: Latents = "sample"
     lora: Lora | None = None
-    merge_lora: bool = False
     parallel: Literal["one_device", "fsdp2"] = "one_device"
     activation_checkpointing: bool = False
     compile_blocks: bool = False

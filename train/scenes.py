@@ -71,9 +71,10 @@ class ShardDataset:
         null_text: [text_length,D] context of dropped text.
         layout_for: the method's layout for a list of shot lengths in latent frames.
         normalize: raw latents [B,C,F,H,W] -> the model's (`VideoCodec.normalize`).
+        made_with: hashes of the VAE and the text encoder of the model to train; the dataset's must be the same.
         latents: draw from the VAE's posterior, or take its mean.
     Raises:
-        ValueError: no shard, no encoded shot, damaged shard, text that does not fit.
+        ValueError: no shard, no encoded shot, damaged shard, text that does not fit, another VAE or text encoder.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class ShardDataset:
         null_text: Tensor,
         layout_for: LayoutFor,
         normalize: Callable[[Tensor], Tensor],
+        made_with: tuple[str, str],
         shots_per_scene: int = 3,
         single_shot_prob: float = 0.0,
         text_drop: TextDrop | None = None,
@@ -103,6 +105,7 @@ class ShardDataset:
         self.buckets: dict[Bucket, list[Window]] = defaultdict(list)
         for record in self.records:
             scene = Scene.from_json(record.json)
+            _check_encoders(record, scene, made_with)
             for run in encoded_runs(record, len(scene.shots)):
                 self._add(record, scene, run)
         self._weights = self._bucket_weights()
@@ -193,6 +196,16 @@ class ShardDataset:
             except ValueError as error:
                 raise ValueError(f"{window.record.shard}: {window.scene_id} shot {shot}: {error}") from error
         return torch.stack(contexts)
+
+
+def _check_encoders(record: Record, scene: Scene, made_with: tuple[str, str]) -> None:
+    found = (scene.latents.vae_hash, scene.latents.text_hash) if scene.latents else ("", "")
+    for part, has, needs in zip(("VAE", "text encoder"), found, made_with, strict=True):
+        if has != needs:
+            raise ValueError(
+                f"{record.shard}: {scene.scene_id} was encoded by the {part} {has[:12] or '(none)'}, the model to train "
+                f"has {needs[:12]}; prepare the videos again with this model"
+            )
 
 
 class Turns:

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models.folder import load_model
-from models.modules.lora import inject_lora
-from models.text import null_text
 
+from models.folder import load_model
 from models.methods import get_method
-from train.batches import keyed_seed
+from models.modules.lora import inject_lora
 from train.checkpoint import Checkpoints, latest, prune, step_name
 from train.export import export_model, full_weights
 from train.job import TrainJob
@@ -57,24 +55,24 @@ def train_worker(
     """What each worker does: load, shard, train, and on rank 0 export the averaged weights to `run_dir/model`."""
     parallel = this_rank(sharded=job.parallel == "fsdp2")
     model = load_model(job.model, parts=("backbone", "codec"), device="cpu", dtype=torch.float32)
-    backbone, settings = model.backbone, model.settings
+    backbone, codec = model.backbone, model.codec
     method = get_method(job.method, **job.method_params)
-    if job.lora:
-        torch.manual_seed(keyed_seed(job.loop.seed, "lora"))  # the same start on every rank and after every restart
-        inject_lora(backbone, job.lora.rank, job.lora.alpha, list(job.lora.targets))
     source = ShardDataset(
         job.dataset,
         batch_size=job.batch_size,
-        text_length=settings.text_length,
-        null_text=null_text(settings.text_length, backbone.text_dim),
+        text_length=model.settings.text_length,
+        null_text=job.null_text,
         layout_for=method.layout_for_training,
-        normalize=model.codec.normalize,
+        normalize=codec.normalize,
+        made_with=(codec.hash, job.text_hash),
         shots_per_scene=job.shots_per_scene,
         single_shot_prob=job.single_shot_prob,
         text_drop=job.text_drop,
         latents=job.latents,
         seed=job.loop.seed,
     )
+    if job.lora:
+        inject_lora(backbone, job.lora.rank, job.lora.alpha, job.lora.targets, seed=job.loop.seed)
     prepare(
         backbone,
         parallel,

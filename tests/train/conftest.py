@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.tiny import CHANNELS, SIZE, TEXT_DIM, TEXT_LENGTH, write_dataset
+from models.tiny import TEXT_DIM
+from tests.train.tiny import CHANNELS, SIZE, TEXT_LENGTH, write_dataset
 from train.batches import LatentCache, write_cache
 
 

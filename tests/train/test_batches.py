@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from models.methods import get_method
-from tests.train.tiny import TEXT_DIM, TEXT_LENGTH
+from models.tiny import TEXT_DIM
+from tests.train.tiny import TEXT_LENGTH
 from train.batches import LatentCache, keyed_seed, prefetch, stream, write_cache
 
 LAYOUT_FOR = get_method("fvdm").layout_for_training

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from models.methods import get_method
-from tests.train.tiny import CHANNELS, SIZE, TEXT_DIM, TEXT_LENGTH
+from models.tiny import TEXT_DIM
+from tests.train.tiny import CHANNELS, SIZE, TEXT_LENGTH
 from train.scenes import ShardDataset, TextDrop, Turns
 from train.shards import read_shard
 
@@ -25,6 +26,7 @@ def open_dataset(folder: Path, **options) -> ShardDataset:
         "null_text": NULL,
         "layout_for": get_method("lct").layout_for_training,
         "normalize": lambda latents: latents / 10.0,
+        "made_with": ("vae", "text"),
         "text_drop": TextDrop(0.0),
         "latents": "mean",
     } | options
@@ -124,6 +126,8 @@ def test_errors_name_the_file_and_the_remedy(dataset, tmp_path):
     with pytest.raises(ValueError, match=r"nothing.*no shards/\*\.tar"):
         open_dataset(tmp_path / "nothing")
     folder = dataset([[2, 2]])
+    with pytest.raises(ValueError, match="scene000 was encoded by the text encoder text, the model to train has other"):
+        open_dataset(folder, made_with=("vae", "other"))
     with pytest.raises(ValueError, match=r"scenes-000000\.tar: scene000 shot 0: .*8.*4"):
         open_dataset(folder, text_length=4, null_text=NULL[:4]).batch(0)
     shard = folder / "shards" / "scenes-000000.tar"

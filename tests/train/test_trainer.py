@@ -19,7 +19,16 @@ SETTINGS = replace(two_ranks.SETTINGS, steps=10, checkpoint_every=3, keep_checkp
 def test_a_run_whose_worker_died_ends_like_one_never_killed(ray_module, cache_file, tmp_path):
     whole = two_ranks.train(cache_file, tmp_path / "whole", SETTINGS, sharded=False)
     run_dir = tmp_path / "killed"
-    job = TrainJob(model=tmp_path, dataset=cache_file, run_dir=run_dir, loop=SETTINGS, method="fvdm", parallel="fsdp2")
+    job = TrainJob(
+        model=tmp_path,
+        dataset=cache_file,
+        run_dir=run_dir,
+        loop=SETTINGS,
+        method="fvdm",
+        parallel="fsdp2",
+        null_text=torch.zeros(1),
+        text_hash="",
+    )
     step, checkpoint = fit(job, 2, two_ranks.ray_worker)
     assert (run_dir / "died").exists(), "the worker was to die once"
     assert (step, checkpoint) == (10, run_dir / "checkpoints" / "step-000010")

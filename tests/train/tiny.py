@@ -1,4 +1,4 @@
-"""A tiny Wan and prepared datasets as real WebDataset tars. Sizes: 4 channels, 4x4 latents, texts of width 16."""
+"""A tiny Wan and prepared datasets as real WebDataset tars. Sizes: 4 channels, 4x4 latents, texts of width 32."""
 
 from __future__ import annotations
 
@@ -9,33 +9,27 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 import webdataset
-from diffusers import WanTransformer3DModel
 from safetensors.torch import save
 
 from models.backbones.wan import WanBackbone
-from models.scene import STORY_TEXT, EncodedSpan, Scene, Shot, Source, link_shots, shot_tensor_key
+from models.scene import STORY_TEXT, EncodedSpan, LatentSource, Scene, Shot, Source, link_shots, shot_tensor_key
+from models.tiny import LATENT_CHANNELS, TEXT_DIM, tiny_transformer
 
-CHANNELS, SIZE, TEXT_LENGTH, TEXT_DIM = 4, 4, 12, 16
+CHANNELS, SIZE, TEXT_LENGTH = LATENT_CHANNELS, 4, 12
 
 
 def tiny_backbone(seed: int = 0) -> WanBackbone:
-    torch.manual_seed(seed)
-    transformer = WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=CHANNELS,
-        out_channels=CHANNELS,
-        text_dim=TEXT_DIM,
-        freq_dim=16,
-        ffn_dim=32,
-        num_layers=2,
-        rope_max_seq_len=64,
-    )
-    return WanBackbone(transformer)
+    return WanBackbone(tiny_transformer(seed))
 
 
-def write_dataset(folder: Path, scenes: Sequence[Sequence[int]], *, seed: int = 0, per_shard: int = 2) -> Path:
+def write_dataset(
+    folder: Path,
+    scenes: Sequence[Sequence[int]],
+    *,
+    seed: int = 0,
+    per_shard: int = 2,
+    made_with: tuple[str, str] = ("vae", "text"),
+) -> Path:
     """Write scenes given as latent frames per shot (0 = not encoded). Shot i of scene n is filled around 10 n + i."""
     (folder / "shards").mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
@@ -43,6 +37,7 @@ def write_dataset(folder: Path, scenes: Sequence[Sequence[int]], *, seed: int = 
     with webdataset.ShardWriter(pattern, maxcount=per_shard, verbose=0) as writer:
         for number, frames in enumerate(scenes):
             scene, tensors = make_scene(number, frames, generator)
+            scene.latents = LatentSource(*made_with, "float16")
             writer.write({"__key__": scene.scene_id, "json": scene.to_json().encode(), "safetensors": save(tensors)})
     return folder
 
@@ -66,7 +61,8 @@ def make_scene(number: int, frames: Sequence[int], generator: torch.Generator) -
     scene_id = f"scene{number:03d}"
     source = Source(f"{scene_id}.mp4", "0" * 64, 1)
     total = 40 * len(frames)
-    return Scene(scene_id, f"video{number}", source, 8.0, 32, 32, total / 8, link_shots(shots, scene_id)), tensors
+    scene = Scene(scene_id, f"video{number}", source, 8.0, 32, 32, total / 8, link_shots(shots, scene_id))
+    return scene, tensors
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:

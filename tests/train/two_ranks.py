@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from models.methods import get_method
-from tests.train.tiny import TEXT_DIM, TEXT_LENGTH, tiny_backbone
+from models.tiny import TEXT_DIM
+from tests.train.tiny import TEXT_LENGTH, tiny_backbone
 from train.batches import LatentCache
 from train.checkpoint import Checkpoints
 from train.export import full_weights
