@@ -13,6 +13,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## the environment in .venv, from requirements.lock
+	@echo "ready: $(BIN)/shotloom"
 
 demo: $(STAMP) ## the whole product in ten minutes; VIDEOS=folder takes your own videos
 	$(BIN)/shotloom demo $(if $(VIDEOS),"videos=$(VIDEOS)")
@@ -32,9 +33,9 @@ types: $(STAMP) ## mypy over models/ and infra/
 toy-models: $(STAMP) ## train the small shipped models again (hours; can be stopped and started)
 	$(BIN)/python -m pipelines.toy_models
 
-lock: $(UV) ## requirements.lock again, from pyproject.toml
+lock: $(UV) ## requirements.lock after a change of pyproject.toml; delete it first to move every version on
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) pip compile --quiet pyproject.toml --group dev \
-		--python-version 3.11 --upgrade --output-file requirements.lock
+		--python-version 3.11 --output-file requirements.lock
 	@! grep -n '://' requirements.lock || { echo "requirements.lock must hold no address"; exit 1; }
 
 clean: ## remove environment and caches; leaves runs/ alone
