@@ -101,9 +101,9 @@ def run_demo(config: DemoConfig) -> DemoResult:
     from pipelines.demo_page import build_report
     from pipelines.report import write_report
 
+    work.check_model(config.model)  # before the last demo's folder goes
     out = _fresh(config.out)
     result = DemoResult(config, out / "dataset", out / "train" / "model", out / "report.html")
-    work.check_model(config.model)
     if config.videos is None:
         with _stage(result, "render") as stage:
             videos = work.render(config, out / "videos", stage)
@@ -124,7 +124,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
         with _stage(result, "serve") as stage:
             served = work.serve_one(config, result.model, boards[0], out, stage)
     with _stage(result, "report") as stage:
-        page = build_report(result, scenes, takes, served)
+        page = build_report(result, videos, scenes, takes, served)
         write_report(result.report, page)
         stage.items, stage.what = 1, "report.html"
     atomic_write_json(out / "summary.json", result.record())

@@ -27,8 +27,10 @@ TAKES = {
 }
 
 
-def build_report(result: DemoResult, scenes: Sequence[Scene], takes: Sequence[Takes], served: Served) -> Report:
-    """Gather figures, pictures and words; reads the dataset, the loss log and the videos."""
+def build_report(
+    result: DemoResult, videos: Path, scenes: Sequence[Scene], takes: Sequence[Takes], served: Served
+) -> Report:
+    """Gather figures, pictures and words; reads the dataset, the loss log and the videos (found under `videos`)."""
     config, toy = result.config, result.config.videos is None
     sources = pq.read_table(result.dataset / "sources.parquet").to_pylist()
     losses = [json.loads(line) for line in (result.model.parent / "metrics.jsonl").read_text().splitlines()]
@@ -76,7 +78,7 @@ def build_report(result: DemoResult, scenes: Sequence[Scene], takes: Sequence[Ta
             if row["status"] != "written"
         ],
         num_scenes=len(scenes),
-        sheets=[scene_sheet(scene, Path(scene.source.path)) for scene in _shown(scenes)],
+        sheets=[scene_sheet(scene, videos / scene.source.path) for scene in _shown(scenes)],
         training=f"Method LCT on windows of neighbouring shots, all weights, batch {config.batch_size}, "
         f"{config.steps} steps, peak learning rate {config.learning_rate:g}, seed {config.seed}.",
         curve=loss_curve(losses),
@@ -178,7 +180,7 @@ def _next_steps(result: DemoResult) -> list[Entry]:
         Entry("Step by step, with a model and keys of your own:",
               "shotloom prepare sources=[my_videos] output=runs/mine model=MODEL\n"
               "shotloom train dataset=runs/mine model=MODEL run_dir=runs/mine-lct\n"
-              "shotloom sample model=runs/mine-lct/model storyboards=[examples/storyboards]"),
+              "shotloom sample model=runs/mine-lct/model storyboards=[my_storyboard.yaml]"),
         Entry("Serve the model that was just made:",
               f"shotloom serve model={result.model}\n"
               "curl http://127.0.0.1:8000/v1/videos -H 'content-type: application/json' \\\n"

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from infra.log import progress
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pipelines.train import TrainConfig
     from sample.storyboard import Storyboard
 
-LEVEL = "small"  # what the shipped model knows
+LEVEL: Literal["small"] = "small"  # what the shipped model knows
 HELD_OUT_SEED = 1  # scenes to generate are drawn here, in split "test"
 SCENES, SHOTS = 2, 3  # generated before and after
 SERVE_TIMEOUT_S = 300.0
@@ -48,18 +48,14 @@ def check_model(folder: Path) -> None:
 
 
 def render(config: DemoConfig, folder: Path, stage: Stage) -> Path:
-    """Write `count` training scenes of 3 to 6 shots as mp4 files with the captions a captioner would give."""
-    from toyworld.video import write_video
-    from toyworld.world import sample_scene
+    """`shotloom toyworld render`: training scenes of 3 to 6 shots, with the captions a captioner would give."""
+    from pipelines.toyworld_render import RenderConfig, run_render
 
-    frames = 0
-    with progress("render", config.count) as bar:
-        for index in range(config.count):
-            scene = sample_scene(LEVEL, seed=config.seed, index=index, split="train", num_shots=(3, 6))
-            files = write_video(scene, folder / f"{scene.scene_id}.mp4", phrasing_seed=config.seed)
-            frames += files.num_frames
-            bar.advance(1)
-    stage.items, stage.what = config.count, f"{config.count} ToyWorld videos, {frames} frames, H.264"
+    report = run_render(
+        RenderConfig(out=folder, count=config.count, level=LEVEL, seed=config.seed, shots=(3, 6), vary_wording=True)
+    )
+    stage.items = len(report.videos)
+    stage.what = f"{len(report.videos)} ToyWorld videos, {report.num_shots} shots, {report.num_frames} frames, H.264"
     return folder
 
 
@@ -81,10 +77,10 @@ def prepare_dataset(config: DemoConfig, videos: Path, dataset: Path, stage: Stag
 
     report = prepare(
         PrepareConfig(
-            sources=[videos],
+            sources=[str(videos)],
             output=dataset,
             model=config.model,
-            max_seconds=None if config.videos is None else config.max_seconds,
+            max_seconds_per_video=None if config.videos is None else config.max_seconds,
         )
     )
     scenes = read_scenes(dataset)
@@ -118,7 +114,7 @@ def train_config(config: DemoConfig, dataset: Path, run_dir: Path) -> TrainConfi
         model=config.model,
         run_dir=run_dir,
         method="lct",
-        method_params={"shift": 3.0, "density": "uniform"},  # as the shipped model was trained
+        method_params={"density": "uniform"},  # as the shipped model was trained
         shots_per_scene=SHOTS,
         single_shot_prob=0.1,
         steps=config.steps,
