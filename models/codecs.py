@@ -53,7 +53,7 @@ class VideoCodec:
     @cached_property
     def hash(self) -> str:
         """SHA-256 over weights and config; latents made under equal hashes are interchangeable."""
-        return weights_hash(self.vae.state_dict(), dict(self.vae.config))
+        return weights_hash(sorted(self.vae.state_dict().items()), dict(self.vae.config))
 
     def num_latent_frames(self, num_frames: int) -> int:
         """F for T video frames; ValueError unless T = stride*k + 1."""

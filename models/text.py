@@ -11,12 +11,14 @@ import html
 import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 
@@ -42,11 +44,12 @@ class TextEncoder:
     Each text is encoded alone, unpadded: an embedding never depends on what else is in the batch.
     """
 
-    def __init__(self, tokenizer: Any, model: nn.Module, max_length: int = 512) -> None:
+    def __init__(self, tokenizer: Any, model: nn.Module, max_length: int = 512, folder: Path | None = None) -> None:
         self.tokenizer = tokenizer
         self.model = model.eval().requires_grad_(False)
         self.max_length = max_length  # tokens; longer texts are cut
         self.truncated = 0  # texts cut so far
+        self._folder = folder  # of the weights, when they were read from files
 
     @staticmethod
     def from_folder(
@@ -68,16 +71,17 @@ class TextEncoder:
             raise ValueError(f"{config}: model_type is {kind!r}, supported are {', '.join(classes)}")
         tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer", local_files_only=True)
         model = classes[kind].from_pretrained(path / "text_encoder", local_files_only=True, dtype=dtype)
-        return TextEncoder(tokenizer, model.to(device), max_length)
+        return TextEncoder(tokenizer, model.to(device), max_length, path / "text_encoder")
 
     @property
     def dim(self) -> int:
         return int(self.model.config.d_model)  # type: ignore[union-attr, arg-type]
 
-    @property
+    @cached_property
     def hash(self) -> str:
-        """SHA-256 over the weights and the tokenizer's name; equal hashes give equal embeddings."""
-        return weights_hash(self.model.state_dict(), {"tokenizer": type(self.tokenizer).__name__})
+        """SHA-256 over the weights as they are on disk, whatever type they were loaded in, and the tokenizer's name."""
+        weights = stored_weights(self._folder) if self._folder else sorted(self.model.state_dict().items())
+        return weights_hash(weights, {"tokenizer": type(self.tokenizer).__name__})
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> list[Tensor]:
@@ -127,12 +131,20 @@ def pack_text(embeddings: Sequence[Tensor], length: int) -> Tensor:
     return torch.nn.functional.pad(tokens, (0, 0, 0, length - len(tokens)))
 
 
-def weights_hash(tensors: dict[str, Tensor], config: dict[str, Any]) -> str:
-    """SHA-256 over named tensors (name, type, shape, bytes) and the public fields of a config."""
+def weights_hash(weights: Iterable[tuple[str, Tensor]], config: dict[str, Any]) -> str:
+    """SHA-256 over tensors (name, type, shape, bytes) in the order given and over the public fields of a config."""
     public = {key: value for key, value in config.items() if not key.startswith("_")}
     digest = hashlib.sha256(json.dumps(public, sort_keys=True, default=str).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+    for name, tensor in weights:
+        tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def stored_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a folder's safetensors files in order of name, one in memory at a time."""
+    files = [safe_open(file, "pt") for file in sorted(folder.glob("*.safetensors"))]
+    found = sorted((name, i) for i, file in enumerate(files) for name in file.keys())  # noqa: SIM118
+    for name, i in found:
+        yield name, files[i].get_tensor(name)

@@ -161,6 +161,13 @@ def test_packing_is_concatenation_and_zeros():
         pack_text([one, two], 5)
 
 
+def test_text_hash_is_that_of_the_files(folder):
+    exact = load_model(folder, parts=("text",)).text
+    half = load_model(folder, parts=("text",), dtype=torch.bfloat16).text
+    assert exact.hash == half.hash and next(half.model.parameters()).dtype == torch.bfloat16
+    assert tiny_text_encoder(0).hash == tiny_text_encoder(0).hash != tiny_text_encoder(1).hash
+
+
 def test_an_unknown_text_encoder_is_refused(tmp_path, folder):
     shutil.copytree(folder, tmp_path / "m")
     (tmp_path / "m" / "text_encoder" / "config.json").write_text('{"model_type": "bert"}')
