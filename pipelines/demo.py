@@ -112,11 +112,11 @@ def run_demo(config: DemoConfig) -> DemoResult:
             videos = work.collect(config, stage)
     with ray_session():
         with _stage(result, "prepare") as stage:
-            scenes = work.prepare_dataset(config, videos, result.dataset, stage)
+            prepared = work.prepare_dataset(config, videos, result.dataset, stage)
         with _stage(result, "train") as stage:
             work.finetune(config, result.dataset, out / "train", stage)
         with _stage(result, "generate") as stage:
-            boards = work.storyboards(config, scenes, result.notes)
+            boards = work.storyboards(config, prepared.scenes, result.notes)
             takes = work.generate(config, boards, {"before": config.model, "after": result.model}, out, stage)
         if config.videos is None:
             with _stage(result, "judge") as stage:
@@ -124,7 +124,7 @@ def run_demo(config: DemoConfig) -> DemoResult:
         with _stage(result, "serve") as stage:
             served = work.serve_one(config, result.model, boards[0], out, stage)
     with _stage(result, "report") as stage:
-        page = build_report(result, videos, scenes, takes, served)
+        page = build_report(result, prepared, takes, served)
         write_report(result.report, page)
         stage.items, stage.what = 1, "report.html"
     atomic_write_json(out / "summary.json", result.record())

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING
 
 from infra.log import duration
 from pipelines.report import Entry, GeneratedScene, Report, SetAside, StageRow, judge_rows, loss_curve
@@ -17,7 +14,7 @@ from pipelines.report_media import scene_sheet, take, video_uri
 if TYPE_CHECKING:
     from models.scene import Scene
     from pipelines.demo import DemoResult
-    from pipelines.demo_stages import Served, Takes
+    from pipelines.demo_stages import Prepared, Served, Takes
     from pipelines.report import Take
 
 SHEETS = 6  # scenes with a contact sheet
@@ -27,20 +24,17 @@ TAKES = {
 }
 
 
-def build_report(
-    result: DemoResult, videos: Path, scenes: Sequence[Scene], takes: Sequence[Takes], served: Served
-) -> Report:
-    """Gather figures, pictures and words; reads the dataset, the loss log and the videos (found under `videos`)."""
+def build_report(result: DemoResult, prepared: Prepared, takes: Sequence[Takes], served: Served) -> Report:
+    """Gather figures, pictures and words; reads the loss log, the source videos and the generated ones."""
     config, toy = result.config, result.config.videos is None
-    sources = pq.read_table(result.dataset / "sources.parquet").to_pylist()
+    dataset, scenes = prepared.report, prepared.scenes
     losses = [json.loads(line) for line in (result.model.parent / "metrics.jsonl").read_text().splitlines()]
-    shots = [shot for scene in scenes for shot in scene.shots]
     total = duration(sum(stage.seconds for stage in result.stages))
-    files = f"{len(sources)} ToyWorld videos" if toy else f"{len(sources)} of your files"
+    files = f"{dataset.sources} ToyWorld videos" if toy else f"{dataset.sources} of your files"
     said = {name: _percent(scores, "identity_said") for name, scores in (result.judge or {}).items()}
     headline = [
-        Entry("files in", str(len(sources))),
-        Entry(f"shots in {len(scenes)} scenes", str(len(shots))),
+        Entry("files in", str(dataset.sources)),
+        Entry(f"shots in {dataset.scenes} scenes", str(dataset.shots)),
         Entry("training loss, first and last", f"{losses[0]['loss']:.2f} → {losses[-1]['loss']:.2f}"),
         Entry("all stages", total),
     ]
@@ -59,26 +53,22 @@ def build_report(
         ),
         notes=result.notes,
         headline=headline,
-        flow=_flow(result, scenes),
+        flow=_flow(result),
         compared=f"Same storyboards, same start noise, {config.sample_steps} steps, guidance {config.guidance:g}. "
         + (
             "The storyboards are held out: training never showed these characters, or never in this action. "
             if toy
             else "The storyboards are captions of your own scenes. "
         )
-        + "Below each video: first, middle and last frame of its shots.",
+        + "Below each video: first, middle and last frame of each shot, a line at each cut.",
         generated=_generated(takes),
         judge=judge_rows(result.judge["before"], result.judge["after"]) if result.judge else [],
         no_judge="The judge reads ToyWorld only; with your own videos there is nothing it could compare.",
-        dataset=_dataset(result.dataset, sources, scenes),
-        num_sources=len(sources),
-        set_aside=[
-            SetAside(str(row["name"]), str(row["status"]), str(row["stage"] or ""), str(row["reason"] or ""))
-            for row in sources
-            if row["status"] != "written"
-        ],
-        num_scenes=len(scenes),
-        sheets=[scene_sheet(scene, videos / scene.source.path) for scene in _shown(scenes)],
+        dataset=_dataset(result.dataset, prepared),
+        num_sources=dataset.sources,
+        set_aside=[SetAside(row["name"], row["status"], row["stage"], row["reason"]) for row in dataset.set_aside],
+        num_scenes=dataset.scenes,
+        sheets=[scene_sheet(scene, prepared.videos / scene.source.path) for scene in _shown(scenes)],
         training=f"Method LCT on windows of neighbouring shots, all weights, batch {config.batch_size}, "
         f"{config.steps} steps, peak learning rate {config.learning_rate:g}, seed {config.seed}.",
         curve=loss_curve(losses),
@@ -96,7 +86,7 @@ def _percent(scores: dict[str, dict[str, float]], name: str) -> str:
     return f"{100 * scores[name]['value']:.0f} %"
 
 
-def _flow(result: DemoResult, scenes: Sequence[Scene]) -> list[Entry]:
+def _flow(result: DemoResult) -> list[Entry]:
     times = {stage.name: duration(stage.seconds) for stage in result.stages}
     steps = {
         "render": "videos rendered",
@@ -123,25 +113,19 @@ def _generated(takes: Sequence[Takes]) -> list[GeneratedScene]:
     return scenes
 
 
-def _dataset(folder: Path, sources: Sequence[dict[str, Any]], scenes: Sequence[Scene]) -> list[Entry]:
-    ends = Counter(row["status"] for row in sources)
-    facts = json.loads((folder / "dataset.json").read_text())
-    encoded = [shot.encoded for scene in scenes for shot in scene.shots if shot.encoded is not None]
-    shards = sorted((folder / "shards").glob("*.tar"))
-    size = sum(path.stat().st_size for path in shards)
-    taken = sum(scene.source.bytes for scene in {scene.video_id: scene for scene in scenes}.values())
-    entries = [
-        Entry("sources written, filtered, failed", f"{ends['written']}, {ends['filtered']}, {ends['failed']}"),
-        Entry("scenes", str(len(scenes))),
-        Entry("shots, of them encoded", f"{sum(len(s.shots) for s in scenes)}, {len(encoded)}"),
-        Entry("frames encoded", str(sum(span.num_frames for span in encoded))),
+def _dataset(folder: Path, prepared: Prepared) -> list[Entry]:
+    report = prepared.report
+    shards = sum(path.stat().st_size for path in (folder / "shards").glob("*.tar"))
+    taken = sum({scene.video_id: scene.source.bytes for scene in prepared.scenes}.values())
+    return [
+        Entry("sources written, filtered, failed", f"{report.written}, {report.filtered}, {report.failed}"),
+        Entry("scenes", str(report.scenes)),
+        Entry("shots, of them encoded", f"{report.shots}, {report.encoded_shots}"),
+        Entry("frames encoded", str(report.encoded_frames)),
+        Entry("decodes per source frame", f"{report.decodes_per_frame:.2f}"),
         Entry("source videos", _bytes(taken)),
-        Entry(f"in {len(shards)} shard{'s' * (len(shards) != 1)}", _bytes(size)),
+        Entry(f"in {report.shards} shard{'s' * (report.shards != 1)}", _bytes(shards)),
     ]
-    decodes = facts.get("totals", {}).get("decodes_per_frame")
-    if decodes is not None:
-        entries.insert(4, Entry("decodes per frame", f"{decodes:.2f}"))
-    return entries
 
 
 def _bytes(size: float) -> str:

@@ -15,12 +15,22 @@ if TYPE_CHECKING:
     from models.scene import Scene
     from pipelines.demo import DemoConfig, Stage
     from pipelines.train import TrainConfig
+    from preprocess.report import PrepareReport
     from sample.storyboard import Storyboard
 
 LEVEL: Literal["small"] = "small"  # what the shipped model knows
 HELD_OUT_SEED = 1  # scenes to generate are drawn here, in split "test"
 SCENES, SHOTS = 2, 3  # generated before and after
 SERVE_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prepared dataset: the folder its videos lie in, what `shotloom prepare` reported, and its scenes."""
+
+    videos: Path
+    report: PrepareReport
+    scenes: list[Scene]
 
 
 @dataclass(frozen=True)
@@ -71,8 +81,8 @@ def collect(config: DemoConfig, stage: Stage) -> Path:
     return config.videos
 
 
-def prepare_dataset(config: DemoConfig, videos: Path, dataset: Path, stage: Stage) -> list[Scene]:
-    """`shotloom prepare`; the scenes it wrote, read back with plain webdataset."""
+def prepare_dataset(config: DemoConfig, videos: Path, dataset: Path, stage: Stage) -> Prepared:
+    """`shotloom prepare`; the scenes it wrote are read back with plain webdataset."""
     from pipelines.prepare import PrepareConfig, prepare
 
     report = prepare(
@@ -83,13 +93,12 @@ def prepare_dataset(config: DemoConfig, videos: Path, dataset: Path, stage: Stag
             max_seconds_per_video=None if config.videos is None else config.max_seconds,
         )
     )
-    scenes = read_scenes(dataset)
-    if not scenes:
-        raise ValueError(f"no scene of {videos} could be used; {dataset / 'sources.parquet'} says why, file by file")
-    shots = sum(len(scene.shots) for scene in scenes)
     stage.items, stage.set_aside = report.written, report.filtered + report.failed
-    stage.what = f"{len(scenes)} scenes, {shots} shots"
-    return scenes
+    if not report.encoded_shots:
+        reasons = "; ".join(f"{row['name']}: {row['reason']}" for row in report.set_aside[:3])
+        raise ValueError(f"no shot of {videos} could be used ({reasons or 'all are too short'}); see {dataset}")
+    stage.what = f"{report.scenes} scenes, {report.shots} shots, {report.encoded_frames} frames encoded"
+    return Prepared(videos, report, read_scenes(dataset))
 
 
 def read_scenes(dataset: Path) -> list[Scene]:
