@@ -41,7 +41,7 @@ JOBS = (
         "PrepareConfig",
         "prepare",
         "Turn videos into a dataset of scenes: shots, captions, latents, in WebDataset shards.",
-        "shotloom prepare sources=videos output=runs/dataset",
+        "shotloom prepare sources=my_videos output=runs/dataset model=toyworld/weights/wan-small",
     ),
     Job(
         "train",
@@ -49,7 +49,7 @@ JOBS = (
         "TrainConfig",
         "run_train",
         "Fine-tune a model on a prepared dataset; a run that was stopped goes on where it was.",
-        "shotloom train dataset=runs/dataset model=MODEL run_dir=runs/train steps=200",
+        "shotloom train dataset=runs/dataset model=toyworld/weights/wan-small run_dir=runs/train steps=200",
     ),
     Job(
         "sample",
