@@ -39,6 +39,11 @@ class EvaluateReport:
     failed: dict[str, str]
     path: Path
 
+    def summary(self) -> str:
+        lines = [f"{name:24s} {score['value']:7.3f}   n = {score['count']:g}" for name, score in self.metrics.items()]
+        lines += [f"{name} was not judged: {why}" for name, why in self.failed.items()]
+        return "\n".join([*lines, f"{len(self.videos)} videos judged; {self.path}"])
+
 
 def run_evaluate(config: EvaluateConfig, on_video: Callable[[str], None] | None = None) -> EvaluateReport:
     """Judge every video of the folder's manifest and write the scores as JSON.

@@ -59,6 +59,10 @@ class SampleReport:
     manifest: Path
     records: list[dict[str, Any]]
 
+    def summary(self) -> str:
+        lines = [f"{self.made} made, {self.skipped} were there, {self.failed} failed; {self.manifest}"]
+        return "\n".join(lines + [f"{r['name']} failed: {r['error']}" for r in self.records if r["status"] == "failed"])
+
 
 def run_sample(
     config: SampleConfig,
@@ -196,8 +200,8 @@ def _make_all(config: SampleConfig, groups: list[list[_Job]]) -> Iterator[dict[s
             compute=ray.data.ActorPoolStrategy(size=min(config.num_workers, len(groups))),
             num_cpus=config.cpus_per_worker,
             num_gpus=config.gpus_per_worker,
-            max_restarts=2,  # Ray's default is without end: a group that kills its actor would loop forever
-            max_task_retries=2,
+            # Ray's default is to restart without end: a group that kills its actor would loop forever
+            ray_remote_args_fn=lambda: {"max_restarts": 2, "max_task_retries": 2},
         )
         for row in dataset.iter_rows():
             yield json.loads(row["record"])

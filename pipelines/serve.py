@@ -43,7 +43,7 @@ class ServeConfig:
     max_attempts: int = knob(3, "replicas a job may lose before it fails")
     dedupe_s: float = knob(30.0, "seconds in which a repeated request without a key is taken for a client's retry")
     max_queued: int = knob(100, "waiting jobs after which new ones are refused with 429")
-    drain_s: float = knob(600.0, "seconds a replica that is told to stop may finish its video")
+    drain_s: float = knob(600.0, "seconds a replica that is scaled down may take to finish its video")
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_replicas <= self.max_replicas or self.max_replicas < 1:
@@ -59,20 +59,24 @@ def serving(config: ServeConfig) -> Iterator[str]:
     """The service, up and ready inside the block; gives its base URL, such as http://127.0.0.1:8000.
 
     Uses the Ray session that is there, or starts one. Jobs unfinished at the end go on when the same `folder` is
-    served again. Raises ValueError for an unusable model folder and RuntimeError when the port is taken.
+    served again. Raises ValueError for an unusable model folder OSError when the port is taken, and
+    RuntimeError when the Ray session serves something else.
     """
     from ray import serve
 
     from infra.ray_session import ray_session
-    from sample.server import build_app
+    from sample.server import DISPATCHER, build_app
 
     settings = server_settings(config)
     port = _free_port(config.host, config.port)
     with ray_session():
+        if serve.status().proxies:  # it would ignore our address and port, and our shutdown would end it
+            raise RuntimeError("this Ray session already serves something; stop that first, or use another session")
         serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": port})
         try:
             serve.run(build_app(settings), name=APP, route_prefix="/")
             yield f"http://{config.host}:{port}"
+            serve.get_deployment_handle(DISPATCHER, APP).drain.remote().result(timeout_s=30)
         finally:
             serve.shutdown()
 
@@ -94,17 +98,32 @@ def run_serve(config: ServeConfig) -> None:
 
 def server_settings(config: ServeConfig) -> ServerSettings:
     """The replicas' settings; checks the model folder here, where the error reaches the user."""
-    from models.folder import load_model
-    from sample.generate import GenerateSettings
+    from models.codecs import VideoCodec
+    from models.folder import load_settings
+    from sample.api import VideoService
+    from sample.generate import largest_scene, starts_from_image
     from sample.server import ServerSettings
 
-    described = load_model(config.model, parts=()).settings
+    described = load_settings(config.model)
+    service = VideoService(
+        model=config.model.resolve().name,
+        width=described.width,
+        height=described.height,
+        fps=described.fps,
+        frames_per_shot=described.frames_per_shot,
+        temporal_stride=VideoCodec.from_folder(config.model).temporal_stride,
+        max_frames=config.max_frames or described.frames_per_shot,
+        max_shots=min(config.max_shots, largest_scene(described)),
+        first_frame=starts_from_image(described),
+        results=config.folder.resolve() / "videos",
+        max_queued=config.max_queued,
+    )
     return ServerSettings(
         model=config.model.resolve(),
         folder=config.folder.resolve(),
-        generate=GenerateSettings(steps=config.steps, guidance=config.guidance),
-        max_shots=config.max_shots,
-        max_frames=config.max_frames or described.frames_per_shot,
+        service=service,
+        steps=config.steps,
+        guidance=config.guidance,
         device=config.device,
         dtype=config.dtype,
         min_replicas=config.min_replicas,
@@ -114,7 +133,6 @@ def server_settings(config: ServeConfig) -> ServerSettings:
         lease_s=config.lease_s,
         max_attempts=config.max_attempts,
         dedupe_s=config.dedupe_s,
-        max_queued=config.max_queued,
         drain_s=config.drain_s,
     )
 
@@ -126,5 +144,5 @@ def _free_port(host: str, port: int) -> int:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise RuntimeError(f"cannot listen on {host}:{port} ({error.strerror}); choose another `port`") from error
+            raise OSError(f"cannot listen on {host}:{port} ({error.strerror}); choose another `port`") from error
         return int(probe.getsockname()[1])

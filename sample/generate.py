@@ -22,7 +22,7 @@ from models.noise import base_levels
 from models.text import TextContext, pack_text
 from sample.guidance import Guidance
 from sample.sampler import Callback, sample
-from sample.storyboard import Storyboard, StoryboardError, StoryboardShot, derive_seed, shot_generators
+from sample.storyboard import Storyboard, StoryboardError, StoryboardShot, derive_seed
 from sample.video_io import fit_frames, read_image, read_video
 
 if TYPE_CHECKING:
@@ -44,11 +44,6 @@ class GenerateSettings:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps={self.steps}; give at least 1")
-
-    def override(self, *, steps: int | None = None, guidance: float | None = None) -> GenerateSettings:
-        """These settings with what is not None put in place."""
-        given = {"steps": steps, "guidance": guidance}
-        return replace(self, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -130,6 +125,14 @@ def largest_scene(described: ModelSettings) -> int:
 def starts_from_image(described: ModelSettings) -> bool:
     """Whether a shot can start from a given first frame."""
     return "i2v" in get_method(described.method, **described.method_params).tasks
+
+
+def shot_generators(storyboard: Storyboard, seed: int) -> list[torch.Generator]:
+    """One CPU generator per shot, so that a shot's noise depends on its seed and on nothing else in the run."""
+    return [
+        torch.Generator().manual_seed(derive_seed(seed, index) if shot.seed is None else shot.seed)
+        for index, shot in enumerate(storyboard.shots)
+    ]
 
 
 def _generate_shots_alone(

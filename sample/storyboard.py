@@ -8,8 +8,6 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -102,11 +100,3 @@ def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed from any parts, the same on every machine."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def shot_generators(storyboard: Storyboard, seed: int) -> list[torch.Generator]:
-    """One CPU generator per shot, so that a shot's noise depends on its seed and on nothing else in the run."""
-    return [
-        torch.Generator().manual_seed(derive_seed(seed, index) if shot.seed is None else shot.seed)
-        for index, shot in enumerate(storyboard.shots)
-    ]

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sample.generate import shot_generators
 from sample.storyboard import (
     Storyboard,
     StoryboardError,
     StoryboardShot,
     derive_seed,
     nearest_frames,
-    shot_generators,
 )
 
 BOARD = Storyboard("walk", "[Story] A walk.", [StoryboardShot("one"), StoryboardShot("two", frames=9)])

@@ -1,0 +1,134 @@
+"""Storyboard files to videos: what a run leaves, what a second one skips, and that Ray makes the same files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.config import ConfigError, load_config
+from infra.ray_session import RaySession
+from models.tiny import build_tiny_folder
+from pipelines.sample import SampleConfig, run_sample
+from pipelines.storyboards import load_storyboards
+from sample.storyboard import Storyboard, StoryboardShot
+from sample.video_io import read_video, write_video
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "storyboards"
+BOARDS = [
+    Storyboard(
+        f"b{i}", f"[Story] Walk {i}.", [StoryboardShot("One goes.", frames=frames), StoryboardShot("One comes.")]
+    )
+    for i, frames in enumerate((5, 9, 5))
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "lct"
+    build_tiny_folder(path, method="lct")
+    return path
+
+
+def config_for(model: Path, out: Path, **changes: Any) -> SampleConfig:
+    return replace(SampleConfig(model=model, out=out, steps=2), **changes)
+
+
+def test_a_run_leaves_videos_records_and_a_manifest(model: Path, tmp_path: Path) -> None:
+    seen = []
+    report = run_sample(config_for(model, tmp_path), BOARDS, on_video=lambda record: seen.append(record["name"]))
+    assert (report.made, report.skipped, report.failed) == (3, 0, 0) and sorted(seen) == ["b0", "b1", "b2"]
+    records = [json.loads(line) for line in report.manifest.read_text().splitlines()]
+    assert records == report.records and [record["name"] for record in records] == ["b0", "b1", "b2"]
+    for record, cut in zip(records, (5, 9, 5), strict=True):
+        frames, fps = read_video(tmp_path / record["file"])
+        assert record["cuts"] == [cut] and len(frames) == record["frames"] == cut + 5 and fps == record["fps"] == 8
+        assert json.loads((tmp_path / f"{record['name']}.json").read_text()) == record
+    assert len({record["seed"] for record in records}) == 3
+
+
+def test_a_second_run_makes_only_what_is_missing_or_changed(model: Path, tmp_path: Path) -> None:
+    config = config_for(model, tmp_path)
+    run_sample(config, BOARDS)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.mp4")}
+    assert run_sample(config, BOARDS).skipped == 3
+    (tmp_path / "b0.mp4").unlink()
+    changed = [*BOARDS[:2], replace(BOARDS[2], story="[Story] Another walk.")]
+    made: list[str] = []
+    report = run_sample(config, changed, on_video=lambda record: made.append(record["name"]))
+    assert sorted(made) == ["b0", "b2"] and report.skipped == 1 and len(report.records) == 3
+    assert (tmp_path / "b0.mp4").read_bytes() == before["b0.mp4"], "the same seed repeats the file"
+    for again in (replace(config, guidance=2.0), replace(config, seed=1), replace(config, independent=True)):
+        assert run_sample(again, changed).made == 3
+    assert (tmp_path / "b0.mp4").read_bytes() != before["b0.mp4"]
+
+
+def test_one_bad_storyboard_stops_no_other_and_is_tried_again(model: Path, tmp_path: Path) -> None:
+    bad = replace(BOARDS[0], name="bad", shots=[StoryboardShot("x" * 600), StoryboardShot("y")])
+    config = config_for(model, tmp_path, batch_size=4)
+    report = run_sample(config, [BOARDS[0], bad, BOARDS[2]])
+    assert (report.made, report.failed) == (2, 1)
+    assert report.records[1]["status"] == "failed" and "shot 0" in report.records[1]["error"]
+    again = run_sample(config, [BOARDS[0], bad, BOARDS[2]])
+    assert (again.made, again.skipped, again.failed) == (0, 2, 1)
+
+
+def test_ray_actors_make_the_same_videos(model: Path, tmp_path: Path, ray_module: RaySession) -> None:
+    here = run_sample(config_for(model, tmp_path / "here"), BOARDS)
+    bad = replace(BOARDS[0], name="bad", shots=[StoryboardShot("x" * 600), StoryboardShot("y")])
+    there = run_sample(config_for(model, tmp_path / "there", num_workers=2, cpus_per_worker=0.5), [*BOARDS, bad])
+    assert (there.made, there.failed) == (3, 1)
+    assert [record["cuts"] for record in there.records[:3]] == [record["cuts"] for record in here.records]
+    for board in BOARDS:
+        one, other = ((tmp_path / run / f"{board.name}.mp4") for run in ("here", "there"))
+        assert abs(read_video(one)[0].astype(int) - read_video(other)[0]).max() <= 2
+    assert run_sample(config_for(model, tmp_path / "there", num_workers=2), BOARDS).skipped == 3
+
+
+def test_the_examples_load_and_one_is_made(model: Path, tmp_path: Path) -> None:
+    boards = load_storyboards([EXAMPLES])
+    assert [len(board.shots) for board in boards] == [1, 3, 3] and boards[0].name == "one_shot"
+    file = EXAMPLES / "one_shot.yaml"
+    config = load_config(SampleConfig, None, [f"model={model}", f"out={tmp_path}", "steps=1", f"storyboards={file}"])
+    assert run_sample(config).records[0]["frames"] == 5
+
+
+def test_storyboard_files_say_what_is_wrong(tmp_path: Path) -> None:
+    def message(text: str, name: str = "a.yaml") -> str:
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ConfigError) as caught:
+            load_storyboards([tmp_path / name])
+        return str(caught.value)
+
+    assert "nearest is 'shots[0].prompt'" in message("shots: [{promt: x}]")
+    assert "a.yaml" in message("shots: []") and "no shots" in message("shots: []")
+    assert "nearest is 5" in message("shots: [{prompt: x, frames: 4}]")
+    assert "no such file" in message("shots: [{prompt: x, given: a.png}, {prompt: y}]")
+    assert "taken by" in message("storyboards: [{name: x, shots: [{prompt: a}]}, {name: x, shots: [{prompt: b}]}]")
+    assert "holds no storyboards" in message("storyboards: []")
+    with pytest.raises(ConfigError, match="no such storyboard file"):
+        load_storyboards([tmp_path / "none.yaml"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="no storyboard files"):
+        load_storyboards([tmp_path / "empty"])
+
+
+def test_media_paths_are_relative_to_their_file(tmp_path: Path) -> None:
+    import numpy as np
+
+    write_video(np.zeros((5, 32, 32, 3), np.uint8), tmp_path / "media" / "a.mp4", 8)
+    (tmp_path / "a.json").write_text(json.dumps({"shots": [{"prompt": "x", "given": "media/a.mp4"}, {"prompt": "y"}]}))
+    (board,) = load_storyboards([tmp_path / "a.json"])
+    assert board.name == "a" and board.shots[0].given == str(tmp_path / "media" / "a.mp4")
+
+
+def test_nothing_to_do_and_clashing_names_are_errors(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no storyboards"):
+        run_sample(config_for(model, tmp_path))
+    with pytest.raises(ValueError, match="must differ"):
+        run_sample(config_for(model, tmp_path), [BOARDS[0], BOARDS[0]])
+    with pytest.raises(FileNotFoundError, match="not a model folder"):
+        run_sample(config_for(tmp_path / "nowhere", tmp_path), BOARDS)
