@@ -84,7 +84,8 @@ def prepare(
     In bf16 the blocks' weights are gathered in bfloat16 and their gradients reduced in float32; what is outside the
     blocks (time embedding, patch embedding, output) is gathered in float32.
     """
-    backbone.to(parallel.device)
+    if not parallel.sharded:  # sharding moves each rank's part alone, so the whole need not fit on one device
+        backbone.to(parallel.device)
     names = block_names(backbone)
     if activation_checkpointing:
         for name in names:

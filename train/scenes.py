@@ -48,12 +48,20 @@ class TextDrop:
 
 @dataclass(frozen=True)
 class Window:
-    """Shots first..first+count-1 of one record."""
+    """Shots first..first+len(texts)-1 of one record; `texts` names the tensors that make each shot's context."""
 
     record: Record
     scene_id: str
     first: int
-    count: int
+    texts: tuple[tuple[str, ...], ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.scene_id}/s{self.first:03d}+{len(self.texts)}"
+
+    @property
+    def shots(self) -> range:
+        return range(self.first, self.first + len(self.texts))
 
 
 class ShardDataset:
@@ -113,13 +121,23 @@ class ShardDataset:
 
     def _add(self, record: Record, scene: Scene, run: range) -> None:
         count = min(self.shots_per_scene, len(run))
+        together = {i: scene_texts(scene, i) for i in run}
         for first in range(run.start, run.stop - count + 1):
-            self._put("scene", Window(record, scene.scene_id, first, count))
-        for first in run:
-            self._put("single", Window(record, scene.scene_id, first, 1))
+            texts = tuple(together[i] for i in range(first, first + count))
+            self._put("scene", Window(record, scene.scene_id, first, texts))
+        for i in run:
+            alone = (shot_tensor_key(i, "sentence_text"),) if scene.shots[i].sentence else together[i]
+            self._put("single", Window(record, scene.scene_id, i, (alone,)))
 
     def _put(self, kind: str, window: Window) -> None:
-        shapes = [latent_shape(window.record, window.first + i) for i in range(window.count)]
+        for shot, names in zip(window.shots, window.texts, strict=True):
+            lengths = [window.record.require(name).shape[0] for name in names]
+            if sum(lengths) > self.text_length:
+                raise ValueError(
+                    f"{window.record.shard}: {window.scene_id} shot {shot}: its texts have {lengths} tokens, the model "
+                    f"reads {self.text_length} in all; prepare the videos again with shorter captions"
+                )
+        shapes = [latent_shape(window.record, shot) for shot in window.shots]
         channels, _, height, width = shapes[0]
         self.buckets[kind, tuple(shape[1] for shape in shapes), (channels, height, width)].append(window)
 
@@ -151,7 +169,7 @@ class ShardDataset:
 
     def batch(self, index: int, rows: slice = slice(None)) -> SceneBatch:
         number, _ = self._turns.at(index)
-        kind, frames, _ = list(self._weights)[number]
+        _, frames, _ = list(self._weights)[number]
         layout = self.layout_for(list(frames))
         if layout.num_frames != sum(frames):
             raise ValueError(
@@ -160,14 +178,14 @@ class ShardDataset:
         windows = self.windows(index)[rows]
         numbers = [index * self.batch_size + row for row in rows_of(self, rows)]
         latents = torch.stack([self._latents(window, n) for window, n in zip(windows, numbers, strict=True)])
-        text = torch.stack([self._text(window, kind, n) for window, n in zip(windows, numbers, strict=True)])
-        keys = [f"{w.scene_id}/s{w.first:03d}+{w.count}" for w in windows]
-        return SceneBatch(self.normalize(latents), layout, TextContext(text, layout.text_ids), keys)
+        text = torch.stack([self._text(window, n) for window, n in zip(windows, numbers, strict=True)])
+        context = TextContext(text, layout.text_ids)
+        return SceneBatch(self.normalize(latents), layout, context, [window.name for window in windows])
 
     def _latents(self, window: Window, number: int) -> Tensor:
         """Raw latents of the window's shots, one after another: [C,F,H,W]. `number` keys the draws of this sample."""
         shots = []
-        for shot in range(window.first, window.first + window.count):
+        for shot in window.shots:
             latent = window.record.read(shot_tensor_key(shot, "latent_mean")).float()
             if self.latents == "sample":
                 logvar = window.record.read(shot_tensor_key(shot, "latent_logvar")).float()
@@ -176,26 +194,23 @@ class ShardDataset:
             shots.append(latent)
         return torch.cat(shots, dim=1)
 
-    def _text(self, window: Window, kind: str, number: int) -> Tensor:
+    def _text(self, window: Window, number: int) -> Tensor:
         """One context per shot: [S,L,D]."""
-        read = window.record.read
         lost = self.text_drop.choose(float(torch.rand((), generator=keyed_generator(self.seed, "drop", number))))
+        if lost == "everything":
+            return self.null_text.float().expand(len(window.texts), -1, -1)
         contexts = []
-        for shot in range(window.first, window.first + window.count):
-            sentence = shot_tensor_key(shot, "sentence_text")
-            if lost == "everything":
-                contexts.append(self.null_text.float())
-                continue
-            if kind == "single" and sentence in window.record.tensors:
-                parts = [read(sentence)]
-            else:
-                names = {"story": STORY_TEXT, "prompts": shot_tensor_key(shot, "text")}
-                parts = [read(name) for layer, name in names.items() if layer != lost]
-            try:
-                contexts.append(pack_text([part.float() for part in parts], self.text_length))
-            except ValueError as error:
-                raise ValueError(f"{window.record.shard}: {window.scene_id} shot {shot}: {error}") from error
+        for names in window.texts:
+            if lost and len(names) > 1:  # a text that stands alone has no layers to lose
+                names = tuple(name for name in names if (name == STORY_TEXT) != (lost == "story"))
+            contexts.append(pack_text([window.record.read(name).float() for name in names], self.text_length))
         return torch.stack(contexts)
+
+
+def scene_texts(scene: Scene, shot: int) -> tuple[str, ...]:
+    """Tensors of a shot's context inside its scene: [story; its prompt]."""
+    own = "text" if scene.shots[shot].prompt or not scene.shots[shot].sentence else "sentence_text"
+    return (STORY_TEXT,) * bool(scene.story) + (shot_tensor_key(shot, own),)
 
 
 def _check_encoders(record: Record, scene: Scene, made_with: tuple[str, str]) -> None:
@@ -203,8 +218,8 @@ def _check_encoders(record: Record, scene: Scene, made_with: tuple[str, str]) ->
     for part, has, needs in zip(("VAE", "text encoder"), found, made_with, strict=True):
         if has != needs:
             raise ValueError(
-                f"{record.shard}: {scene.scene_id} was encoded by the {part} {has[:12] or '(none)'}, the model to train "
-                f"has {needs[:12]}; prepare the videos again with this model"
+                f"{record.shard}: {scene.scene_id} was encoded by the {part} {has[:12] or '(none)'}, the model to "
+                f"train has {needs[:12]}; prepare the videos again with this model"
             )
 
 

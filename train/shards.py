@@ -49,11 +49,15 @@ class Record:
         """Shape of a tensor, or None if the record has none of that name."""
         return self.tensors[name].shape if name in self.tensors else None
 
-    def read(self, name: str) -> Tensor:
-        """Read one tensor; the rest of the record is not touched. ValueError if the record has none of that name."""
+    def require(self, name: str) -> TensorPlace:
+        """Where a tensor lies; ValueError if the record has none of that name."""
         if name not in self.tensors:
             raise ValueError(f"{self.shard}: {self.key} has no tensor {name}, only {sorted(self.tensors)}")
-        place = self.tensors[name]
+        return self.tensors[name]
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor; the rest of the record is not touched. ValueError if the record has none of that name."""
+        place = self.require(name)
         with self.shard.open("rb", buffering=0) as file:
             data = bytearray(os.pread(file.fileno(), place.size, place.start))
         if len(data) != place.size:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from infra.machine import usable_cores
 from models.folder import load_model
 from models.methods import get_method
 from models.modules.lora import inject_lora
@@ -114,6 +115,13 @@ def _fit_with_ray(job: TrainJob, num_workers: int, worker: Worker) -> None:
 def _in_ray_worker(config: dict[str, Any]) -> None:
     """Hand checkpoints to Ray, which uploads, counts and prunes them; figures never go this way (2 s per report)."""
     from ray import train
+
+    if torch.cuda.is_available():
+        from ray.train.torch import get_device
+
+        torch.cuda.set_device(get_device())
+    else:  # Ray limits each worker to one thread
+        torch.set_num_threads(max(usable_cores() // train.get_context().get_local_world_size(), 1))
 
     def report(folder: Path, step: int) -> None:
         train.report(

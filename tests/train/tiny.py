@@ -62,6 +62,7 @@ def make_scene(number: int, frames: Sequence[int], generator: torch.Generator) -
     source = Source(f"{scene_id}.mp4", "0" * 64, 1)
     total = 40 * len(frames)
     scene = Scene(scene_id, f"video{number}", source, 8.0, 32, 32, total / 8, link_shots(shots, scene_id))
+    scene.story = f"story {number}"
     return scene, tensors
 
 
