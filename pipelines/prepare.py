@@ -1,0 +1,183 @@
+"""`shotloom prepare`: videos to a dataset of scenes.
+
+    sources -> probe -> decode once (shots, encoded spans) -> captions -> text and latents -> parts -> shards
+
+One row per video from the first stage until its part is on disk. The chain of stages is `run_stages`; what a stage
+does lies in `preprocess/`, one file each. Started again on the same output it does only what is missing or changed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infra.knobs import knob, required
+from preprocess.report import PrepareReport
+from preprocess.settings import CaptionBackend, PrepareSettings, StoreType
+from preprocess.watch import MAX_ATTEMPTS
+
+if TYPE_CHECKING:
+    from preprocess.unit import Workplace
+
+
+@dataclass(kw_only=True)
+class PrepareConfig:
+    """All that `shotloom prepare` can be told."""
+
+    sources: list[str] = required("folders, globs, list files (.txt .csv .jsonl with a `path` column) or videos")
+    output: Path = required("folder of the dataset; started again on the same folder, a run does what is missing")
+    model: Path = required("model folder whose VAE and text encoder encode the shots")
+    height: int | None = knob(None, "of the encoded frames; null = the model's")
+    width: int | None = knob(None, "of the encoded frames; null = the model's")
+    fps: float | None = knob(None, "of the encoded frames; null = the model's")
+    shot_frames: int | None = knob(None, "encoded frames per shot at most, 4k+1; null = the model's")
+    min_shot_frames: int = knob(5, "a shot with fewer encoded frames is recorded but not encoded, 4k+1")
+    max_shots: int = knob(9, "shots per scene at most")
+    captions: CaptionBackend = knob("sidecar_or_describe", "sidecar = X.json beside X.mp4, describe = measured")
+    max_seconds_per_video: float | None = knob(None, "take this much of each video; null = all")
+    min_side: int = knob(32, "filter: pixels of the shorter side")
+    min_rate: float = knob(0.5, "filter: source frames per encoded frame")
+    dtype: StoreType = knob("float16", "how latents and text embeddings are stored")
+    shard_mb: float = knob(256.0, "target size of a shard")
+    seconds_limit: float = knob(3600.0, "time limit for one stage of one video")
+    retry_failed: bool = knob(False, "try sources again that failed in an earlier run")
+    decode_cpus: float = knob(0.75, "CPUs counted for one decoding task; how many run at once follows from it")
+    encoders: int = knob(1, "actors that run the VAE and the text encoder")
+    encoder_cpus: float = knob(0.5, "CPUs counted for one encoder")
+    encoder_gpus: float = knob(0.0, "GPUs for one encoder; 0 = CPU")
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("sources is empty; name folders, globs, list files or videos")
+        if self.shard_mb <= 0 or self.encoders < 1:
+            raise ValueError("shard_mb must be positive and encoders at least 1")
+
+
+def prepare(config: PrepareConfig) -> PrepareReport:
+    """Prepare all sources; leaves a dataset folder in which every source ended as written, filtered or failed.
+
+    Needs a Ray session (`infra.ray_session`); opens one of its own if there is work to do and none is up.
+
+    Raises:
+        ValueError, OSError: bad config, sources or model folder; the output cannot be written.
+        ReconcileError: scenes lost or doubled; the dataset that was there before is left as it was.
+    """
+    from infra.log import get_logger, progress
+    from infra.ray_session import ray_session
+    from infra.storage import atomic_write_json
+    from preprocess.run import lock, plan_work
+    from preprocess.sources import list_sources
+
+    began = time.monotonic()
+    log = get_logger("prepare")
+    output, model = config.output.resolve(), config.model.resolve()
+    settings = make_settings(config)
+    with lock(output):
+        found = list_sources(config.sources, exclude=output)
+        work = plan_work(found.files, output, settings, model, config.retry_failed)
+        todo = {file.video_id for file in work.todo}
+        report = PrepareReport(output, repeated=found.repeated)
+        log.info("%d sources: %d to do, %d unchanged", len(work.files), len(todo), len(work.files) - len(todo))
+        if todo:
+            with ray_session(), progress("prepare", len(todo)) as shown:
+                for manifest in work.rounds():
+                    for row in run_stages(config, work.place, manifest):
+                        report.count_done(json.loads(row["seconds"]), row["stage"])
+                        shown.advance(**{row["status"]: shown.figures.get(row["status"], 0) + 1})
+        shard_bytes = int(config.shard_mb * 2**20)
+        if work.unchanged(shard_bytes):
+            log.info("nothing has changed; the dataset stays as it is")
+            record = work.earlier.facts
+        else:
+            with report.timed("shards"):
+                record = work.compact(shard_bytes)
+        report.count_rows([work.finished[file.video_id].part.source for file in work.files], todo)
+        report.count_totals(record)
+        report.seconds = time.monotonic() - began
+        atomic_write_json(output / "report.json", report.to_dict())
+        work.clean()
+    return report
+
+
+def run_stages(config: PrepareConfig, place: Workplace, manifest: Path) -> Iterator[dict[str, str]]:
+    """The whole data job as one chain: streams the outcome of each video of the manifest as its part is written.
+
+    A video whose worker died in every attempt has no outcome here; `Work.rounds` accounts for it.
+    """
+    import ray.data
+    from ray.data import ActorPoolStrategy
+
+    from preprocess.rows import EncodeRow, caption_row, decode_row, probe_row
+
+    # bounded: Ray's default is to run a row that kills its worker for ever
+    on_cpu: dict[str, Any] = {"num_cpus": config.decode_cpus, "max_retries": MAX_ATTEMPTS - 1, "fn_args": (place,)}
+    with _data_context():
+        chain = (
+            ray.data.read_parquet(str(manifest))
+            .repartition(target_num_rows_per_block=1)  # a dying worker takes its whole block with it
+            .map(probe_row, **on_cpu)
+            .map(decode_row, **on_cpu)
+            .map(caption_row, **on_cpu)
+            .map(
+                EncodeRow,
+                fn_constructor_kwargs={
+                    "place": place,
+                    "model": str(config.model.resolve()),
+                    "device": "cuda" if config.encoder_gpus else "cpu",
+                    "threads": max(1, int(config.encoder_cpus)),
+                },
+                compute=ActorPoolStrategy(size=config.encoders),
+                num_cpus=config.encoder_cpus,
+                num_gpus=config.encoder_gpus or None,
+                max_task_retries=MAX_ATTEMPTS - 1,
+            )
+        )
+        yield from chain.iter_rows()
+
+
+@contextmanager
+def _data_context() -> Iterator[None]:
+    """Ray Data's switches for this job, put back afterwards."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    wanted = {
+        "max_errored_blocks": -1,  # a video that kills its worker must not end the run; `Work.rounds` misses it
+        "execution_no_progress_timeout_s": -1,  # one long video is no hang; every stage has its own limit
+        "enable_progress_bars": False,
+        "print_on_execution_start": False,
+    }
+    before = {name: getattr(context, name) for name in wanted}
+    try:
+        for name, value in wanted.items():
+            setattr(context, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)
+
+
+def make_settings(config: PrepareConfig) -> PrepareSettings:
+    """The stages' settings, with what is not given taken from the model folder."""
+    from models.folder import load_settings
+
+    model = load_settings(config.model)
+    return PrepareSettings(
+        height=config.height or model.height,
+        width=config.width or model.width,
+        fps=config.fps or model.fps,
+        shot_frames=config.shot_frames or model.frames_per_shot,
+        min_shot_frames=config.min_shot_frames,
+        max_shots=config.max_shots,
+        max_seconds=config.max_seconds_per_video,
+        min_side=config.min_side,
+        min_rate=config.min_rate,
+        captions=config.captions,
+        dtype=config.dtype,
+        seconds_per_video=config.seconds_limit,
+    )

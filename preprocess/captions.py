@@ -1,0 +1,155 @@
+"""Captions of a scene: `sidecar` reads a JSON file beside the video, `describe` says what was measured.
+
+A sidecar `X.json` beside `X.mp4` holds story, entities [{id, name, description}] and shots [{start_frame, end_frame,
+prompt, sentence, camera, states [{text, frame}]}]; frames are source frames, a state's frame counts from the start of
+its shot. Its shots are matched to the detected ones by overlap with the encoded frames.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from models.records import RecordError, decode
+from models.scene import CaptionSource, Entity, Scene, Shot, State
+from preprocess.describe import TEMPLATES, describe_scene, describe_shot
+from preprocess.outcome import Failed
+from preprocess.settings import CaptionBackend
+
+_MIN_OVERLAP = 0.5  # share of a shot's encoded frames that a caption must cover
+_LARGEST = 16 * 2**20  # bytes of a sidecar file
+
+
+@dataclass
+class SidecarShot:
+    start_frame: int
+    end_frame: int
+    prompt: str
+    sentence: str = ""
+    camera: str = ""
+    states: list[State] = field(default_factory=list)
+
+
+@dataclass
+class Sidecar:
+    shots: list[SidecarShot]
+    story: str = ""
+    entities: list[Entity] = field(default_factory=list)
+
+
+def template_hash() -> str:
+    """Changes when `describe` would say something else about the same measurements."""
+    return hashlib.sha256(json.dumps(TEMPLATES, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def caption_scenes(
+    scenes: list[Scene],
+    span_frames: list[list[int]],
+    path: str | None,
+    backend: CaptionBackend,
+) -> None:
+    """Fill story, entities, prompts, sentences, camera and states of all scenes of one source, in place.
+
+    Args:
+        span_frames: per shot of the source, the source frame number of each encoded frame.
+        path: the sidecar file, None where there is none.
+    Raises:
+        Failed: the sidecar is missing (backend `sidecar`), cannot be read, or covers none of a scene's shots.
+    """
+    sidecar = None
+    if backend != "describe":
+        sidecar = read_sidecar(path) if path is not None else None
+        if sidecar is None and backend == "sidecar":
+            raise Failed("captions", "no caption file beside the video; write X.json beside X.mp4, or use describe")
+    first = 0
+    for scene in scenes:
+        frames = span_frames[first : first + len(scene.shots)]
+        first += len(scene.shots)
+        said = _from_sidecar(scene, sidecar, frames) if sidecar is not None else 0
+        if said < len(scene.shots):
+            if backend == "sidecar":
+                missing = [shot.index for shot in scene.shots if not shot.prompt]
+                if any(scene.shots[i].encoded for i in missing):
+                    raise Failed("captions", f"{path} has no caption for shots {missing} of {scene.scene_id}")
+            for shot in scene.shots:
+                if not shot.prompt:
+                    describe_shot(shot)
+        if not scene.story:
+            describe_scene(scene)
+        used = "describe" if said == 0 else "sidecar" if said == len(scene.shots) else "sidecar+describe"
+        scene.captions = CaptionSource(used, "", "" if used == "sidecar" else template_hash())
+
+
+def read_sidecar(path: str) -> Sidecar:
+    """A checked caption file. Raises Failed naming the file, the field and the value."""
+    try:
+        if Path(path).stat().st_size > _LARGEST:
+            raise Failed("captions", f"{path} is larger than {_LARGEST} bytes; is it a caption file?")
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Failed("captions", f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise Failed("captions", f"{path} is not JSON: {error}") from error
+    try:
+        sidecar = decode(Sidecar, _known(value), Path(path).name)
+    except RecordError as error:
+        raise Failed("captions", str(error)) from error
+    for i, shot in enumerate(sidecar.shots):
+        if not 0 <= shot.start_frame < shot.end_frame:
+            span = f"{shot.start_frame}..{shot.end_frame}"
+            raise Failed("captions", f"{Path(path).name}.shots[{i}] is empty: frames {span}")
+    return sidecar
+
+
+def _known(value: Any) -> Any:
+    """The fields we read; others are the writer's own and are left alone."""
+    if not isinstance(value, dict):
+        return value
+    kept = {k: v for k, v in value.items() if k in Sidecar.__dataclass_fields__}
+    if isinstance(kept.get("shots"), list):
+        names = SidecarShot.__dataclass_fields__
+        kept["shots"] = [
+            {k: v for k, v in shot.items() if k in names} if isinstance(shot, dict) else shot for shot in kept["shots"]
+        ]
+    return kept
+
+
+def _from_sidecar(scene: Scene, sidecar: Sidecar, frames: list[list[int]]) -> int:
+    """Fill what the sidecar says; returns for how many shots it had a caption."""
+    said = 0
+    for shot, encoded in zip(scene.shots, frames, strict=True):
+        best, share = _best_match(shot, encoded, sidecar.shots)
+        if best is None or share < _MIN_OVERLAP:
+            continue
+        said += 1
+        shot.prompt, shot.sentence, shot.camera = best.prompt, best.sentence, best.camera
+        shot.scores["caption_overlap"] = round(share, 4)
+        shot.states = _states(best, encoded)
+    if said:
+        scene.story, scene.entities = sidecar.story, list(sidecar.entities)
+    return said
+
+
+def _best_match(shot: Shot, encoded: list[int], candidates: list[SidecarShot]) -> tuple[SidecarShot | None, float]:
+    """The caption that covers most of the shot's encoded frames (of all its frames, where none is encoded)."""
+    shown = encoded or list(range(shot.start_frame, shot.end_frame))
+    best, share = None, 0.0
+    for candidate in candidates:
+        covered = sum(candidate.start_frame <= frame < candidate.end_frame for frame in shown) / len(shown)
+        if covered > share:
+            best, share = candidate, covered
+    return best, share
+
+
+def _states(caption: SidecarShot, encoded: list[int]) -> list[State]:
+    """States with the encoded frame they hold from; those past the encoded span are left out."""
+    states = []
+    for state in caption.states:
+        frame = bisect_left(encoded, caption.start_frame + state.frame)
+        if frame < len(encoded):
+            states.append(State(state.text, frame))
+    return states

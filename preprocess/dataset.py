@@ -1,0 +1,223 @@
+"""The finished dataset folder: what an earlier run left in it, and how a new run takes its place in one step.
+
+    shards/scenes-000000.tar ...   manifest.parquet   sources.parquet   dataset.json
+
+Parts are compacted in the order of the source list, never by arrival, so equal input gives equal shards. A new dataset
+is built whole in `next/` and moved over the old one; a run killed in between is completed by the next.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra.storage import atomic_path, atomic_write_json, sha256_file
+from preprocess.parts import Part, Row, part_path, part_samples, read_part
+from preprocess.shards import ShardReader, ShardWriter
+from preprocess.sources import SourceFile
+
+FORMAT = "shotloom-dataset-1"
+_FILES = ("manifest.parquet", "sources.parquet", "dataset.json")
+_ORDER = ("shards", *_FILES)
+
+
+class ReconcileError(RuntimeError):
+    """What was written is not what was prepared; nothing was replaced."""
+
+
+@dataclass
+class Finished:
+    """A source whose work is done: its rows, and where its samples lie (a part, or a shard of the older dataset)."""
+
+    part: Part
+    path: Path | None  # of the part; None: samples are in the older dataset's shards
+
+
+class Earlier:
+    """The dataset that an earlier run left in the folder; empty where there is none or it cannot be read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.parts: dict[str, Part] = {}
+        self.reader = ShardReader(folder / "shards")
+        self.facts: dict[str, Any] = {}
+        try:
+            facts = json.loads((folder / "dataset.json").read_text())
+            sources = pq.read_table(folder / "sources.parquet").to_pylist()
+            shots = pq.read_table(folder / "manifest.parquet").to_pylist()
+        except (OSError, ValueError, pa.ArrowInvalid):
+            return
+        if facts.get("format") != FORMAT:
+            return
+        self.facts = facts
+        self.parts = {row["video_id"]: Part(row, []) for row in sources}
+        for row in shots:
+            self.parts[row["video_id"]].shots.append(row)
+
+    def whole(self, part: Part) -> bool:
+        """Whether all samples of a part are still in the shards."""
+        try:
+            return all(row["key"] in self.reader.keys(row["shard"]) for row in part.shots if row["key"])
+        except OSError:
+            return False
+
+    def samples(self, part: Part) -> Iterator[tuple[str, dict[str, bytes]]]:
+        for key, shard in {row["key"]: row["shard"] for row in part.shots if row["key"]}.items():
+            yield key, self.reader.sample(shard, key)
+
+
+def find_finished(
+    file: SourceFile, keys: dict[str, str], parts: Path, earlier: Earlier, retry_failed: bool
+) -> Finished | None:
+    """The finished work on a source that still holds: same settings, same file. None: it has to be done."""
+    part = read_part(part_path(parts, file.video_id))
+    if part is not None and _still_holds(part, file, keys, retry_failed):
+        return Finished(part, part_path(parts, file.video_id))
+    part = earlier.parts.get(file.video_id)
+    if part is not None and _still_holds(part, file, keys, retry_failed) and earlier.whole(part):
+        return Finished(part, None)
+    return None
+
+
+# what the end of a source depends on, by the stage in which it ended
+_DEPENDS = {
+    "captions": ("vision_key", "caption_key"),
+    "encode": ("vision_key", "caption_key", "encoder_key"),
+    "": ("vision_key", "caption_key", "encoder_key"),  # written
+}
+
+
+def _still_holds(part: Part, file: SourceFile, keys: dict[str, str], retry_failed: bool) -> bool:
+    row = part.source
+    if row["name"] != file.name or row["bytes"] != file.bytes or (retry_failed and row["status"] == "failed"):
+        return False
+    depends = _DEPENDS.get(row["stage"], ("vision_key",))
+    if any(row.get(name) != keys[name] for name in depends):
+        return False
+    if not _same_content(row, "path", file.path, "mtime_ns", file.mtime_ns, "sha256"):
+        return False
+    return "caption_key" not in depends or _same_content(
+        row, "captions", file.captions or "", "captions_mtime_ns", file.captions_mtime_ns, "captions_sha256"
+    )
+
+
+def _same_content(row: Row, path_name: str, path: str, time_name: str, mtime_ns: int, hash_name: str) -> bool:
+    """Same file by its time stamp; by content where only the time stamp or the place differs."""
+    if row[time_name] == mtime_ns and row[path_name] == path:
+        return True
+    if mtime_ns == 0 or not row[hash_name]:  # gone, or never read
+        return False
+    return sha256_file(path) == row[hash_name]
+
+
+def build(
+    folder: Path, finished: Sequence[Finished], earlier: Earlier, shard_bytes: int, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the whole dataset into `folder`/next and check it against the parts; returns dataset.json.
+
+    Raises ReconcileError where a scene would be lost, doubled or unaccounted for.
+    """
+    staging = folder / "next"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    places: dict[str, str] = {}
+    with ShardWriter(staging / "shards", shard_bytes) as writer:
+        for one in finished:
+            for key, files in part_samples(one.path) if one.path else earlier.samples(one.part):
+                if key in places:
+                    raise ReconcileError(f"scene {key} would be written twice; remove {folder} and prepare again")
+                places[key] = writer.write(key, files)
+    (staging / "shards").mkdir(exist_ok=True)
+    sources = [one.part.source for one in finished]
+    shots = [row | {"shard": places.get(row["key"], "")} for one in finished for row in one.part.shots]
+    totals = reconcile([one.part for one in finished], places)
+    _write_table(staging / "sources.parquet", sources, SOURCE_SCHEMA)
+    _write_table(staging / "manifest.parquet", shots, SHOT_SCHEMA)
+    record = {"format": FORMAT, **facts, "totals": totals, "shards": writer.names, "shard_bytes": shard_bytes}
+    atomic_write_json(staging / "dataset.json", record)
+    return record
+
+
+def reconcile(parts: Sequence[Part], places: dict[str, str]) -> dict[str, int]:
+    """Totals of a dataset. Raises ReconcileError unless every source ended and every scene lies in one shard."""
+    status = Counter(part.source["status"] for part in parts)
+    unknown = set(status) - {"written", "filtered", "failed"}
+    if unknown:
+        raise ReconcileError(f"sources ended as {sorted(unknown)}, expected written, filtered or failed")
+    keys = [key for part in parts for key in part.keys]
+    lost, extra = set(keys) - set(places), set(places) - set(keys)
+    if lost or extra or len(keys) != len(set(keys)):
+        raise ReconcileError(
+            f"{len(keys)} scenes were prepared and {len(places)} written: lost {sorted(lost)[:5]}, unexpected "
+            f"{sorted(extra)[:5]}; remove the parts folder and prepare again"
+        )
+    scenes = sum(part.source["scenes"] for part in parts)
+    if scenes != len(places):
+        raise ReconcileError(f"the sources count {scenes} scenes, the shards hold {len(places)}")
+    return {
+        "sources": len(parts),
+        "written": status["written"],
+        "filtered": status["filtered"],
+        "failed": status["failed"],
+        "scenes": len(places),
+        "shots": sum(len(part.shots) for part in parts),
+        "encoded_shots": sum(row["encoded_frames"] > 0 for part in parts for row in part.shots),
+        "encoded_frames": sum(row["encoded_frames"] for part in parts for row in part.shots),
+    }
+
+
+def commit(folder: Path) -> None:
+    """Move `next/` over the dataset. Safe to repeat: a commit that was interrupted goes on where it stopped."""
+    staging, marker = folder / "next", folder / "next" / "complete"
+    marker.touch()
+    for name in _ORDER:
+        source, target = staging / name, folder / name
+        if not source.exists():
+            continue
+        old = folder / "old-shards"
+        if name == "shards" and target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+        source.rename(target)
+    shutil.rmtree(folder / "old-shards", ignore_errors=True)
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Complete a commit that was interrupted; drop a dataset that was never whole."""
+    if (folder / "next" / "complete").exists():
+        commit(folder)
+    shutil.rmtree(folder / "next", ignore_errors=True)
+
+
+def _schema(**columns: str) -> pa.Schema:
+    kinds = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
+    return pa.schema([(name, kinds[kind]) for name, kind in columns.items()])
+
+
+SOURCE_SCHEMA = _schema(
+    video_id="str", name="str", path="str", status="str", stage="str", reason="str", attempts="int", scenes="int",
+    shots="int", encoded_shots="int", encoded_frames="int", source_frames="int", used_frames="int",
+    decoded_frames="int", damaged_packets="int", decoder="str", decoder_reason="str", container="str", codec="str",
+    pix_fmt="str", width="int", height="int", fps="float", variable_rate="bool", duration_s="float", rotation="int",
+    hdr="bool", interlaced="bool", audio="bool", bytes="int", mtime_ns="int", sha256="str", captions="str",
+    captions_mtime_ns="int", captions_sha256="str", vision_key="str", caption_key="str", encoder_key="str",
+)  # fmt: skip
+SHOT_SCHEMA = _schema(
+    video_id="str", source="str", scene_id="str", shot_id="str", index="int", key="str", shard="str", start_s="float",
+    duration_s="float", start_pts="int", end_pts="int", time_base_num="int", time_base_den="int", start_frame="int",
+    end_frame="int", transition="str", confidence="float", encoded_frames="int", encoded_start_frame="int",
+    prompt="str", sentence="str", camera="str", captions="str", scores="str",
+)  # fmt: skip
+
+
+def _write_table(path: Path, rows: list[Row], schema: pa.Schema) -> None:
+    with atomic_path(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, schema), temporary)

@@ -1,0 +1,154 @@
+"""Decode once: every frame of a video, upright, at about training size, with its exact timestamp.
+
+decord where the probe shows a plain file (it scales inside its own decoder), PyAV for everything else; both give the
+same frames in the same order. Scaling happens on the decoder's planes, so full-size RGB never exists.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+
+import av.error
+import numpy as np
+from PIL import Image
+
+from preprocess.outcome import Failed, short
+from preprocess.probe import VideoInfo, open_video
+
+SMALL_WIDTH, SMALL_HEIGHT = 48, 27  # the analysis stream
+_MAX_DAMAGED = 0.1  # share of packets that may be damaged before the file is set aside
+
+
+@dataclass
+class Frame:
+    index: int  # position in order of presentation
+    pts: int
+    image: np.ndarray  # uint8 [h,w,3], covers the training size
+
+    def small(self) -> np.ndarray:
+        """The whole picture at analysis size: uint8 [27,48,3]."""
+        return np.asarray(Image.fromarray(self.image).resize((SMALL_WIDTH, SMALL_HEIGHT), Image.Resampling.BOX))
+
+    def cropped(self, height: int, width: int) -> np.ndarray:
+        """The central part at training size: uint8 [height,width,3]."""
+        top, left = (self.image.shape[0] - height) // 2, (self.image.shape[1] - width) // 2
+        return self.image[top : top + height, left : left + width]
+
+
+@dataclass
+class DecodeCount:
+    """What one pass over a file did; `decoded` counts every frame that left the decoder, shown or not."""
+
+    decoded: int = 0
+    shown: int = 0
+    damaged: int = 0  # packets that could not be decoded
+    dropped: int = 0  # frames whose timestamp did not advance
+    decoder: str = ""
+
+
+def cover_size(info: VideoInfo, height: int, width: int) -> tuple[int, int]:
+    """(height, width) of the displayed picture scaled to just cover the training size, aspect ratio kept."""
+    scale = max(height / info.height, width / info.width)
+    return max(height, ceil(info.height * scale - 1e-6)), max(width, ceil(info.width * scale - 1e-6))
+
+
+def frames(
+    path: str,
+    info: VideoInfo,
+    height: int,
+    width: int,
+    *,
+    count: DecodeCount,
+    max_seconds: float | None = None,
+    deadline: float | None = None,
+) -> Iterator[Frame]:
+    """Frames of a probed video in order of presentation, each scaled to cover [height,width].
+
+    Args:
+        count: filled in while frames are taken.
+        max_seconds: stop after this much of the video.
+        deadline: `time.monotonic()` after which the file is given up.
+    Raises:
+        Failed: nothing can be decoded, more than a tenth of the packets is damaged, or the time is over.
+    """
+    size = cover_size(info, height, width)
+    source = _decord(path, info, size, count) if info.decoder == "decord" else None
+    if source is None:
+        source = _pyav(path, info, size, count)
+    end = info.pts[0] + max_seconds / info.seconds_per_tick if max_seconds is not None else None
+    last: int | None = None
+    for pts, image in source:
+        count.decoded += 1
+        if deadline is not None and time.monotonic() > deadline:
+            raise Failed("decode", f"took too long: given up after {count.decoded} frames")
+        if end is not None and pts >= end:
+            return
+        if last is not None and pts <= last:
+            count.dropped += 1
+            continue
+        last = pts
+        yield Frame(count.shown, pts, image)
+        count.shown += 1
+    if count.shown == 0:
+        raise Failed("decode", f"no frame can be decoded ({count.damaged} damaged packets of {len(info.pts)})")
+    if count.damaged > _MAX_DAMAGED * (count.decoded + count.damaged):
+        raise Failed("decode", f"{count.damaged} of {count.decoded + count.damaged} packets are damaged")
+
+
+def _decord(
+    path: str, info: VideoInfo, size: tuple[int, int], count: DecodeCount
+) -> Iterator[tuple[int, np.ndarray]] | None:
+    """Frames through decord, or None if it does not see the frames that the index shows."""
+    import decord
+
+    try:
+        reader = decord.VideoReader(path, width=size[1], height=size[0], num_threads=1)
+    except (decord.DECORDError, RuntimeError, AssertionError):
+        return None
+    if len(reader) != len(info.pts):
+        return None
+    count.decoder = "decord"
+    return _read_decord(reader, info)
+
+
+def _read_decord(reader: object, info: VideoInfo) -> Iterator[tuple[int, np.ndarray]]:
+    import decord
+
+    for i, pts in enumerate(info.pts):
+        try:
+            yield pts, _rgb(reader[i].asnumpy())  # type: ignore[index]
+        except (decord.DECORDError, RuntimeError) as error:
+            raise Failed("decode", f"frame {i} of {len(info.pts)} cannot be decoded ({short(error)})") from error
+
+
+def _rgb(image: np.ndarray) -> np.ndarray:
+    """[h,w,3] from decord2, which at some narrow widths returns its padded rows as [h,w,4] and more."""
+    height, width, depth = image.shape
+    return image if depth == 3 else image.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
+
+
+def _pyav(path: str, info: VideoInfo, size: tuple[int, int], count: DecodeCount) -> Iterator[tuple[int, np.ndarray]]:
+    count.decoder = "pyav"
+    turns = info.rotation // 90
+    height, width = size if turns % 2 == 0 else size[::-1]
+    last = info.pts[0] - info.frame_ticks
+    with open_video(path) as (container, stream):
+        packets = container.demux(stream)
+        while True:
+            try:
+                packet = next(packets, None)
+                if packet is None:
+                    return
+                decoded = packet.decode()
+            except av.error.FFmpegError:
+                count.damaged += 1
+                if packet is None or count.damaged > len(info.pts):
+                    return
+                continue
+            for frame in decoded:
+                last = frame.pts if frame.pts is not None else last + info.frame_ticks
+                image = frame.reformat(width=width, height=height, format="rgb24", interpolation="BICUBIC").to_ndarray()
+                yield last, np.ascontiguousarray(np.rot90(image, turns)) if turns else image

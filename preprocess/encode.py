@@ -1,0 +1,131 @@
+"""Encode a source's shots and texts with the VAE and the text encoder of a model folder.
+
+C channels, F latent frames, h w latent size, L text tokens, D width of the text. Batches are formed inside one source,
+in the order of its shots, never by arrival: the same source gives the same bytes at any parallelism.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from infra.storage import sha256_file
+from models.codecs import VideoCodec
+from models.folder import PART_FOLDERS, load_model, load_settings
+from models.scene import STORY_TEXT, LatentSource, Scene, shot_tensor_key
+from models.text import TextEncoder, clean_prompt
+from preprocess.outcome import Failed
+from preprocess.settings import StoreType
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_BATCH = 4  # clips per VAE call
+
+
+@dataclass
+class Encoder:
+    """A VAE and a text encoder with the length of text that their backbone reads."""
+
+    codec: VideoCodec
+    text: TextEncoder
+    text_length: int  # tokens that the model reads per shot
+    threads: int = 1
+
+    @staticmethod
+    def from_folder(path: Path | str, device: str = "cpu", threads: int = 1) -> Encoder:
+        """Reads vae/, text_encoder/, tokenizer/ and the text length of a model folder."""
+        model = load_model(path, ("codec", "text"), device)
+        return Encoder(model.codec, model.text, model.settings.text_length, threads)
+
+    def encode_shots(self, spans: Sequence[np.ndarray | None], dtype: StoreType) -> list[dict[str, Tensor]]:
+        """Posterior of each span uint8 [n,H,W,3], and of its first and last frame, each frame encoded alone.
+
+        Returns per shot latent_mean, latent_logvar [C,F,h,w] and first_*, last_* [C,1,h,w] in raw VAE units; {} for
+        a shot without span.
+        """
+        torch.set_num_threads(self.threads)
+        results: list[dict[str, Tensor]] = [{} for _ in spans]
+        clips = [(i, "latent", span) for i, span in enumerate(spans) if span is not None]
+        singles = [
+            (i, name, span[at : at + 1] if at == 0 else span[-1:])
+            for i, span in enumerate(spans)
+            if span is not None
+            for name, at in (("first", 0), ("last", -1))
+        ]
+        for jobs in (*_by_length(clips), singles):
+            for begin in range(0, len(jobs), _BATCH):
+                batch = jobs[begin : begin + _BATCH]
+                mean, logvar = self.codec.encode(to_video([span for _, _, span in batch]))
+                for (shot, name, _), m, v in zip(batch, mean, logvar, strict=True):
+                    if not (torch.isfinite(m).all() and torch.isfinite(v).all()):
+                        raise Failed("encode", f"the VAE gave values that are not finite for shot {shot}")
+                    results[shot][f"{name}_mean"] = m.to("cpu", _DTYPES[dtype]).contiguous()
+                    results[shot][f"{name}_logvar"] = v.to("cpu", _DTYPES[dtype]).contiguous()
+        return results
+
+    def encode_texts(self, scenes: Sequence[Scene], dtype: StoreType) -> dict[str, Tensor]:
+        """Embedding [L,D] of every text of the scenes, each distinct text encoded once.
+
+        Raises Failed naming the shot whose story and prompt together are longer than the model reads.
+        """
+        torch.set_num_threads(self.threads)
+        texts = list(dict.fromkeys(text for scene in scenes for text in scene_texts(scene).values()))
+        lengths = {text: self._tokens(text) for text in texts}
+        for scene in scenes:
+            story = lengths[scene.story]
+            for shot in scene.shots:
+                longest = max(story + lengths[shot.prompt], lengths[shot.sentence] if shot.sentence else 0)
+                if longest > self.text_length:
+                    raise Failed(
+                        "encode",
+                        f"the texts of shot {shot.index} of {scene.scene_id} have {longest} tokens (story {story}, "
+                        f"prompt {lengths[shot.prompt]}), the model reads {self.text_length}; shorten the captions",
+                    )
+        return {
+            text: embedding.to(_DTYPES[dtype]).contiguous()
+            for text, embedding in zip(texts, self.text.encode(texts), strict=True)
+        }
+
+    def source(self, dtype: StoreType) -> LatentSource:
+        return LatentSource(self.codec.hash, self.text.hash, dtype)
+
+    def _tokens(self, text: str) -> int:
+        return len(self.text.tokenizer(clean_prompt(text), verbose=False).input_ids)
+
+
+def encoder_key(path: Path | str) -> str:
+    """Changes when a model folder would encode otherwise. Reads the files without loading them."""
+    digest = hashlib.sha256(str(load_settings(path).text_length).encode())
+    for part in ("codec", "text"):
+        for folder in PART_FOLDERS[part]:
+            for file in sorted(p for p in (Path(path) / folder).rglob("*") if p.is_file()):
+                digest.update(f"{file.relative_to(path).as_posix()} {sha256_file(file)} ".encode())
+    return digest.hexdigest()[:16]
+
+
+def scene_texts(scene: Scene) -> dict[str, str]:
+    """Tensor name -> text, of every text of a scene that is encoded."""
+    texts = {STORY_TEXT: scene.story}
+    for shot in scene.shots:
+        texts[shot_tensor_key(shot.index, "text")] = shot.prompt
+        if shot.sentence:
+            texts[shot_tensor_key(shot.index, "sentence_text")] = shot.sentence
+    return texts
+
+
+def to_video(spans: Sequence[np.ndarray]) -> Tensor:
+    """uint8 clips [n,H,W,3] of one length -> [B,3,n,H,W] in [-1,1]."""
+    frames = torch.from_numpy(np.stack(spans)).permute(0, 4, 1, 2, 3)
+    return frames.float().div_(127.5).sub_(1.0)
+
+
+def _by_length(clips: list[tuple[int, str, np.ndarray]]) -> list[list[tuple[int, str, np.ndarray]]]:
+    groups: dict[int, list[tuple[int, str, np.ndarray]]] = {}
+    for clip in clips:
+        groups.setdefault(len(clip[2]), []).append(clip)
+    return [groups[length] for length in sorted(groups)]

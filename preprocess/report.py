@@ -1,0 +1,113 @@
+"""What a prepare run did: seconds and items per stage, how every source ended, decodes per frame."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from infra.log import duration
+from preprocess.parts import Row
+
+
+@dataclass
+class StageReport:
+    """Sums over the run. `seconds` is work, over all workers; it exceeds the clock where stages ran side by side."""
+
+    items: int = 0
+    seconds: float = 0.0
+    set_aside: int = 0
+
+
+@dataclass
+class PrepareReport:
+    output: Path
+    seconds: float = 0.0  # of the clock
+    stages: dict[str, StageReport] = field(default_factory=dict)
+    sources: int = 0
+    written: int = 0
+    filtered: int = 0
+    failed: int = 0
+    reused: int = 0  # sources whose earlier result still held; nothing was done for them
+    repeated: list[str] = field(default_factory=list)  # entries that named a file already listed
+    scenes: int = 0
+    shots: int = 0
+    encoded_shots: int = 0
+    encoded_frames: int = 0
+    shards: int = 0
+    source_frames: int = 0  # frames of this run's videos that lie in the part that was taken
+    decoded_frames: int = 0
+    set_aside: list[Row] = field(default_factory=list)  # name, status, stage, reason, attempts
+
+    @property
+    def decodes_per_frame(self) -> float:
+        """How often a frame was decoded, over the videos of this run; the promise is at most 1.15."""
+        return self.decoded_frames / self.source_frames if self.source_frames else 0.0
+
+    def count_done(self, seconds: dict[str, float], stage: str) -> None:
+        """Add the stage times of one video, and where it was set aside ("" if it was written)."""
+        for name, spent in seconds.items():
+            entry = self.stages.setdefault(name, StageReport())
+            entry.items += 1
+            entry.seconds += spent
+        if "probe" in seconds and stage != "probe":
+            self.stages.setdefault("filters", StageReport()).items += 1
+        if stage:
+            self.stages.setdefault(stage, StageReport()).set_aside += 1
+
+    def count_rows(self, rows: Sequence[Row], done: set[str]) -> None:
+        """Take totals from the rows of sources.parquet; `done` are the videos worked on in this run."""
+        status = Counter(row["status"] for row in rows)
+        self.sources, self.written = len(rows), status["written"]
+        self.filtered, self.failed = status["filtered"], status["failed"]
+        self.reused = len(rows) - len(done)
+        for row in rows:
+            if row["status"] != "written":
+                self.set_aside.append({k: row[k] for k in ("name", "status", "stage", "reason", "attempts")})
+            if row["video_id"] in done:
+                self.source_frames += row["used_frames"]
+                self.decoded_frames += row["decoded_frames"] if row["used_frames"] else 0
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Count the seconds of a block that runs once, on the driver."""
+        began = time.monotonic()
+        yield
+        entry = self.stages.setdefault(stage, StageReport())
+        entry.seconds += time.monotonic() - began
+
+    def count_totals(self, record: dict[str, Any]) -> None:
+        """Take the totals of dataset.json."""
+        totals = record["totals"]
+        self.scenes, self.shots = totals["scenes"], totals["shots"]
+        self.encoded_shots, self.encoded_frames = totals["encoded_shots"], totals["encoded_frames"]
+        self.shards = len(record["shards"])
+        if "shards" in self.stages:
+            self.stages["shards"].items = self.scenes
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"output": str(self.output), "decodes_per_frame": round(self.decodes_per_frame, 4)}
+
+    def summary(self) -> str:
+        """For people: a few lines."""
+        lines = [
+            f"{self.sources} sources: {self.written} written, {self.filtered} filtered, {self.failed} failed"
+            + (f"; {self.reused} unchanged since the last run, not done again" if self.reused else ""),
+            f"{self.scenes} scenes, {self.shots} shots, {self.encoded_shots} of them encoded, in {self.shards} shards: "
+            f"{self.output}",
+        ]
+        if self.repeated:
+            lines.append(f"{len(self.repeated)} entries name a file already listed: {', '.join(self.repeated[:3])}")
+        for row in self.set_aside:
+            lines.append(f"  {row['status']} {row['name']} ({row['stage']}): {row['reason']}")
+        for name, stage in self.stages.items():
+            kind = "scenes" if name == "shards" else "videos"
+            aside = f", {stage.set_aside} set aside" if stage.set_aside else ""
+            lines.append(f"  {name}: {stage.items} {kind}, {duration(stage.seconds)}{aside}")
+        if self.source_frames:
+            lines.append(f"  decoded {self.decoded_frames} frames, {self.decodes_per_frame:.3f} per source frame")
+        return "\n".join([*lines, f"took {duration(self.seconds)}"])

@@ -1,0 +1,79 @@
+"""The stages as functions on Ray Data rows: a row is a video's id and its unit as JSON, a few kilobytes.
+
+No frame travels in a row. Each call is one counted attempt under a time limit, because a broken file can kill or hang
+the worker that opens it; what a stage raises ends its own unit only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from preprocess.outcome import Failed
+from preprocess.unit import (
+    Unit,
+    Workplace,
+    caption_stage,
+    close_stage,
+    decode_stage,
+    encode_stage,
+    probe_stage,
+    run_stage,
+)
+from preprocess.watch import MAX_ATTEMPTS, Attempts
+
+Row = dict[str, str]
+
+
+def probe_row(row: Row, place: Workplace) -> Row:
+    return _stage("probe", lambda unit: probe_stage(unit, place), row, place)
+
+
+def decode_row(row: Row, place: Workplace) -> Row:
+    return _stage("decode", lambda unit: decode_stage(unit, place), row, place)
+
+
+def caption_row(row: Row, place: Workplace) -> Row:
+    return _stage("captions", lambda unit: caption_stage(unit, place), row, place)
+
+
+class EncodeRow:
+    """Actor: holds the VAE and the text encoder; writes the part of each video, encoded or set aside."""
+
+    def __init__(self, place: Workplace, model: str, device: str, threads: int) -> None:
+        from preprocess.encode import Encoder
+
+        self.place = place
+        self.encoder = Encoder.from_folder(Path(model), device, threads)
+
+    def __call__(self, row: Row) -> Row:
+        """Returns only what the driver reports: id, status, stage, seconds."""
+        unit = _run("encode", lambda unit: encode_stage(unit, self.place, self.encoder), row, self.place)
+        close_stage(unit, self.place)
+        return {
+            "video_id": unit.file.video_id,
+            "status": unit.status,
+            "stage": unit.stage,
+            "seconds": json.dumps(unit.seconds),
+        }
+
+
+def _stage(name: str, stage: Callable[[Unit], None], row: Row, place: Workplace) -> Row:
+    return {"video_id": row["video_id"], "unit": _run(name, stage, row, place).to_json()}
+
+
+def _run(name: str, stage: Callable[[Unit], None], row: Row, place: Workplace) -> Unit:
+    unit = Unit.from_json(row["unit"])
+    if unit.status:
+        return unit
+    attempts = Attempts(place.parts / "attempts")
+    # the stage's own deadline comes first and names what was slow; this one is for code that never returns
+    hard_limit = 1.25 * place.settings.seconds_per_video + 10
+    try:
+        with attempts.attempt(row["video_id"], name, hard_limit) as attempt:
+            unit.attempts = max(unit.attempts, attempt)
+            return run_stage(name, stage, unit)
+    except Failed as end:
+        unit.status, unit.stage, unit.reason, unit.attempts = "failed", end.stage, end.reason, MAX_ATTEMPTS
+        return unit

@@ -1,0 +1,129 @@
+"""One run over an output folder: what is to do, what still holds from earlier, rounds until every source has a part."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra.storage import atomic_path
+from preprocess import dataset
+from preprocess.dataset import Earlier, Finished, find_finished
+from preprocess.encode import encoder_key
+from preprocess.parts import Part, part_path, read_part, write_part
+from preprocess.settings import PrepareSettings
+from preprocess.sources import SourceFile
+from preprocess.unit import Unit, Workplace, source_row
+from preprocess.watch import MAX_ATTEMPTS, Attempts
+
+
+@contextlib.contextmanager
+def lock(output: Path) -> Iterator[None]:
+    """Keep a second run out of the same output folder; the lock goes with this process, however it ends."""
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{output}: another `shotloom prepare` is writing there; wait for it or stop it") from None
+        yield
+
+
+@dataclass
+class Work:
+    """The sources of one run, in order, and which of them are finished."""
+
+    output: Path
+    place: Workplace
+    files: list[SourceFile]
+    earlier: Earlier
+    finished: dict[str, Finished] = field(default_factory=dict)
+
+    @property
+    def todo(self) -> list[SourceFile]:
+        return [file for file in self.files if file.video_id not in self.finished]
+
+    @property
+    def attempts(self) -> Attempts:
+        return Attempts(self.place.parts / "attempts")
+
+    def rounds(self) -> Iterator[Path]:
+        """Manifests of what is still to do, as Parquet with one row per video, until every source has a part.
+
+        Ray drops a row whose worker died too often, and says so nowhere: what has no part after a round is given
+        another, and ends as failed after MAX_ATTEMPTS rounds or deaths.
+        """
+        rounds = 0
+        while todo := self.todo:
+            rounds += 1
+            yield write_manifest(self.place.parts / "todo.parquet", todo)
+            for file in todo:
+                part = read_part(part_path(self.place.parts, file.video_id))
+                if part is None:
+                    stage, deaths = self.attempts.unfinished(file.video_id)
+                    if max(deaths, rounds) < MAX_ATTEMPTS:
+                        continue
+                    part = self._give_up(file, stage, max(deaths, rounds))
+                self.finished[file.video_id] = Finished(part, part_path(self.place.parts, file.video_id))
+
+    def _give_up(self, file: SourceFile, stage: str, attempts: int) -> Part:
+        unit = Unit(file, status="failed", stage=stage or "probe", attempts=attempts)
+        unit.reason = self.attempts.cause(file.video_id, attempts)
+        part = Part(source_row(unit, self.place))
+        write_part(self.place.parts, part, iter(()))
+        return part
+
+    def unchanged(self, shard_bytes: int) -> bool:
+        """Whether the dataset in the folder is already what this run would write."""
+        here = [file.video_id for file in self.files]
+        return (
+            list(self.earlier.parts) == here
+            and self.earlier.facts.get("shard_bytes") == shard_bytes
+            and all(one.path is None for one in self.finished.values())
+        )
+
+    def compact(self, shard_bytes: int) -> dict[str, Any]:
+        """Write all parts into shards and put the new dataset in place of the old; returns dataset.json."""
+        finished = [self.finished[file.video_id] for file in self.files]
+        settings = {k: v for k, v in asdict(self.place.settings).items() if k != "seconds_per_video"}
+        facts = {"settings": settings, **self.place.keys()}
+        record = dataset.build(self.output, finished, self.earlier, shard_bytes, facts)
+        dataset.commit(self.output)
+        return record
+
+    def clean(self) -> None:
+        shutil.rmtree(self.place.parts, ignore_errors=True)
+
+
+def plan_work(
+    files: Sequence[SourceFile], output: Path, settings: PrepareSettings, model: Path, retry_failed: bool = False
+) -> Work:
+    """What has to be done for `files`. Completes an interrupted commit first, and drops half-done scratch."""
+    dataset.recover(output)
+    parts = output / "parts"
+    for leftover in ("attempts", "scratch"):
+        shutil.rmtree(parts / leftover, ignore_errors=True)
+    place = Workplace(settings, parts, parts / "scratch", encoder_key(model))
+    work = Work(output, place, list(files), Earlier(output))
+    keys = place.keys()
+    for file in files:
+        finished = find_finished(file, keys, parts, work.earlier, retry_failed)
+        if finished is not None:
+            work.finished[file.video_id] = finished
+    return work
+
+
+def write_manifest(path: Path, files: Sequence[SourceFile]) -> Path:
+    """One row per video: its id, and the unit as JSON."""
+    rows = [{"video_id": file.video_id, "unit": Unit(file).to_json()} for file in files]
+    schema = pa.schema([("video_id", pa.string()), ("unit", pa.string())])
+    with atomic_path(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, schema), temporary)
+    return path

@@ -1,0 +1,54 @@
+"""What the stages need to know, and the keys that say which results a change of settings makes invalid."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+CaptionBackend = Literal["sidecar", "describe", "sidecar_or_describe"]
+StoreType = Literal["float32", "float16", "bfloat16"]
+
+# raise when a stage gives other results for the same settings, so that earlier work is done again
+STAGES_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    height: int = 64
+    width: int = 64
+    fps: float = 8.0  # of the encoded frames
+    shot_frames: int = 17  # encoded frames per shot at most, 4k+1
+    min_shot_frames: int = 5  # a shorter shot stays in the record, without latents
+    max_shots: int = 9  # shots per scene
+    max_seconds: float | None = None  # of each video
+    min_side: int = 32  # pixels of the shorter side
+    min_rate: float = 0.5  # source frames per encoded frame; below it most encoded frames would be repeats
+    captions: CaptionBackend = "sidecar_or_describe"
+    dtype: StoreType = "float16"  # of latents and text embeddings
+    seconds_per_video: float = 600.0  # time limit for the work on one video
+
+    def __post_init__(self) -> None:
+        for name in ("shot_frames", "min_shot_frames"):
+            if getattr(self, name) % 4 != 1:
+                raise ValueError(f"{name}={getattr(self, name)}: the VAE takes 4k+1 frames (5, 9, 13, 17, ...)")
+        if self.min_shot_frames > self.shot_frames:
+            raise ValueError(f"min_shot_frames={self.min_shot_frames} is more than shot_frames={self.shot_frames}")
+        if self.height % 8 or self.width % 8 or min(self.height, self.width) < 8:
+            raise ValueError(f"{self.height}x{self.width}: height and width must be multiples of 8")
+        if self.fps <= 0 or self.max_shots < 1 or self.seconds_per_video <= 0:
+            raise ValueError("fps, max_shots and seconds_per_video must be positive")
+        if self.max_seconds is not None and self.max_seconds <= 0:
+            raise ValueError(f"max_seconds={self.max_seconds} must be positive; null takes whole videos")
+
+    def vision_key(self) -> str:
+        """Changes when shots, encoded frames or what is kept would change."""
+        return _key({k: v for k, v in asdict(self).items() if k not in ("captions", "seconds_per_video")})
+
+    def caption_key(self, template_hash: str) -> str:
+        return _key([self.captions, template_hash])
+
+
+def _key(value: Any) -> str:
+    return hashlib.sha256(json.dumps([STAGES_VERSION, value], sort_keys=True).encode()).hexdigest()[:16]

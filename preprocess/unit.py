@@ -1,0 +1,238 @@
+"""The work on one video, stage by stage, and the record that travels between the stages.
+
+    probe -> decode (shots, encoded spans) -> captions -> encode (part on disk)
+
+A stage that finds the video unfit ends it: from there on the unit carries status, stage and reason, later stages pass
+it through, and its part holds no samples. `prepare_video` runs all stages in this process; the Ray pipeline runs the
+same functions with units as rows.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import save
+
+from infra.storage import sha256_file
+from models.records import decode as from_json
+from models.scene import Scene, shot_tensor_key
+from preprocess.captions import caption_scenes, template_hash
+from preprocess.decode import DecodeCount
+from preprocess.encode import Encoder, scene_texts
+from preprocess.filters import check_shots, check_video
+from preprocess.outcome import Failed, SetAside, short
+from preprocess.parts import Part, Row, read_part, shot_rows, write_part
+from preprocess.probe import VideoInfo, probe
+from preprocess.scenes import make_scenes
+from preprocess.settings import PrepareSettings
+from preprocess.sources import SourceFile
+from preprocess.spans import RawShot, read_shots
+
+
+@dataclass
+class Unit:
+    """One video on its way. JSON between stages; its frames wait in the scratch file, never in here."""
+
+    file: SourceFile
+    sha256: str = ""
+    captions_sha256: str = ""
+    info: VideoInfo | None = None
+    count: DecodeCount | None = None
+    shots: list[RawShot] = field(default_factory=list)
+    scenes: list[Scene] = field(default_factory=list)
+    status: str = ""  # "" while under way, then written, filtered or failed
+    stage: str = ""
+    reason: str = ""
+    attempts: int = 1
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Unit:
+        return from_json(Unit, json.loads(text), "unit")
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where a run keeps its files, and the keys of its settings."""
+
+    settings: PrepareSettings
+    parts: Path
+    scratch: Path
+    encoder_key: str
+
+    def scratch_file(self, unit: Unit) -> Path:
+        return self.scratch / f"{unit.file.video_id}.frames"
+
+    def keys(self) -> dict[str, str]:
+        """What the results of this run depend on; equal keys and equal input mean equal results."""
+        return {
+            "vision_key": self.settings.vision_key(),
+            "caption_key": self.settings.caption_key(template_hash()),
+            "encoder_key": self.encoder_key,
+        }
+
+
+def run_stage(name: str, stage: Callable[[Unit], None], unit: Unit) -> Unit:
+    """Run one stage on a unit that is still under way; what goes wrong ends this unit and no other."""
+    if unit.status:
+        return unit
+    began = time.perf_counter()
+    try:
+        stage(unit)
+    except SetAside as end:
+        unit.status, unit.stage, unit.reason = end.status, end.stage, end.reason
+    except Exception as error:  # a bug or an odd file must not take the run with it; it is reported by name
+        unit.status, unit.stage, unit.reason = "failed", name, f"unexpected {short(error)}"
+    unit.seconds[name] = unit.seconds.get(name, 0.0) + time.perf_counter() - began
+    return unit
+
+
+def probe_stage(unit: Unit, place: Workplace) -> None:
+    """Container index and content hash; rules that need nothing else."""
+    path = Path(unit.file.path)
+    if not path.is_file():
+        raise Failed("probe", "no such file")
+    if path.stat().st_size == 0:
+        raise Failed("probe", "the file is empty (0 bytes)")
+    try:
+        unit.sha256 = sha256_file(path)
+    except OSError as error:
+        raise Failed("probe", f"cannot be read: {error.strerror}") from error
+    if unit.file.captions and Path(unit.file.captions).is_file():
+        unit.captions_sha256 = sha256_file(unit.file.captions)
+    unit.info = probe(unit.file.path)
+    check_video(unit.info, place.settings)
+
+
+def decode_stage(unit: Unit, place: Workplace) -> None:
+    """The one decode: shots, and their encoded spans in the scratch file."""
+    assert unit.info is not None
+    deadline = time.monotonic() + place.settings.seconds_per_video
+    place.scratch.mkdir(parents=True, exist_ok=True)
+    with place.scratch_file(unit).open("wb") as file:
+        unit.shots, unit.count = read_shots(unit.file.path, unit.info, place.settings, file, deadline)
+    check_shots(unit.shots, place.settings)
+    unit.scenes = make_scenes(unit.file, unit.sha256, unit.info, unit.shots, place.settings)
+
+
+def caption_stage(unit: Unit, place: Workplace) -> None:
+    """Captions of all scenes; no pixels needed."""
+    spans = [shot.span_frames for shot in unit.shots]
+    caption_scenes(unit.scenes, spans, unit.file.captions, place.settings.captions)
+
+
+def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
+    """Latents and text embeddings, scene by scene, straight into the part."""
+    written = [scene for scene in unit.scenes if any(shot.encoded for shot in scene.shots)]
+    for scene in written:
+        scene.latents = encoder.source(place.settings.dtype)
+    texts = encoder.encode_texts(written, place.settings.dtype)
+
+    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
+        first = 0
+        for scene in unit.scenes:
+            shots = unit.shots[first : first + len(scene.shots)]
+            first += len(scene.shots)
+            if scene in written:
+                tensors = {name: texts[text].clone() for name, text in scene_texts(scene).items()}
+                spans = _read_spans(place.scratch_file(unit), shots, place.settings)
+                for i, latents in enumerate(encoder.encode_shots(spans, place.settings.dtype)):
+                    tensors |= {shot_tensor_key(i, name): value for name, value in latents.items()}
+                yield scene.scene_id, {"json": scene.to_json().encode(), "safetensors": save(tensors)}
+
+    rows = [row for scene in unit.scenes for row in shot_rows(scene, scene in written)]
+    unit.status = "written"
+    try:
+        write_part(place.parts, Part(source_row(unit, place), rows), samples())
+    except BaseException:
+        unit.status = ""
+        raise
+
+
+def close_stage(unit: Unit, place: Workplace) -> Unit:
+    """Last step of every unit: a part for those set aside, and no scratch left."""
+    if unit.status != "written":
+        write_part(place.parts, Part(source_row(unit, place)), iter(()))
+    place.scratch_file(unit).unlink(missing_ok=True)
+    return unit
+
+
+def prepare_video(
+    file: SourceFile, settings: PrepareSettings, encoder: Encoder, folder: Path, encoder_key: str = ""
+) -> Part:
+    """All stages on one video, in this process, without Ray. Leaves the part in `folder` and returns its rows."""
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Workplace(settings, folder, Path(scratch), encoder_key)
+        unit = Unit(file)
+        run_stage("probe", lambda u: probe_stage(u, place), unit)
+        run_stage("decode", lambda u: decode_stage(u, place), unit)
+        run_stage("captions", lambda u: caption_stage(u, place), unit)
+        run_stage("encode", lambda u: encode_stage(u, place, encoder), unit)
+        close_stage(unit, place)
+    part = read_part(folder / f"{file.video_id}.tar")
+    assert part is not None
+    return part
+
+
+def source_row(unit: Unit, place: Workplace) -> Row:
+    """The row of sources.parquet."""
+    info, count, file = unit.info, unit.count, unit.file
+    return {
+        "video_id": file.video_id,
+        "name": file.name,
+        "path": file.path,
+        "status": unit.status,
+        "stage": unit.stage,
+        "reason": unit.reason,
+        "attempts": unit.attempts,
+        "scenes": sum(any(s.encoded for s in scene.shots) for scene in unit.scenes) if unit.status == "written" else 0,
+        "shots": len(unit.shots),
+        "encoded_shots": sum(bool(shot.span_pts) for shot in unit.shots),
+        "encoded_frames": sum(len(shot.span_pts) for shot in unit.shots),
+        "source_frames": len(info.pts) if info else 0,
+        "used_frames": count.shown if count else 0,
+        "decoded_frames": (count.decoded if count else 0) + (info.probe_frames if info else 0),
+        "damaged_packets": count.damaged if count else 0,
+        "decoder": count.decoder if count else "",
+        "decoder_reason": info.decoder_reason if info else "",
+        **({name: getattr(info, name) if info else default for name, default in _INFO.items()}),
+        "bytes": file.bytes,
+        "mtime_ns": file.mtime_ns,
+        "sha256": unit.sha256,
+        "captions": file.captions or "",
+        "captions_mtime_ns": file.captions_mtime_ns,
+        "captions_sha256": unit.captions_sha256,
+        **place.keys(),
+    }
+
+
+_INFO: dict[str, Any] = {
+    "container": "", "codec": "", "pix_fmt": "", "width": 0, "height": 0, "fps": 0.0, "variable_rate": False,
+    "duration_s": 0.0, "rotation": 0, "hdr": False, "interlaced": False, "audio": False,
+}  # fmt: skip
+
+
+def _read_spans(path: Path, shots: list[RawShot], settings: PrepareSettings) -> list[np.ndarray | None]:
+    """Encoded spans, uint8 [n,H,W,3] each, of shots of one source from its scratch file."""
+    shape = (settings.height, settings.width, 3)
+    size = int(np.prod(shape))
+    spans: list[np.ndarray | None] = []
+    with path.open("rb") as file:
+        for shot in shots:
+            if not shot.span_pts:
+                spans.append(None)
+                continue
+            file.seek(shot.offset * size)
+            data = np.frombuffer(file.read(len(shot.span_pts) * size), np.uint8)
+            spans.append(data.reshape(len(shot.span_pts), *shape))
+    return spans
