@@ -34,7 +34,6 @@ def inject_lora(
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in layers):
             raise ValueError(f"LoRA target {target!r} matches no layer; the usual ones are {', '.join(TARGETS)}")
-    backbone.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)))
