@@ -21,8 +21,13 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B,N,heads,d] -> 
 
 def group_ids(layout: ClipLayout) -> Tensor:
     """Group of each frame, long [F]: shots numbered 0, 1, ... in order of appearance."""
-    sizes = torch.tensor([frames.stop - frames.start for frames in layout.shot_slices])
-    return torch.arange(len(sizes)).repeat_interleave(sizes)
+    sizes = group_sizes(layout)
+    return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+
+
+def group_sizes(layout: ClipLayout) -> tuple[int, ...]:
+    """Latent frames of each group, in order."""
+    return tuple(frames.stop - frames.start for frames in layout.shot_slices)
 
 
 def block_mask(groups: Tensor, rule: AttentionRule) -> Tensor:
@@ -50,7 +55,7 @@ def grouped_attention(
     q: Tensor,  # [B,N,heads,d]
     k: Tensor,
     v: Tensor,
-    groups: Tensor,  # long [F], from `group_ids`: non-decreasing
+    sizes: tuple[int, ...],  # frames of each group, from `group_sizes`; plain numbers, so that compiling sees them
     rule: AttentionRule,
     attend: Attend = sdpa,
 ) -> Tensor:
@@ -60,12 +65,9 @@ def grouped_attention(
     group holds enters the arithmetic of an earlier one (LCT 2503.10589, context-causal attention). same_frame: the
     frames as a batch.
     """
-    batch, tokens, frames = q.shape[0], q.shape[1], len(groups)
-    if tokens % frames or (groups[1:] < groups[:-1]).any():
-        raise ValueError(
-            f"{tokens} tokens for {frames} frames with groups {groups.tolist()}: tokens must divide evenly over "
-            "the frames and groups be non-decreasing"
-        )
+    batch, tokens, frames = q.shape[0], q.shape[1], sum(sizes)
+    if tokens % frames:
+        raise ValueError(f"{tokens} tokens do not divide evenly over {frames} frames (groups of {list(sizes)})")
     if rule == "full":
         return attend(q, k, v)
     if rule == "same_frame":
@@ -75,7 +77,7 @@ def grouped_attention(
         raise ValueError(f"unknown attention rule {rule!r}; choose one of {', '.join(get_args(AttentionRule))}")
     per_frame = tokens // frames
     outs, start = [], 0
-    for size in torch.unique_consecutive(groups, return_counts=True)[1].tolist():
+    for size in sizes:
         end = start + size * per_frame
         outs.append(attend(q[:, start:end], k[:, :end], v[:, :end]))
         start = end

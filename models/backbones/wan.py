@@ -21,7 +21,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from models.attention import Attend, AttentionRule, group_ids, grouped_attention
+from models.attention import Attend, AttentionRule, group_sizes, grouped_attention
 from models.layout import ClipLayout, Segment
 from models.noise import FlowMatching
 from models.positions import PositionMode, position_ids, rope_tables
@@ -83,7 +83,7 @@ class WanBackbone(nn.Module):
 
         grid = (height // patch_h, width // patch_w)
         cos, sin = _tables(layout, grid, position_mode, position_gap, self.rope_dims, x.device)
-        clip = _Clip(batch, frames, (cos, sin), _groups(layout), attention_rule, _frame_groups(text))
+        clip = _Clip(batch, frames, (cos, sin), group_sizes(layout), attention_rule, _frame_groups(text))
         if levels.ndim == 2 and bool((levels == levels[:, :1]).all()):
             levels = levels[:, 0]  # one time per sample is the plain model's own arithmetic
         times = self.process.to_model_time(levels).flatten()  # [B] or [B*F]
@@ -103,7 +103,7 @@ class _Clip:
     batch: int
     frames: int
     rotary: tuple[Tensor, Tensor]  # [1,N,1,d] each
-    groups: Tensor  # [F]
+    groups: tuple[int, ...]  # frames of each
     rule: AttentionRule
     text_frames: tuple[tuple[int, ...], ...]  # the frames that read each text group
 
@@ -229,11 +229,6 @@ def _tables(
 ) -> tuple[Tensor, Tensor]:
     cos, sin = rope_tables(position_ids(layout, grid, mode, gap), dims)
     return cos[None, :, None].to(device), sin[None, :, None].to(device)
-
-
-@lru_cache(maxsize=64)
-def _groups(layout: ClipLayout) -> Tensor:
-    return group_ids(layout)
 
 
 def _frame_groups(text: TextContext) -> tuple[tuple[int, ...], ...]:

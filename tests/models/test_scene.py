@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -107,6 +109,11 @@ def test_an_invalid_scene_is_not_written():
     scene.shots[1] = replace(scene.shots[1], end_frame=17)
     with pytest.raises(SceneError, match="the shot is empty"):
         scene.to_json()
+
+
+def test_a_record_can_be_read_without_torch():
+    code = "import sys, models.scene; assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_tensor_names():

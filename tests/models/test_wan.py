@@ -283,6 +283,18 @@ def test_bfloat16_autocast_follows_float32():
     assert all(torch.isfinite(p.grad).all() for p in backbone.parameters())
 
 
+@pytest.mark.parametrize("rule", ["full", "group_causal"])
+@torch.no_grad()
+def test_blocks_compile_as_one_graph(rule):
+    backbone, _ = make(torch.float32)
+    x, levels, text = inputs(torch.float32)
+    context = TextContext(text, SCENE.text_ids)
+    expected = backbone(x, levels, context, layout=SCENE, attention_rule=rule)
+    for block in backbone.transformer.blocks:
+        block.compile(backend="eager", fullgraph=True)
+    assert torch.allclose(backbone(x, levels, context, layout=SCENE, attention_rule=rule), expected, atol=1e-6)
+
+
 def test_sharded_blocks_compute_the_same(tmp_path):
     """FSDP2 gathers a block's weights in hooks around its call, and the root's around the transformer's."""
     from torch.distributed import destroy_process_group, init_process_group
