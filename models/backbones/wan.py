@@ -219,6 +219,7 @@ def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 @lru_cache(maxsize=4)  # the layout of a run rarely changes, and the tables of a long scene are large
+@torch.inference_mode(False)  # tables first made while sampling must serve training, too
 def _tables(
     layout: ClipLayout,
     grid: tuple[int, int],

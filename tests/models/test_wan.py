@@ -271,6 +271,32 @@ def test_checkpointing_gives_the_same_gradients_over_two_different_clips():
     assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(plain, again, strict=True))
 
 
+def test_sampling_first_does_not_stop_training():
+    backbone, _ = make()
+    x, levels, text = inputs()
+    layout = shots_layout([1, 5])  # no other test's, so that its tables are not there yet
+    with torch.inference_mode():
+        expected = backbone(x, levels, text[:, 0], layout=layout)
+    out = backbone(x, levels, text[:, 0], layout=layout)
+    out.sum().backward()
+    assert torch.equal(out.detach(), expected)
+
+
+@torch.no_grad()
+def test_a_copy_stands_on_its_own():
+    backbone, _ = make()
+    x, levels, text = inputs()
+    context = TextContext(text, SCENE.text_ids)
+    expected = backbone(x, levels, context, layout=SCENE)
+    copied = copy.deepcopy(backbone)
+    backbone(x, levels, text[:, 0])  # the original's clip changes
+    for parameter in backbone.parameters():
+        parameter.zero_()
+    assert torch.equal(copied(x, levels, context, layout=SCENE), expected)
+    for block in copied.transformer.blocks:
+        assert block.attn1.processor.text_attention is block.attn2.processor
+
+
 def test_bfloat16_autocast_follows_float32():
     backbone, _ = make(torch.float32)
     x, levels, text = inputs(torch.float32)
@@ -283,6 +309,7 @@ def test_bfloat16_autocast_follows_float32():
     assert all(torch.isfinite(p.grad).all() for p in backbone.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["full", "group_causal"])
 @torch.no_grad()
 def test_blocks_compile_as_one_graph(rule):
