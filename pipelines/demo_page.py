@@ -29,14 +29,14 @@ def build_report(result: DemoResult, prepared: Prepared, takes: Sequence[Takes],
     config, toy = result.config, result.config.videos is None
     dataset, scenes = prepared.report, prepared.scenes
     losses = [json.loads(line) for line in (result.model.parent / "metrics.jsonl").read_text().splitlines()]
-    total = duration(sum(stage.seconds for stage in result.stages))
+    total = duration(result.seconds)
     files = f"{dataset.sources} ToyWorld videos" if toy else f"{dataset.sources} of your files"
     said = {name: _percent(scores, "identity_said") for name, scores in (result.judge or {}).items()}
     headline = [
         Entry("files in", str(dataset.sources)),
         Entry(f"shots in {dataset.scenes} scenes", str(dataset.shots)),
         Entry("training loss, first and last", f"{losses[0]['loss']:.2f} → {losses[-1]['loss']:.2f}"),
-        Entry("all stages", total),
+        Entry("from start to report", total),
     ]
     if said:
         headline.insert(3, Entry("identity across shots, before and after", f"{said['before']} → {said['after']}"))

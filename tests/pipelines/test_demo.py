@@ -88,7 +88,7 @@ def test_a_failing_stage_is_named(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    build_tiny_folder(folder, method="fvdm", text_length=300)
+    build_tiny_folder(folder, method="fvdm", text_length=300, height=64, width=64)  # the judge reads from 64 up
     return folder
 
 
