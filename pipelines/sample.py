@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,6 +36,7 @@ class SampleConfig:
     text: Literal["scene", "sentence"] = knob("scene", "a shot reads its story and prompt, or its lone sentence")
     steps: int = knob(30, "denoising steps")
     guidance: float = knob(5.0, "classifier-free guidance scale of the text; 1 = none")
+    min_side: int = knob(256, "smaller videos are enlarged by a whole factor to this many pixels a side; 0 = never")
     batch_size: int = knob(1, "storyboards of equal shape made at once")
     device: str = knob("cpu", "torch device: cpu, cuda, ...")
     dtype: Literal["float32", "bfloat16"] = knob("float32", "of the model's weights and activations")
@@ -130,6 +132,7 @@ class _Job:
             seed=seed,
             settings=repr(generate_settings(config)),
             independent=config.independent,
+            min_side=config.min_side,
             dtype=config.dtype,
             model=weights,
             media=[(path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns) for path in media],
@@ -191,7 +194,8 @@ def _make_all(config: SampleConfig, groups: list[list[_Job]]) -> Iterator[dict[s
 
     from infra.ray_session import ray_session
 
-    with ray_session():
+    missing = {job.board["name"]: job for group in groups for job in group}
+    with ray_session(), _data_context():
         rows = [{"group": json.dumps([vars(job) for job in group])} for group in groups]
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Maker,
@@ -200,11 +204,38 @@ def _make_all(config: SampleConfig, groups: list[list[_Job]]) -> Iterator[dict[s
             compute=ray.data.ActorPoolStrategy(size=min(config.num_workers, len(groups))),
             num_cpus=config.cpus_per_worker,
             num_gpus=config.gpus_per_worker,
-            # Ray's default is to restart without end: a group that kills its actor would loop forever
-            ray_remote_args_fn=lambda: {"max_restarts": 2, "max_task_retries": 2},
+            max_task_retries=1,  # Ray's default is without end: a group that kills its actor would loop forever
         )
         for row in dataset.iter_rows():
-            yield json.loads(row["record"])
+            record = json.loads(row["record"])
+            del missing[record["name"]]
+            yield record
+    for job in missing.values():
+        yield _record(
+            config, job, status="failed", error="the worker that made it died, twice; is there enough memory?"
+        )
+
+
+@contextmanager
+def _data_context() -> Iterator[None]:
+    """Ray Data's switches for this job, put back afterwards."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    wanted = {
+        "max_errored_blocks": -1,  # a group that kills its worker must not end the run; what is missing is noticed
+        "execution_no_progress_timeout_s": -1,  # one long video is no hang
+        "enable_progress_bars": False,
+        "print_on_execution_start": False,
+    }
+    before = {name: getattr(context, name) for name in wanted}
+    try:
+        for name, value in wanted.items():
+            setattr(context, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)
 
 
 class _Maker:
@@ -233,12 +264,12 @@ class _Maker:
         except Exception as error:
             if len(group) > 1:
                 return [record for job in group for record in self.make([job])]
-            return [self._record(group[0], status="failed", error=f"{type(error).__name__}: {error}")]
+            return [_record(self.config, group[0], status="failed", error=f"{type(error).__name__}: {error}")]
 
     def _make(self, group: list[_Job]) -> list[dict[str, Any]]:
         from sample.generate import generate_scenes
         from sample.storyboard import Storyboard
-        from sample.video_io import write_video
+        from sample.video_io import enlarge, write_video
 
         started = time.monotonic()
         boards = [Storyboard.from_dict(job.board) for job in group]
@@ -252,19 +283,24 @@ class _Maker:
         seconds = round((time.monotonic() - started) / len(group), 3)
         records = []
         for job, clip in zip(group, clips, strict=True):
-            path = write_video(clip.frames, self.config.out / f"{job.board['name']}.mp4", self.model.settings.fps)
-            frames, height, width, _ = clip.frames.shape
+            pixels = enlarge(clip.frames, self.config.min_side)
+            path = write_video(pixels, self.config.out / f"{job.board['name']}.mp4", self.model.settings.fps)
+            frames, height, width, _ = pixels.shape
             figures = {"frames": frames, "height": height, "width": width, "fps": self.model.settings.fps}
             records.append(
-                self._record(job, status="completed", file=path.name, cuts=clip.cuts, seconds=seconds, **figures)
+                _record(
+                    self.config, job, status="completed", file=path.name, cuts=clip.cuts, seconds=seconds, **figures
+                )
             )
         return records
 
-    def _record(self, job: _Job, **facts: Any) -> dict[str, Any]:
-        from infra.storage import atomic_write_json
 
-        record = {"name": job.board["name"], "seed": job.seed, "storyboard": job.board, **facts}
-        record |= {"model": str(self.config.model), "independent": self.config.independent}
-        record |= {"steps": self.config.steps, "guidance": self.config.guidance, "fingerprint": job.fingerprint}
-        atomic_write_json(self.config.out / f"{job.board['name']}.json", record)
-        return record
+def _record(config: SampleConfig, job: _Job, **facts: Any) -> dict[str, Any]:
+    """The record of a finished or failed video, also written beside it."""
+    from infra.storage import atomic_write_json
+
+    record = {"name": job.board["name"], "seed": job.seed, "storyboard": job.board, **facts}
+    record |= {"model": str(config.model), "independent": config.independent}
+    record |= {"steps": config.steps, "guidance": config.guidance, "fingerprint": job.fingerprint}
+    atomic_write_json(config.out / f"{job.board['name']}.json", record)
+    return record

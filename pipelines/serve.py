@@ -33,6 +33,7 @@ class ServeConfig:
     guidance: float = knob(5.0, "guidance scale of a request that names none; 1 = none")
     max_shots: int = knob(9, "most shots of one storyboard")
     max_frames: int = knob(0, "most pixel frames of one shot; 0 = as many as the model was trained on")
+    min_side: int = knob(256, "smaller videos are enlarged by a whole factor to this many pixels a side; 0 = never")
     min_replicas: int = knob(1, "sampler replicas kept ready; 0 = load the model at the first request")
     max_replicas: int = knob(1, "sampler replicas at most")
     cpus_per_replica: float = knob(1.0, "CPUs of each sampler replica")
@@ -98,17 +99,21 @@ def run_serve(config: ServeConfig) -> None:
 
 def server_settings(config: ServeConfig) -> ServerSettings:
     """The replicas' settings; checks the model folder here, where the error reaches the user."""
+    import numpy as np
+
     from models.codecs import VideoCodec
     from models.folder import load_settings
     from sample.api import VideoService
     from sample.generate import largest_scene, starts_from_image
     from sample.server import ServerSettings
+    from sample.video_io import enlarge
 
     described = load_settings(config.model)
+    height, width = enlarge(np.empty((0, described.height, described.width, 3), np.uint8), config.min_side).shape[1:3]
     service = VideoService(
         model=config.model.resolve().name,
-        width=described.width,
-        height=described.height,
+        width=width,
+        height=height,
         fps=described.fps,
         frames_per_shot=described.frames_per_shot,
         temporal_stride=VideoCodec.from_folder(config.model).temporal_stride,
@@ -124,6 +129,7 @@ def server_settings(config: ServeConfig) -> ServerSettings:
         service=service,
         steps=config.steps,
         guidance=config.guidance,
+        min_side=config.min_side,
         device=config.device,
         dtype=config.dtype,
         min_replicas=config.min_replicas,

@@ -36,6 +36,7 @@ class ServerSettings:
     service: VideoService
     steps: int = 30  # of requests that name none, as the next
     guidance: float = 5.0
+    min_side: int = 0  # smaller videos are enlarged to this
     device: str = "cpu"
     dtype: str = "float32"
     min_replicas: int = 1

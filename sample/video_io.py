@@ -68,6 +68,15 @@ def read_image(path: Path | str) -> np.ndarray:
         raise ValueError(f"{path}: not a readable image ({error})") from error
 
 
+def enlarge(frames: np.ndarray, min_side: int) -> np.ndarray:
+    """Frames [T, H, W, 3] whose pixels are repeated by the whole factor that brings both sides to `min_side` or more.
+
+    Colour in 4:2:0 has half the resolution: at 64x64 a thin outline of another colour is lost, repeated pixels are not.
+    """
+    factor = -(-min_side // min(frames.shape[1:3]))
+    return frames if factor <= 1 else frames.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
 def fit_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     """Scale uint8 frames [T, H, W, 3] to cover height x width, then cut the centre out."""
     _, source_height, source_width, _ = frames.shape

@@ -21,7 +21,7 @@ from models.folder import load_model
 from sample.generate import GenerateSettings, generate_scene
 from sample.jobs import JobStore, Lease, LeaseLost
 from sample.storyboard import Storyboard, StoryboardError, derive_seed
-from sample.video_io import write_video
+from sample.video_io import enlarge, write_video
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,7 +75,7 @@ class VideoSampler:
         )  # never the file of another attempt
         try:
             frames, fps = self._generate(lease, stop)
-            write_video(frames, result, fps)
+            write_video(enlarge(frames, self.settings.min_side), result, fps)
             self.store.complete(lease, result.name)
         except LeaseLost as error:
             result.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipelines.evaluate import EvaluateConfig, run_evaluate, toy_storyboard
-from sample.video_io import write_video
+from sample.video_io import enlarge, write_video
 from toyworld.render import render_scene
 from toyworld.world import ToyScene, sample_scene
 
@@ -22,7 +22,7 @@ def write_run(folder: Path, shown: list[ToyScene]) -> None:
     lines = []
     for index, (scene, pixels) in enumerate(zip(SCENES, shown, strict=True)):
         name = f"scene-{index}"
-        write_video(render_scene(pixels)[0], folder / f"{name}.mp4", scene.fps)
+        write_video(enlarge(render_scene(pixels)[0], 256), folder / f"{name}.mp4", scene.fps)
         board = asdict(toy_storyboard(scene, name))
         lines.append(
             {"name": name, "status": "completed", "file": f"{name}.mp4", "cuts": scene.cuts, "storyboard": board}

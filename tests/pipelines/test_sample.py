@@ -34,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_for(model: Path, out: Path, **changes: Any) -> SampleConfig:
-    return replace(SampleConfig(model=model, out=out, steps=2), **changes)
+    return replace(SampleConfig(model=model, out=out, steps=2, min_side=64), **changes)
 
 
 def test_a_run_leaves_videos_records_and_a_manifest(model: Path, tmp_path: Path) -> None:
@@ -46,6 +46,7 @@ def test_a_run_leaves_videos_records_and_a_manifest(model: Path, tmp_path: Path)
     for record, cut in zip(records, (5, 9, 5), strict=True):
         frames, fps = read_video(tmp_path / record["file"])
         assert record["cuts"] == [cut] and len(frames) == record["frames"] == cut + 5 and fps == record["fps"] == 8
+        assert frames.shape[1:3] == (record["height"], record["width"]) == (64, 64)
         assert json.loads((tmp_path / f"{record['name']}.json").read_text()) == record
     assert len({record["seed"] for record in records}) == 3
 

@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from sample.video_io import fit_frames, read_image, read_video, write_video
+from sample.video_io import enlarge, fit_frames, read_image, read_video, write_video
 
 
 def clip(frames: int = 9, height: int = 48, width: int = 64) -> np.ndarray:
@@ -76,3 +76,18 @@ def test_fit_covers_then_cuts_the_centre() -> None:
     assert (fit_frames(wide, 20, 20)[:, 2:-2, 2:-2] >= 250).all()
     same = clip()
     assert fit_frames(same, 48, 64) is same
+
+
+def test_enlarged_pixels_keep_their_colour_in_the_file(tmp_path: Path) -> None:
+    video = np.full((5, 16, 24, 3), 128, np.uint8)
+    video[:, 8, 3:20] = (220, 30, 30)  # a line one pixel wide
+    errors = {}
+    for min_side in (0, 64):
+        large = enlarge(video, min_side)
+        factor = large.shape[1] // 16
+        assert large.shape[1:3] == (16 * factor, 24 * factor) and factor == (4 if min_side else 1)
+        back = read_video(write_video(large, tmp_path / f"{min_side}.mp4", 8))[0].astype(float)
+        small = back.reshape(5, 16, factor, 24, factor, 3).mean((2, 4))
+        errors[min_side] = np.abs(small - video)[:, 8, 4:19].mean()
+    assert errors[64] < errors[0] / 3, errors
+    assert enlarge(video, 16) is video
