@@ -7,13 +7,14 @@ with the smallest robust residual wins. "Everybody stays still" is a hypothesis 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 
 from toyworld.render import poses, states
-from toyworld.vocabulary import ACTIONS, FPS, PAIR_ACTIONS, Action, Camera, Side
+from toyworld.vocabulary import ACTIONS, CAMERAS, FPS, HORIZON, PAIR_ACTIONS, Action, Camera, Side
 from toyworld.world import Character, Place, ToyScene, ToyShot
 
 SIGMA_POSITION = 0.04  # share of the frame
@@ -22,6 +23,7 @@ SIGMA_ANGLE = 14.0  # degrees
 SIGMA_HORIZON = 0.010
 CAP = 9.0  # robust: no residual counts more than 3 sigma
 GAIN = (0.5, 1.5)  # a path may be this much shorter or longer than its script
+EXPLAINED = 0.65  # a script must leave at most this share of the residual that standing still leaves
 MARGIN = 0.25  # an action must fit better than standing still by this much
 PAN_PRIOR = 0.6  # a pan needs this much better a fit, for a lone character's pan looks like a move
 
@@ -41,7 +43,7 @@ class Motion:
 
 @dataclass(frozen=True)
 class ActionReading:
-    """`action` is None when no script beats standing still. `margin`: how much better than the next action."""
+    """`action` is None when no script clearly beats standing still. `margin`: how much better than the next best."""
 
     action: Action | None
     actor: int | None  # index of the track
@@ -171,58 +173,79 @@ def _far_from_script(motion: Motion, path: Script) -> float:
     return float(min((off / 0.25) ** 2, 1.0))
 
 
+@dataclass(frozen=True)
+class _Hypothesis:
+    """One way to explain all tracks: `doers` (track indices) act, everybody else stays still."""
+
+    cost: float
+    action: Action | None
+    doers: tuple[int, ...]
+    camera: Camera
+
+
+def _explanations(motions: list[Motion], camera: Camera, camera_cost: float, frames: int) -> Iterator[_Hypothesis]:
+    """Stillness, and every script that leaves little enough of the residual that standing still leaves its doers."""
+    still = [_fit(m, _still(frames), camera, moving=False) for m in motions]
+    yield _Hypothesis(camera_cost + sum(still), None, (), camera)
+
+    def acted(action: Action, doers: tuple[int, ...], fit: float) -> Iterator[_Hypothesis]:
+        stiff = sum(still[k] for k in doers)
+        if fit <= EXPLAINED * stiff:
+            yield _Hypothesis(camera_cost + sum(still) - stiff + fit, action, doers, camera)
+
+    for action in ACTIONS:
+        sides: tuple[Side, ...] = ("left", "right") if action == "hide" else ("left",)
+        for side in sides:
+            lead, second = script(action, frames, side)
+            for k, motion in enumerate(motions):
+                fit = _fit(motion, lead, camera, moving=True)
+                if second is None:
+                    yield from acted(action, (k,), fit)
+                    continue
+                for j, other in enumerate(motions):
+                    if j != k:
+                        apart = _far_from_script(motion, lead) + _far_from_script(other, second)
+                        yield from acted(action, (k, j), fit + _fit(other, second, camera, moving=True) + apart)
+
+
+def _camera_costs(horizon: np.ndarray) -> dict[Camera, float]:
+    """How badly each camera move explains the horizon [T]; a pan cannot be seen in it, only zooms."""
+    costs: dict[Camera, float] = {}
+    for camera in CAMERAS:
+        zoom, _ = _camera_path(camera, len(horizon))
+        expected = (HORIZON - 0.5) * zoom
+        off = horizon - np.median(horizon) - (expected - np.median(expected))
+        costs[camera] = float(np.minimum((off / SIGMA_HORIZON) ** 2, CAP).mean())
+    costs["pan"] += PAN_PRIOR
+    return costs
+
+
 def read_action(motions: list[Motion], horizon: np.ndarray) -> ActionReading:
     """Best script over all tracks. `horizon` [T] is the background's, as a share of the height; it shows zooms."""
     frames = len(horizon)
-    best_of: dict[Action | None, tuple[float, int | None, int | None, Camera]] = {}
-    cameras: list[tuple[Camera, float]] = []
-    for camera in ("static", "pan", "zoom_in", "zoom_out"):
-        zoom, _ = _camera_path(camera, frames)
-        expected = 0.12 * (zoom - zoom.mean())
-        off = horizon - np.median(horizon) - (expected - np.median(expected))
-        cost = float(np.minimum((off / SIGMA_HORIZON) ** 2, CAP).mean())
-        cameras.append((camera, cost + (PAN_PRIOR if camera == "pan" else 0.0)))
-    least = min(cost for _, cost in cameras)
-    tracks = range(len(motions))
-    for camera, camera_cost in cameras:
-        if camera_cost > least + 2.0:
-            continue
-        still = [_fit(m, _still(frames), camera, moving=False) for m in motions]
-        base = camera_cost + sum(still)
-
-        def offer(
-            action: Action | None, cost: float, actor: int | None, partner: int | None, camera: Camera = camera
-        ) -> None:
-            if action not in best_of or cost < best_of[action][0]:
-                best_of[action] = (cost, actor, partner, camera)
-
-        offer(None, base, None, None)
-        for action in ACTIONS:
-            sides: tuple[Side, ...] = ("left", "right") if action == "hide" else ("left",)
-            for side in sides:
-                lead, second = script(action, frames, side)
-                for k in tracks:
-                    cost = base - still[k] + _fit(motions[k], lead, camera, moving=True)
-                    if second is None:
-                        offer(action, cost, k, None)
-                        continue
-                    for j in tracks:
-                        if j != k:
-                            apart = _far_from_script(motions[k], lead) + _far_from_script(motions[j], second)
-                            offer(action, cost - still[j] + _fit(motions[j], second, camera, moving=True) + apart, k, j)
-    if not motions:
-        return ActionReading(None, None, None, "static", CAP, 0.0, ())
-    none_cost, _, _, none_camera = best_of.pop(None)
-    ranked = sorted(((value, name) for name, value in best_of.items() if name), key=lambda item: item[0][0])
-    (cost, actor, partner, camera), action = ranked[0]
-    if actor is None or cost > none_cost - MARGIN:
-        return ActionReading(None, None, None, none_camera, none_cost, cost - none_cost, ())
-    steady = [without_camera(m, camera) for m in motions]
-    labels = label_states(steady[actor], action, None if partner is None else steady[partner])
-    names = state_spans(action, frames)
+    costs = _camera_costs(horizon)
+    best: dict[Action | None, _Hypothesis] = {}
+    for camera, camera_cost in costs.items():
+        if camera_cost <= min(costs.values()) + 2.0:  # the others cannot win
+            for guess in _explanations(motions, camera, camera_cost, frames):
+                if guess.action not in best or guess.cost < best[guess.action].cost:
+                    best[guess.action] = guess
+    none = best.pop(None)
+    ranked = sorted(best.values(), key=lambda guess: guess.cost)
+    if not ranked or ranked[0].cost > none.cost - MARGIN:
+        return ActionReading(None, None, None, none.camera, none.cost, 0.0, ())
+    winner = ranked[0]
+    next_best = min([none.cost, *(guess.cost for guess in ranked[1:])])
+    actor, partner = winner.doers[0], winner.doers[1] if len(winner.doers) > 1 else None
+    steady = [without_camera(m, winner.camera) for m in motions]
+    assert winner.action is not None  # `best` has lost its None
+    labels = label_states(steady[actor], winner.action, None if partner is None else steady[partner])
+    names = state_spans(winner.action, frames)
     begun = [(frame, names[k][0]) for k, frame in enumerate(onsets(labels, len(names))) if frame is not None]
     read_states = tuple((name, frame) for frame, name in sorted(begun))
-    return ActionReading(action, actor, partner, camera, cost, ranked[1][0][0] - cost, read_states)
+    return ActionReading(
+        winner.action, actor, partner, winner.camera, winner.cost, next_best - winner.cost, read_states
+    )
 
 
 def without_camera(motion: Motion, camera: Camera) -> Motion:

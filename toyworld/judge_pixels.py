@@ -106,7 +106,9 @@ def read_background(frames: np.ndarray) -> Background:
         near = pixels[support(pixels, colour) > 0.1] if readable else pixels
         return np.median(near if len(near) else pixels, axis=0)
 
+    named_gap = float(np.linalg.norm(sky - ground))
     sky, ground = typical(upper, sky), typical(lower, ground)
+    readable &= float(np.linalg.norm(sky - ground)) > 0.4 * named_gap  # one even colour is no place
     image, horizon = _empty_place(frames, sky, ground)
     distance = np.sqrt(((frames - image) ** 2).sum(-1))
     noise = float(np.median(np.sort(distance, axis=None)[: distance.size // 2]))

@@ -23,7 +23,7 @@ from toyworld.judge_shape import SYMMETRY, Match, match_shapes
 from toyworld.render import PIXELATED_BLOCKS
 from toyworld.vocabulary import COLOURS, SHAPES, Colour, Landmark, Light, Pattern, PlaceName, Shape, Side, Style
 
-MIN_SIMILARITY = 0.60  # below this overlap with every template a mask has no readable shape
+MIN_SIMILARITY = 0.65  # below this overlap with every template a mask has no readable shape
 MIN_MASS = 12.0  # pixels at SIDE x SIDE that a character must cover
 MIN_SHARE = 0.25  # a track is a character if readable in this share of the frames
 MAX_TRACKS = 4
@@ -219,6 +219,8 @@ def _read_landmark(labels: np.ndarray) -> tuple[Landmark, float | None]:
 
 def _read_style(frames: np.ndarray, background: Background, tracks: tuple[Track, ...]) -> Style | None:
     """Pixelated shows in the picture's grid, duotone in a grey place, outlined in the characters."""
+    if background.name is None:
+        return None
     at_edge = np.arange(1, SIDE) % (SIDE // PIXELATED_BLOCKS) == 0
     columns = np.abs(np.diff(frames, axis=2)).sum((0, 1, 3))  # step from column c to c+1, over all frames
     rows = np.abs(np.diff(frames, axis=1)).sum((0, 2, 3))

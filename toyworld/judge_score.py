@@ -105,7 +105,9 @@ def has_place(reading: Reading, place: PlaceWords) -> bool:
 
 
 def has_landmark(reading: Reading, place: PlaceWords) -> bool:
-    return reading.landmark == place.landmark and (place.landmark == "none" or reading.landmark_side == place.side)
+    if reading.place is None or reading.landmark != place.landmark:
+        return False
+    return place.landmark == "none" or reading.landmark_side == place.side
 
 
 def score_reading(reading: Reading, wanted: ShotAttributes) -> Scores:

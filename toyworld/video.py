@@ -156,6 +156,18 @@ def _dress(frames: np.ndarray, look: Footage, scene: ToyScene) -> np.ndarray:
     return np.rot90(frames, k=look.rotation // 90, axes=(1, 2)) if look.rotation else frames
 
 
+def _to_yuv420(image: np.ndarray) -> np.ndarray:
+    """RGB uint8 [H,W,3] -> planar Y, U, V [H*3/2, W], BT.601 in studio range: the same on every platform."""
+    height, width = image.shape[:2]
+    rgb = image.astype(np.float64) / 255.0
+    y = rgb @ (65.481, 128.553, 24.966) + 16.0
+    coarse = rgb.reshape(height // 2, 2, width // 2, 2, 3).mean((1, 3))
+    u = coarse @ (-37.797, -74.203, 112.0) + 128.0
+    v = coarse @ (112.0, -93.786, -18.214) + 128.0
+    planes = np.concatenate([y.ravel(), u.ravel(), v.ravel()])
+    return np.rint(planes).astype(np.uint8).reshape(height * 3 // 2, width)
+
+
 def _encode(frames: np.ndarray, pts: list[int], rate: float, path: Path, crf: int) -> None:
     """H.264 yuv420p in one thread with fixed metadata, so that the same frames give the same file."""
     with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact", "movflags": "+faststart"}) as container:
@@ -164,9 +176,10 @@ def _encode(frames: np.ndarray, pts: list[int], rate: float, path: Path, crf: in
         stream.pix_fmt = "yuv420p"
         stream.time_base = TIME_BASE
         stream.codec_context.time_base = TIME_BASE
-        stream.options = {"crf": str(crf), "preset": "medium", "x264-params": "threads=1:keyint=48:log-level=none"}
+        # mbtree off: on pictures a few macroblocks wide x264's reads memory that it never wrote, so files differ by run
+        stream.options = {"crf": str(crf), "preset": "medium", "x264-params": "threads=1:mbtree=0:keyint=48:log-level=none"}
         for image, at in zip(frames, pts, strict=True):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(_to_yuv420(image), format="yuv420p")
             frame.pts, frame.time_base = at, TIME_BASE
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
