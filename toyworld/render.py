@@ -7,7 +7,7 @@ the frame: x to the right, y down, both 0..1; a scale is a radius as a share of 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -133,7 +133,7 @@ def poses(scene: ToyScene, shot: ToyShot, frame: int) -> dict[int, Pose]:
 # --------------------------------------------------------------------------------------------- shapes
 
 
-@lru_cache(maxsize=None)
+@cache
 def polygon(shape: Shape) -> np.ndarray:
     """Corners [V,2] of a shape of radius about 1, centred on its area, y down. Circles have no corners: ValueError."""
     if shape == "square":
@@ -143,7 +143,9 @@ def polygon(shape: Shape) -> np.ndarray:
         points = [(1.15 * math.sin(a), -1.15 * math.cos(a)) for a in (0.0, 2 * math.pi / 3, 4 * math.pi / 3)]
     elif shape == "star":
         radii = (1.2, 0.5)
-        points = [(radii[k % 2] * math.sin(k * math.pi / 5), -radii[k % 2] * math.cos(k * math.pi / 5)) for k in range(10)]
+        points = [
+            (radii[k % 2] * math.sin(k * math.pi / 5), -radii[k % 2] * math.cos(k * math.pi / 5)) for k in range(10)
+        ]
     elif shape == "cross":
         arm, long = 0.36, 1.05
         points = [(-arm, -long), (arm, -long), (arm, -arm), (long, -arm), (long, arm), (arm, arm),

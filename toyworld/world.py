@@ -9,11 +9,30 @@ from typing import Any, TypeVar
 import numpy as np
 
 from toyworld.vocabulary import (
-    FPS, HUE_OFFSET_DEGREES, LEVELS, MAX_SHOTS, PAIR_ACTIONS, SHOT_FRAMES, SIZE_RANGE,
-    Action, Camera, Colour, Landmark, LevelName, Light, Pattern, PlaceName, Shape, ShotSize, Side, Split, Style,
-    Transition, identity_held_out, pair_held_out,
+    FPS,
+    HUE_OFFSET_DEGREES,
+    LEVELS,
+    MAX_SHOTS,
+    PAIR_ACTIONS,
+    SHOT_FRAMES,
+    SIZE_RANGE,
+    Action,
+    Camera,
+    Colour,
+    Landmark,
+    LevelName,
+    Light,
+    Pattern,
+    PlaceName,
+    Shape,
+    ShotSize,
+    Side,
+    Split,
+    Style,
+    Transition,
+    identity_held_out,
+    pair_held_out,
 )  # fmt: skip
-
 
 T = TypeVar("T")
 
@@ -192,7 +211,9 @@ def sample_scene(
         raise ValueError(f"num_shots={num_shots!r}: give a count or a range within 1..{MAX_SHOTS}")
     if num_characters is not None and not 1 <= num_characters <= spec.max_characters:
         raise ValueError(f"num_characters={num_characters}: level {level!r} has 1..{spec.max_characters}")
-    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, index, zlib.crc32(f"{level}/{split}".encode())])))
+    rng = np.random.Generator(
+        np.random.PCG64(np.random.SeedSequence([seed, index, zlib.crc32(f"{level}/{split}".encode())]))
+    )
     count = int(rng.integers(low, high + 1))
     cast_size = num_characters or (1 if rng.random() < 0.7 else int(rng.integers(2, spec.max_characters + 1)))
     characters = _draw_cast(rng, level, split, cast_size)
@@ -201,7 +222,9 @@ def sample_scene(
     shots = []
     for i in range(count):
         place = i * len(places) // count
-        shots.append(_draw_shot(rng, level, split, characters, places[place], place, style, first=i == 0, alone=count == 1))
+        shots.append(
+            _draw_shot(rng, level, split, characters, places[place], place, style, first=i == 0, alone=count == 1)
+        )
     return ToyScene(level, split, seed, index, FPS, characters, places, tuple(shots))
 
 
@@ -213,7 +236,9 @@ def _draw_cast(rng: np.random.Generator, level: LevelName, split: Split, size: i
         if split == "train" and is_held_out(character):
             continue
         # no two of one colour or of one shape-and-pattern, so that identity can be read from pixels
-        if any(c.colour == character.colour or (c.shape, c.pattern) == (character.shape, character.pattern) for c in cast):
+        if any(
+            c.colour == character.colour or (c.shape, c.pattern) == (character.shape, character.pattern) for c in cast
+        ):
             continue
         cast.append(character)
     return tuple(cast)

@@ -1,8 +1,8 @@
 """Train a small text encoder (`T5EncoderModel`) so that what a prompt says can be read by one attention query.
 
-Each *slot* is one thing a text may say (a colour, an action, ...). A learned query attends over the encoder's output and
-a linear layer names the value: the same way a diffusion transformer's cross-attention will read it. The heads are thrown
-away afterwards. One process, resumable, seeded. Shapes: B batch, L text tokens, D width.
+Each *slot* is one thing a text may say (a colour, an action, ...). A learned query attends over the encoder's output
+and a linear layer names the value: the same way a diffusion transformer's cross-attention will read it. The heads are
+thrown away afterwards. One process, resumable, seeded. Shapes: B batch, L text tokens, D width.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TextSource = Callable[[int], tuple[list[str], dict[str, list[int]]]]
 
 @dataclass
 class TextEncoderSettings:
-    steps: int = 1500
+    steps: int = 2200
     learning_rate: float = 1e-3
     warmup_steps: int = 100
     checkpoint_every: int = 100

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor
 
 from train.snapshot import load_snapshot, save_snapshot
@@ -25,7 +26,7 @@ ClipSource = Callable[[int], tuple[Tensor, Tensor]]
 class VaeSettings:
     """How to train the VAE; the loss is weighted L1 + mse_weight * MSE + kl_weight * KL (mean over latent elements)."""
 
-    steps: int = 2000
+    steps: int = 2600
     learning_rate: float = 2e-3
     final_learning_rate: float = 5e-5
     warmup_steps: int = 50
@@ -39,12 +40,15 @@ class VaeSettings:
 
 
 @torch.no_grad()
-def initialise_vae(vae: AutoencoderKLWan, generator: torch.Generator, log_variance: float = -6.0, bias_scale: float = 0.3) -> None:
+def initialise_vae(
+    vae: AutoencoderKLWan, generator: torch.Generator, log_variance: float = -6.0, bias_scale: float = 0.3
+) -> None:
     """Initialise a VAE for fast training from nothing, in place.
 
     PyTorch's default halves the signal at every convolution while the biases stay, so that after a few layers the
-    norms see hardly anything of the input. Here every convolution keeps the variance (gain 1, no bias), a causal 3-D
-    kernel starts as an image kernel on its last tap, residual branches start at zero, and the posterior starts narrow.
+    norms see hardly anything of the input. Here every convolution keeps the variance, a causal 3-D kernel starts as an
+    image kernel on its last tap, a change of frame rate as a repeat or a skip, residual branches start at zero, and
+    the posterior starts narrow.
     """
     for name, module in vae.named_modules():
         if not isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
@@ -54,9 +58,14 @@ def initialise_vae(vae: AutoencoderKLWan, generator: torch.Generator, log_varian
         values = torch.randn(weight.shape, generator=generator) / fan_in**0.5
         if weight.ndim == 5:
             values[:, :, :-1] = 0.0
+        if name.endswith("time_conv"):  # changes of frame rate start as "repeat" and "keep the last"
+            values = torch.zeros_like(values)
+            channels = torch.arange(weight.shape[0])
+            values[channels, channels % weight.shape[1], -1] = 1.0
         weight.copy_(torch.zeros_like(values) if name.endswith("conv2") else values)
         if module.bias is not None:
-            module.bias.copy_(torch.randn(module.bias.shape, generator=generator) * bias_scale)
+            bias = torch.randn(module.bias.shape, generator=generator) * bias_scale
+            module.bias.copy_(torch.zeros_like(bias) if name.endswith("time_conv") else bias)
     channels = vae.config.z_dim
     vae.quant_conv.weight[channels:] *= 0.1
     vae.quant_conv.bias[channels:] = log_variance
@@ -83,7 +92,8 @@ def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
         cache = {"feat_cache": vae._feat_map, "feat_idx": vae._conv_idx}
         frames.append(vae.decoder(hidden[:, :, index : index + 1], first_chunk=index == 0, **cache))
     vae.clear_cache()
-    return torch.cat(frames, dim=2)
+    video = torch.cat(frames, dim=2)
+    return video if vae.config.patch_size is None else unpatchify(video, patch_size=vae.config.patch_size)
 
 
 def vae_loss(vae: AutoencoderKLWan, video: Tensor, weight: Tensor, settings: VaeSettings, generator: torch.Generator):

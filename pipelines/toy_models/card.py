@@ -20,7 +20,9 @@ def last_figures(run_dir: Path) -> dict[str, Any]:
 def model_card(config: ToyModelsConfig, scores: dict[str, dict[str, float]], run_dir: Path, texts_per_clip: int) -> str:
     """Markdown: what the model is, the command that made it, steps, time, loss and judge scores."""
     stages = {name: last_figures(run_dir / name) for name in ("vae", "text_encoder", "transformer")}
-    rows = "\n".join(f"| {name} | {score['value']:.3f} | {score['count']:g} |" for name, score in sorted(scores.items()))
+    rows = "\n".join(
+        f"| {name} | {score['value']:.3f} | {score['count']:g} |" for name, score in sorted(scores.items())
+    )
     figures = "\n".join(
         f"| {name} | " + ", ".join(f"{k} {v:.4g}" for k, v in line.items() if isinstance(v, int | float)) + " |"
         for name, line in stages.items()
@@ -54,7 +56,7 @@ Judge scores on {config.prompts} held-out single-shot prompts (20 steps, guidanc
 {rows}
 
 Use it with Shotloom (`shotloom sample model=FOLDER ...`) or with plain diffusers
-(`WanPipeline.from_pretrained(FOLDER)`, `max_sequence_length=224`, 64x64, 17 frames).
+(`WanPipeline.from_pretrained(FOLDER)`, `max_sequence_length=256`, 64x64, 17 frames).
 """
 
 

@@ -23,7 +23,7 @@ def to_video(frames: np.ndarray) -> Tensor:
     return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1.0
 
 
-IMAGE_STEPS = 400  # the VAE first learns single frames, which show more of the world per second of work
+IMAGE_STEPS = 500  # the VAE first learns single frames, which show more of the world per second of work
 
 
 def vae_batch(seed: int, step: int) -> tuple[Tensor, Tensor]:
@@ -31,7 +31,7 @@ def vae_batch(seed: int, step: int) -> tuple[Tensor, Tensor]:
 
     Two thirds of the clips are of level small, the others of level full, so that the VAE also serves later levels.
     """
-    batch, frames = (16, 1) if step < IMAGE_STEPS else (2, 9)
+    batch, frames = (16, 1) if step < IMAGE_STEPS else (3, 9)
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, step])))
     videos = []
     for _ in range(batch):

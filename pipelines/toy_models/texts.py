@@ -6,7 +6,18 @@ import numpy as np
 
 from toyworld.text import ShotAttributes, sentence, shot_attributes, shot_prompt, story, story_attributes
 from toyworld.vocabulary import (
-    ACTIONS, CAMERAS, COLOURS, LANDMARKS, LIGHTS, MAX_SHOTS, PATTERNS, PLACES, SHAPES, STYLES, LevelName,
+    ACTIONS,
+    CAMERAS,
+    COLOURS,
+    LANDMARKS,
+    LEVELS,
+    LIGHTS,
+    MAX_SHOTS,
+    PATTERNS,
+    PLACES,
+    SHAPES,
+    STYLES,
+    LevelName,
 )  # fmt: skip
 from toyworld.world import sample_scene
 
@@ -56,7 +67,10 @@ def text_batch(seed: int, step: int, batch: int = 48) -> tuple[list[str], dict[s
     rows: list[dict[str, int]] = []
     for _ in range(batch):
         level: LevelName = ("small", "medium", "full")[int(rng.integers(3))]  # type: ignore[assignment]
-        scene = sample_scene(level, seed=seed, index=int(rng.integers(1 << 31)), split="train")
+        cast = 1 + int(
+            rng.integers(LEVELS[level].max_characters)
+        )  # bindings are the hard part: casts of every size alike
+        scene = sample_scene(level, seed=seed, index=int(rng.integers(1 << 31)), split="train", num_characters=cast)
         index = int(rng.integers(len(scene.shots)))
         shot = shot_attributes(scene, index)
         said: dict[str, int] = {}
