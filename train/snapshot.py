@@ -48,10 +48,9 @@ def load_snapshot(
     if not path.exists():
         return 0
     state = torch.load(path, weights_only=True)
-    if state["settings"].get("seed") != settings.get("seed"):
-        raise ValueError(
-            f"{path}: made with seed {state['settings'].get('seed')}, asked for {settings.get('seed')}; use a new run folder"
-        )
+    made, asked = state["settings"].get("seed"), settings.get("seed")
+    if made != asked:
+        raise ValueError(f"{path}: made with seed {made}, asked for {asked}; use a new run folder")
     model.load_state_dict(state["model"])
     for name, value in state["average"].items():
         average[name].copy_(value)

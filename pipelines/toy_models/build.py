@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -106,7 +107,7 @@ def build_toy_models(config: ToyModelsConfig) -> Path:
     )  # fmt: skip
     result = run_loop(
         backbone, method, source("train", 0.1), loop, config.run_dir / "transformer", evaluate=evaluate,
-        on_log=lambda line: log.info(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in line.items())),
+        on_log=lambda line: log.info(_words(line)),
     )  # fmt: skip
     with torch.no_grad():
         for name, parameter in backbone.named_parameters():
@@ -120,6 +121,10 @@ def build_toy_models(config: ToyModelsConfig) -> Path:
     atomic_write_text(config.out / "README.md", model_card(config, scores, config.run_dir, TEXTS_PER_CLIP))
     log.info(f"wrote {config.out}")
     return config.out
+
+
+def _words(figures: dict[str, Any]) -> str:
+    return " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items())
 
 
 def _text_encoder(config: ToyModelsConfig, tokenizer: ByT5Tokenizer, say) -> T5EncoderModel:

@@ -40,7 +40,7 @@ def build_cache(
     folder: Path, codec: VideoCodec, encoder: TextEncoder, *, level: LevelName, split: Split, seed: int, clips: int,
     part_size: int = 1000, say: Callable[[str], None] = print,
 ) -> list[Path]:  # fmt: skip
-    """Write `clips` clips to `folder` in parts of `part_size`; parts that are there already are kept. Returns the parts.
+    """Write `clips` clips to `folder` in parts of `part_size` and return the parts; those already there are kept.
 
     Every clip stands in its part once per text (`TEXTS_PER_CLIP` rows share one latent).
     """
