@@ -150,7 +150,7 @@ class Checkpoints:
         """
         found = latest(self.root)
         if _rank() == 0:
-            _remove_unfinished(self.root, found[0] if found else 0)
+            remove_unfinished(self.root, found[0] if found else 0)
         _barrier()
         if found is None:
             return 0
@@ -180,7 +180,7 @@ def prune(root: Path, keep: int) -> None:
         shutil.rmtree(path)
 
 
-def _remove_unfinished(root: Path, newest: int) -> None:
+def remove_unfinished(root: Path, newest: int) -> None:
     """Remove what a killed run left half-written after the `newest` whole checkpoint."""
     later = [p for p in root.glob("step-*") if (m := _NAME.fullmatch(p.name)) and int(m[1]) > newest]
     for path in [*later, *root.glob(".writing-*")]:
@@ -188,10 +188,11 @@ def _remove_unfinished(root: Path, newest: int) -> None:
 
 
 def _check_identity(path: Path, made_with: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    for field in sorted(set(made_with) | set(asked)):
-        if made_with.get(field) != asked.get(field):
+    asked = json.loads(json.dumps(asked))  # as it would have been read back
+    for field in sorted(set(made_with) & set(asked)):
+        if made_with[field] != asked[field]:
             raise ValueError(
-                f"{path}: made with {field}={made_with.get(field)!r}, asked for {asked.get(field)!r}; "
+                f"{path}: made with {field}={made_with[field]!r}, asked for {asked[field]!r}; "
                 "a run cannot change this on the way: use a new run folder, or set it back"
             )
 

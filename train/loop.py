@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models.methods.base import Method
 from torch import Tensor, nn
 
 from models.backbones.wan import WanBackbone
+from models.methods.base import Method
 from models.noise import FlowMatching
 from train.batches import BatchSource, SceneBatch, keyed_generator, keyed_seed, prefetch
 from train.checkpoint import Checkpoints, TrainState
@@ -95,7 +95,7 @@ def run_loop(
     patch = math.prod(backbone.config.patch_size)  # latent pixels per token
     optimizer = make_optimizer(parameters, settings.learning_rate, settings.weight_decay)
     ema = EMA(parameters, settings.ema_decay)
-    identity = {"seed": settings.seed, "accumulate": settings.accumulate, **source.identity()}
+    identity = {"seed": settings.seed, "accumulate": settings.accumulate, "method": method.name, **source.identity()}
     state = TrainState(parameters, ema, optimizer, identity)
     backbone.train()
 
@@ -116,10 +116,8 @@ def run_loop(
             batch = next(micro).to(parallel.device)
             waited += time.perf_counter() - before
 
-            first = (
-                (step - 1) * settings.accumulate + part
-            ) * source.batch_size  # number of the micro-batch's sample 0
-            levels, noise = draw(method, batch, settings.seed, first + rows.start)
+            first = ((step - 1) * settings.accumulate + part) * source.batch_size + rows.start
+            levels, noise = draw(method, batch, settings.seed, first)
             weights = frame_weights(method, batch, levels)
             noisy = process.add_noise(batch.latents, noise, levels)
             target = process.target(batch.latents, noise, levels)
@@ -135,14 +133,7 @@ def run_loop(
             tokens += source.batch_size * batch.latents[0, 0].numel() // patch
             window.add_errors(levels, errors.detach(), weights)
 
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(
-                step - 1,
-                peak=settings.learning_rate,
-                warmup_steps=settings.warmup_steps,
-                total_steps=settings.steps,
-                schedule=settings.lr_schedule,
-            )
+        rate = set_learning_rate(optimizer, settings, step - 1)
         grad_norm = clip_gradients(parameters.values(), settings.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -152,18 +143,15 @@ def run_loop(
         # Status
         last = step == settings.steps
         saving = last or _due(step, settings.checkpoint_every)
-        evaluating = (
-            evaluate is not None and settings.evaluate_every > 0 and (last or _due(step, settings.evaluate_every))
+        evaluating = evaluate is not None and (
+            _due(step, settings.evaluate_every) or (last and settings.evaluate_every)
         )
         if not (saving or evaluating or _due(step, settings.log_every)):
             continue
         checkpoint = _publish(checkpoints, parallel, on_checkpoint) or checkpoint
-        figures = window.close()
-        if not math.isfinite(figures["loss"] + figures["grad_norm"]):
-            raise FloatingPointError(
-                f"{run_dir}: loss {figures['loss']} by step {step}; last good checkpoint: {checkpoint}"
-            )
-        figures["lr"] = optimizer.param_groups[0]["lr"]
+        figures = window.close() | {"lr": rate}
+        if not math.isfinite(loss := figures["loss"] + figures["grad_norm"]):
+            raise FloatingPointError(f"{run_dir}: loss {loss} by step {step}; last good checkpoint: {checkpoint}")
         if evaluate and evaluating:
             backbone.eval()
             with ema.swapped_in(), torch.no_grad(), parallel.autocast(settings.precision):
@@ -183,6 +171,20 @@ def run_loop(
     if tracker:
         tracker.close()
     return LoopResult(step, checkpoint, ema.average)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, settings: LoopSettings, step: int) -> float:
+    """Set and return the rate of 0-based `step`."""
+    rate = learning_rate_at(
+        step,
+        peak=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        total_steps=settings.steps,
+        schedule=settings.lr_schedule,
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
 
 
 def draw(method: Method, batch: SceneBatch, seed: int, first: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -157,6 +157,7 @@ class ShardDataset:
             "shots_per_scene": self.shots_per_scene,
             "single_shot_prob": self.single_shot_prob,
             "latents": self.latents,
+            "text_drop": asdict(self.text_drop),
             "data_seed": self.seed,
         }
 

@@ -6,7 +6,6 @@ stopped, however, goes on from its newest whole checkpoint when the job is start
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from infra.machine import usable_cores
 from models.folder import load_model
 from models.methods import get_method
 from models.modules.lora import inject_lora
-from train.checkpoint import Checkpoints, latest, prune, step_name
+from train.checkpoint import Checkpoints, latest, prune, remove_unfinished, step_name
 from train.export import export_model, full_weights
 from train.job import TrainJob
 from train.loop import LoopResult, run_loop
@@ -25,6 +24,15 @@ from train.parallel import prepare, this_rank
 from train.scenes import ShardDataset
 
 WORKER_RESTARTS = 3
+ERROR_FILE = "error.txt"  # in the run folder; why the last start under Ray gave up
+# what a restart would only repeat; a dead peer shows as RuntimeError, a full disk as OSError
+HOPELESS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, FileNotFoundError)
+
+
+class TrainingError(ValueError):
+    """The job cannot go on; the message is the worker's error."""
+
+
 Worker = Callable[[TrainJob, Checkpoints], Any]
 
 
@@ -36,23 +44,23 @@ def fit(job: TrainJob, num_workers: int, worker: Worker | None = None) -> tuple[
             the newest checkpoint when one dies, three times at most.
         worker: what each worker runs; `train_worker` unless told.
     Raises:
-        ray.train.TrainingFailedError: a worker failed more often than that; the cause is in its message.
+        TrainingError: the job cannot go on, whoever runs it: bad data, a loss that is not finite.
+        ray.train.TrainingFailedError: workers died more often than that; the cause is in its message.
     """
     worker, root = worker or train_worker, job.run_dir / "checkpoints"
     if num_workers == 0:
         worker(job, Checkpoints(root, job.loop.keep_checkpoints))
     else:
         _fit_with_ray(job, num_workers, worker)
-        prune(root, job.loop.keep_checkpoints)
     found = latest(root)
     if found is None:
         raise RuntimeError(f"{root}: training ended without a checkpoint")
+    remove_unfinished(root, found[0])
+    prune(root, job.loop.keep_checkpoints)
     return found
 
 
-def train_worker(
-    job: TrainJob, checkpoints: Checkpoints, on_log: Callable[[dict[str, Any]], None] | None = None
-) -> LoopResult:
+def train_worker(job: TrainJob, checkpoints: Checkpoints) -> LoopResult:
     """What each worker does: load, shard, train, and on rank 0 export the averaged weights to `run_dir/model`."""
     parallel = this_rank(sharded=job.parallel == "fsdp2")
     model = load_model(job.model, parts=("backbone", "codec"), device="cpu", dtype=torch.float32)
@@ -81,9 +89,7 @@ def train_worker(
         activation_checkpointing=job.activation_checkpointing,
         compile_blocks=job.compile_blocks,
     )
-    result = run_loop(
-        backbone, method, source, job.loop, job.run_dir, parallel=parallel, checkpoints=checkpoints, on_log=on_log
-    )
+    result = run_loop(backbone, method, source, job.loop, job.run_dir, parallel=parallel, checkpoints=checkpoints)
     weights = full_weights(result.average)
     if parallel.rank == 0:
         export_model(job, weights, method, result.step)
@@ -94,9 +100,11 @@ def _fit_with_ray(job: TrainJob, num_workers: int, worker: Worker) -> None:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    job.run_dir.mkdir(parents=True, exist_ok=True)
+    root, error = job.run_dir / "checkpoints", job.run_dir / ERROR_FILE
+    root.mkdir(parents=True, exist_ok=True)
+    error.unlink(missing_ok=True)
     # The checkpoints themselves are the record; Ray's list of them would be wrong after a run without Ray in between.
-    (job.run_dir / "checkpoints" / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
+    (root / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     gpu = torch.cuda.is_available()
     TorchTrainer(
         _in_ray_worker,
@@ -110,12 +118,18 @@ def _fit_with_ray(job: TrainJob, num_workers: int, worker: Worker) -> None:
             checkpoint_config=CheckpointConfig(num_to_keep=job.loop.keep_checkpoints),
         ),
     ).fit()
+    if error.exists():
+        raise TrainingError(error.read_text())
 
 
 def _in_ray_worker(config: dict[str, Any]) -> None:
-    """Hand checkpoints to Ray, which uploads, counts and prunes them; figures never go this way (2 s per report)."""
+    """Run the worker; an error that a restart would only repeat is left in a file, and restarted workers go home."""
     from ray import train
 
+    job: TrainJob = config["job"]
+    error_file, rank = job.run_dir / ERROR_FILE, train.get_context().get_world_rank()
+    if error_file.exists():
+        return
     if torch.cuda.is_available():
         from ray.train.torch import get_device
 
@@ -123,15 +137,23 @@ def _in_ray_worker(config: dict[str, Any]) -> None:
     else:  # Ray limits each worker to one thread
         torch.set_num_threads(max(usable_cores() // train.get_context().get_local_world_size(), 1))
 
-    def report(folder: Path, step: int) -> None:
-        train.report(
-            {"step": step},
-            checkpoint=train.Checkpoint.from_directory(str(folder)),
-            checkpoint_dir_name=step_name(step),
-            checkpoint_upload_mode=train.CheckpointUploadMode.ASYNC,
-            delete_local_checkpoint_after_upload=True,
-        )
+    root = job.run_dir / "checkpoints"
+    checkpoints = Checkpoints(root, job.loop.keep_checkpoints, _report_to_ray, scratch=root / f".writing-rank-{rank}")
+    try:
+        config["worker"](job, checkpoints)
+    except HOPELESS as error:
+        error_file.write_text(f"{type(error).__name__}: {error}")
+        raise
 
-    job: TrainJob = config["job"]
-    scratch = Path(tempfile.mkdtemp(prefix="shotloom-checkpoint-"))
-    config["worker"](job, Checkpoints(job.run_dir / "checkpoints", job.loop.keep_checkpoints, report, scratch))
+
+def _report_to_ray(folder: Path, step: int) -> None:
+    """Let Ray upload, count and prune a checkpoint. Figures never go this way: a report costs 2 s."""
+    from ray import train
+
+    train.report(
+        {"step": step},
+        checkpoint=train.Checkpoint.from_directory(str(folder)),
+        checkpoint_dir_name=step_name(step),
+        checkpoint_upload_mode=train.CheckpointUploadMode.ASYNC,
+        delete_local_checkpoint_after_upload=True,
+    )

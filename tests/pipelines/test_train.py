@@ -14,6 +14,7 @@ from models.tiny import build_tiny_folder
 from pipelines.train import TrainConfig, TrainResult, run_train
 from tests.train.tiny import write_dataset
 from train.metrics import read
+from train.trainer import TrainingError
 
 
 @pytest.fixture(scope="module")
@@ -137,12 +138,19 @@ def test_one_ray_worker_does_what_this_process_does(ray_module, inputs, here, tm
         on_checkpoint=lambda *c: checkpoints.append(c),
     )  # fmt: skip
     assert steps == [2, 3, 4, 6, 8] and checkpoints[-1] == (8, tmp_path / "checkpoints" / "step-000008")
-    assert {p.name for p in (tmp_path / "checkpoints").glob("step-*")} == {"step-000006", "step-000008"}
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()} == {"step-000006", "step-000008"}
     expected, found = weights(here.model_dir), weights(result.model_dir)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-7)
     resumed = train(inputs, tmp_path, "num_workers=0", "steps=9")  # a run may change how it runs
     assert resumed.steps == 9 and read(result.losses_path)[-1]["step"] == 9
+
+
+@pytest.mark.slow
+def test_an_error_of_the_job_itself_is_not_tried_again_and_again(ray_module, inputs, tmp_path):
+    build_tiny_folder(tmp_path / "other", seed=1, text_length=16)
+    with pytest.raises(TrainingError, match="ValueError: .*prepare the videos again with this model"):
+        train({**inputs, "model": tmp_path / "other"}, tmp_path / "run", "num_workers=1")
 
 
 @pytest.mark.slow
