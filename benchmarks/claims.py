@@ -162,14 +162,14 @@ def _sums(readings: Sequence[Any]) -> dict[str, np.ndarray]:
 def unsaid_sums(readings: Sequence[Any]) -> np.ndarray:
     """Sums [N,M,2] of unsaid identity, one part per trait; pooled, they equal `toyworld.judge.unsaid_identity`.
 
-    Raises ValueError where no two scenes can be compared.
+    Where so little is legible that no two scenes can be compared, every pair of shots counts 1: no memory.
     """
     from toyworld.judge import unsaid_traits
     from toyworld.judge_score import UNSAID_TRAITS
 
     subjects = [(k, subject) for k, reading in enumerate(readings) for subject in unsaid_traits(reading)]
-    parts = []
-    for trait in UNSAID_TRAITS:
+    sums = np.zeros((len(readings), len(UNSAID_TRAITS), 2))
+    for part, trait in enumerate(UNSAID_TRAITS):
         series = [(k, *subject[trait]) for k, subject in subjects if trait in subject]
         between = [
             _distance(trait, x, y)
@@ -181,15 +181,17 @@ def unsaid_sums(readings: Sequence[Any]) -> np.ndarray:
         ]
         if not between or np.mean(between) <= 0:
             continue
-        typical, part = float(np.mean(between)), np.zeros((len(readings), 2))
+        typical = float(np.mean(between))
         for k, _, values in series:
             for x, y in combinations(values, 2):
                 unread = x is None or y is None
-                part[k] += (1.0 if unread else _distance(trait, x, y) / typical, 1)
-        parts.append(part)
-    if not parts:
-        raise ValueError("no two scenes show subjects of one kind twice, so unsaid identity cannot be measured")
-    return np.stack(parts, axis=1)
+                sums[k, part] += (1.0 if unread else _distance(trait, x, y) / typical, 1)
+    if not sums[..., 1].any():
+        for k, subject in subjects:
+            for part, trait in enumerate(UNSAID_TRAITS):
+                pairs = len(list(combinations(subject[trait][1], 2))) if trait in subject else 0
+                sums[k, part] += (pairs, pairs)
+    return sums
 
 
 def _distance(trait: str, a: float, b: float) -> float:

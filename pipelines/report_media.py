@@ -12,18 +12,15 @@ from PIL import Image
 from models.scene import Scene, Shot
 from pipelines.report import SceneSheet, ShotSheet, Take
 
-KEY_SIZE = 96  # pixels, both sides of a key frame in a contact sheet
+KEY_SIZE = 96  # pixels of the longer side of a picture
 
 
-def image_uri(frame: np.ndarray, side: int | None = None) -> str:
-    """uint8 [H,W,3] as a data URI: JPEG scaled to fit `side`, or lossless PNG at its own size."""
+def image_uri(frame: np.ndarray, side: int = KEY_SIZE) -> str:
+    """uint8 [H,W,3] as a data URI: JPEG, scaled down to fit `side` where it is larger."""
     buffer = io.BytesIO()
     image = Image.fromarray(frame)
-    if side is None:
-        image.save(buffer, "PNG", optimize=True)
-        return _uri("image/png", buffer.getvalue())
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    image.save(buffer, "JPEG", quality=84)
+    image.save(buffer, "JPEG", quality=86)
     return _uri("image/jpeg", buffer.getvalue())
 
 
@@ -62,7 +59,7 @@ def scene_sheet(scene: Scene, source: Path, max_shots: int = 9) -> SceneSheet:
                 begins=shot.transition,
                 when=f"{shot.start_s:.1f} s, lasts {shot.duration_s:.1f} s",
                 caption=shot.prompt or shot.sentence,
-                images=[image_uri(pictures[pts], KEY_SIZE) for pts in row if pts in pictures],
+                images=[image_uri(pictures[pts]) for pts in row if pts in pictures],
             )
             for shot, row in zip(shots, wanted, strict=True)
         ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from _bootstrap import pooled
 from _common import Goal, finish, table
 from claims import main, unsaid_sums
 
+from models.tiny import build_tiny_folder
 from pipelines.demo_stages import held_out_storyboards
 from pipelines.evaluate import read_storyboard
 from toyworld.judge import unsaid_identity
@@ -35,9 +37,11 @@ def test_unsaid_identity_per_scene_pools_to_the_judges_own(readings: list) -> No
     assert theirs.value < 0.5  # the truth keeps its traits
 
 
-def test_unsaid_identity_needs_comparable_scenes(readings: list) -> None:
-    with pytest.raises(ValueError, match="cannot be measured"):
-        unsaid_sums(readings[:1])
+def test_what_nobody_can_read_has_no_memory() -> None:
+    boards = held_out_storyboards(2, seed=5)
+    blank = [read_storyboard(np.zeros((51, 64, 64, 3), np.uint8), [17, 34], board) for board in boards]
+    sums = unsaid_sums(blank)
+    assert sums[..., 1].sum() > 0 and pooled(sums) == 1.0
 
 
 def test_goals_decide_the_exit_code_and_the_last_line_is_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,3 +64,19 @@ def test_unknown_keys_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 def test_sums_are_per_scene(readings: list) -> None:
     assert unsaid_sums(readings).shape[0] == len(readings)
     assert np.isfinite(unsaid_sums(readings)).all()
+
+
+def test_whole_claim_with_tiny_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Random weights: nothing is legible, no goal is met, and everything is written down all the same."""
+    for name, method in (("base", "fvdm"), ("tuned", "lct")):
+        build_tiny_folder(tmp_path / name, method=method, text_length=300, height=64, width=64)
+    keys = {"model": "tuned", "demo.model": "base", "out": "out", "results": "results"}
+    overrides = [f"{key}={tmp_path / value}" for key, value in keys.items()]
+    assert main(["--only", "lct-demo", "pairs=3", "demo.sample_steps=1", *overrides]) == 1
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [goal["met"] for goal in record["goals"]] == [False, False, False]
+    assert record["pairs"] == 3 and record["trained"]["method"] == "lct"
+    assert set(record["against_other_sides"]) == {"single-shot, sentences", "LCT, shots alone"}
+    assert record["metrics"]["identity_unsaid"]["before"] == 1.0
+    assert json.loads((tmp_path / "results" / "lct_demo.json").read_text())["metrics"] == record["metrics"]
+    assert "| identity_said" in (tmp_path / "results" / "lct_demo.md").read_text()
