@@ -21,7 +21,8 @@ from train.trainer import TrainingError
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A model folder, and a dataset of five scenes made with it."""
     folder = tmp_path_factory.mktemp("inputs")
-    model = build_tiny_folder(folder / "base", text_length=16)
+    build_tiny_folder(folder / "base", text_length=16)
+    model = load_model(folder / "base", parts=("codec", "text"))
     made_with = (model.codec.hash, model.text.hash)
     dataset = write_dataset(folder / "dataset", [[2, 2, 2], [2, 2], [2, 2, 2, 2], [3, 3, 3], [2]], made_with=made_with)
     return {"model": folder / "base", "dataset": dataset}

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from models.tiny import TEXT_DIM
 from tests.train import two_ranks
 from tests.train.tiny import tensors, tiny_backbone
 from train.metrics import read
@@ -85,3 +86,12 @@ def test_impossible_splits_are_refused():
         Parallel(world=3).rows(4)
     with pytest.raises(ValueError, match="2 workers need parallel=fsdp2"):
         prepare(tiny_backbone(), Parallel(world=2))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same_and_keep_parameter_names():
+    plain, compiled = tiny_backbone(), prepare(tiny_backbone(), Parallel(), compile_blocks=True)
+    x, levels = torch.randn(1, 4, 2, 4, 4), torch.rand(1, 2)
+    text = torch.randn(1, 6, TEXT_DIM)
+    torch.testing.assert_close(compiled(x, levels, text), plain(x, levels, text), rtol=1e-4, atol=1e-5)
+    assert list(trainable(compiled)) == list(trainable(plain))
