@@ -27,6 +27,8 @@ class VaeSettings:
     """How to train the VAE; the loss is weighted L1 + mse_weight * MSE + kl_weight * KL (mean over latent elements)."""
 
     steps: int = 2600
+    polish_steps: int = 1600  # then the decoder alone, from the averaged weights: latents stay what they are
+    polish_learning_rate: float = 1e-3
     learning_rate: float = 2e-3
     final_learning_rate: float = 5e-5
     warmup_steps: int = 50
@@ -72,11 +74,20 @@ def initialise_vae(
 
 
 def _learning_rate(settings: VaeSettings, step: int) -> float:
-    """Linear warm-up, then linear decay to the final rate."""
+    """Linear warm-up, then linear decay to the final rate; the polish does the same from its own peak."""
+    peak, steps = settings.learning_rate, settings.steps
+    if step >= settings.steps:
+        peak, steps, step = settings.polish_learning_rate, settings.polish_steps, step - settings.steps
     if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    share = (step - settings.warmup_steps) / max(settings.steps - settings.warmup_steps, 1)
-    return settings.learning_rate + share * (settings.final_learning_rate - settings.learning_rate)
+        return peak * (step + 1) / settings.warmup_steps
+    share = (step - settings.warmup_steps) / max(steps - settings.warmup_steps, 1)
+    return peak + share * (settings.final_learning_rate - peak)
+
+
+def freeze_encoder(vae: AutoencoderKLWan) -> None:
+    """From here on only the decoder learns."""
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
 
 
 def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
@@ -122,8 +133,13 @@ def train_vae(
     optimizer = torch.optim.AdamW(vae.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     average = {name: value.detach().clone() for name, value in vae.state_dict().items()}
     step = load_snapshot(run_dir, vae, average, optimizer, asdict(settings))
-    began, first = time.time(), step
-    while step < settings.steps:
+    began, first, last = time.time(), step, settings.steps + settings.polish_steps
+    if step > settings.steps:
+        freeze_encoder(vae)
+    while step < last:
+        if step == settings.steps:
+            vae.load_state_dict(average)
+            freeze_encoder(vae)
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(settings, step)
@@ -137,7 +153,7 @@ def train_vae(
         with torch.no_grad():
             for name, value in vae.state_dict().items():
                 average[name].lerp_(value, 1 - decay)
-        if step % settings.log_every == 0 or step == settings.steps:
+        if step % settings.log_every == 0 or step == last:
             seconds = (time.time() - began) / (step - first)
             row = {
                 "step": step,
@@ -148,8 +164,8 @@ def train_vae(
             }
             with (run_dir / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            say(f"vae {step}/{settings.steps} " + " ".join(f"{k}={v:.4g}" for k, v in row.items() if k != "step"))
-        if step % settings.checkpoint_every == 0 or step == settings.steps:
+            say(f"vae {step}/{last} " + " ".join(f"{k}={v:.4g}" for k, v in row.items() if k != "step"))
+        if step % settings.checkpoint_every == 0 or step in (settings.steps, last):
             save_snapshot(run_dir, step, vae, average, optimizer, asdict(settings))
     vae.load_state_dict(average)
     return vae.eval()
