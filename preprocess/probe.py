@@ -204,10 +204,10 @@ def _frame_ticks(pts: list[int], base: Fraction, guessed: Fraction | None) -> in
 
 
 def _varies(pts: list[int], ticks: int) -> bool:
-    """Whether frames are unevenly spaced, beyond the rounding of a coarse time base."""
-    steps = [b - a for a, b in zip(pts, pts[1:], strict=False)]
-    uneven = sum(abs(step - ticks) > max(1, 0.1 * ticks) for step in steps)
-    return uneven > max(1, len(steps) // 100)
+    """Whether frames are unevenly spaced, by more than a tenth and more than the rounding of the time base."""
+    slack = max(1.0, 0.1 * ticks) if ticks >= 5 else 0.1 * ticks
+    uneven = sum(abs(b - a - ticks) > slack for a, b in zip(pts, pts[1:], strict=False))
+    return uneven >= max(1, len(pts) // 100)
 
 
 def _not_for_decord(facts: dict[str, Any], index: _Index, rotation: int) -> str:

@@ -1,0 +1,68 @@
+"""Video files for the tests, written with PyAV: exact frames, exact timestamps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+TIME_BASE = Fraction(1, 1000)
+
+
+def write(
+    path: Path,
+    frames: Sequence[np.ndarray],
+    fps: float = 8.0,
+    pts: Sequence[int] | None = None,
+    codec: str = "libx264",
+    pix_fmt: str = "yuv420p",
+) -> Path:
+    """Frames uint8 [h,w,3] at `pts` (milliseconds; default: even at `fps`)."""
+    pts = pts if pts is not None else [round(1000 * i / fps) for i in range(len(frames))]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = pix_fmt
+        stream.time_base = stream.codec_context.time_base = TIME_BASE
+        if codec == "libx264":
+            stream.options = {"crf": "12", "preset": "ultrafast", "x264-params": "threads=1:log-level=none"}
+        for image, at in zip(frames, pts, strict=True):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            frame.pts, frame.time_base = at, TIME_BASE
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def moving_square(
+    count: int,
+    background: tuple[int, int, int],
+    square: tuple[int, int, int],
+    size: int = 96,
+    start: int = 0,
+    step: float = 2.0,
+    y: float = 0.4,
+) -> list[np.ndarray]:
+    """A square a quarter of the picture wide moves right by `step` pixels a frame over a flat background."""
+    frames = []
+    side = size // 4
+    for i in range(count):
+        image = np.full((size, size, 3), background, np.uint8)
+        left = int(start + step * i) % (size - side)
+        top = int(y * size)
+        image[top : top + side, left : left + side] = square
+        frames.append(image)
+    return frames
+
+
+def three_shots(count: int = 17, size: int = 96) -> list[np.ndarray]:
+    """Three shots of `count` frames, each in its own colours."""
+    return [
+        *moving_square(count, (30, 120, 40), (220, 40, 40), size),
+        *moving_square(count, (200, 190, 120), (40, 60, 200), size, y=0.1),
+        *moving_square(count, (40, 40, 90), (230, 200, 40), size, y=0.6),
+    ]
