@@ -75,7 +75,7 @@ class Work:
 
     def _give_up(self, file: SourceFile, stage: str, attempts: int) -> Part:
         unit = Unit(file, status="failed", stage=stage or "probe", attempts=attempts)
-        unit.reason = self.attempts.cause(file.video_id, attempts)
+        unit.reason = self.attempts.cause(file.video_id, unit.stage, attempts)
         part = Part(source_row(unit, self.place))
         write_part(self.place.parts, part, iter(()))
         return part

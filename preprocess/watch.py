@@ -28,20 +28,20 @@ class Attempts:
         """Run a stage as one counted attempt under a time limit; gives the number of this attempt, from 1.
 
         Raises Failed without running it after MAX_ATTEMPTS attempts that did not end. At the time limit the process
-        exits, and its stack lies in `<video_id>.trace`.
+        exits, and its stack lies in the trace file.
         """
         deaths = self.deaths(video_id, stage)
         if deaths >= MAX_ATTEMPTS:
-            raise Failed(stage, self.cause(video_id, deaths))
+            raise Failed(stage, self.cause(video_id, stage, deaths))
         self._note(video_id, f"begin {stage}")
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / f"{video_id}.trace").open("w") as trace:
+        with self._trace(video_id, stage).open("w") as trace:
             faulthandler.dump_traceback_later(seconds, exit=True, file=trace)
             try:
                 yield deaths + 1
             finally:
                 faulthandler.cancel_dump_traceback_later()
-        self._note(video_id, f"end {stage}")
+                self._note(video_id, f"end {stage}")
 
     def deaths(self, video_id: str, stage: str) -> int:
         """How often a stage began and did not end."""
@@ -55,13 +55,17 @@ class Attempts:
                 return line[6:], deaths
         return "", 0
 
-    def cause(self, video_id: str, deaths: int) -> str:
+    def cause(self, video_id: str, stage: str, deaths: int) -> str:
+        """Why the attempts did not end, in words."""
         try:
-            hung = (self.folder / f"{video_id}.trace").read_text().startswith("Timeout")
+            hung = self._trace(video_id, stage).read_text().startswith("Timeout")
         except OSError:
             hung = False
         how = "it hung and was ended at the time limit" if hung else "its worker process died"
         return f"{how}, {deaths} attempts"
+
+    def _trace(self, video_id: str, stage: str) -> Path:
+        return self.folder / f"{video_id}.{stage}.trace"
 
     def _lines(self, video_id: str) -> list[str]:
         try:
