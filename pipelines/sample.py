@@ -201,7 +201,10 @@ def _make_all(config: SampleConfig, groups: list[list[_Job]]) -> Iterator[dict[s
             _Maker,
             fn_constructor_args=[config],
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(config.num_workers, len(groups))),
+            # one group at a time per actor: a group that kills it takes no other along
+            compute=ray.data.ActorPoolStrategy(
+                size=min(config.num_workers, len(groups)), max_tasks_in_flight_per_actor=1
+            ),
             num_cpus=config.cpus_per_worker,
             num_gpus=config.gpus_per_worker,
             max_task_retries=1,  # Ray's default is without end: a group that kills its actor would loop forever
