@@ -256,18 +256,17 @@ def without_camera(motion: Motion, camera: Camera) -> Motion:
 
 
 @cache
-def expected_onsets(action: Action, frames: int) -> tuple[int | None, ...]:
-    """First frame of every state of an action as the judge reads it from the script itself.
+def expected_labels(action: Action, frames: int) -> np.ndarray:
+    """Per frame the state of an action as the judge reads it from the script itself [T].
 
-    Not always the frame the script names: at the very frame a jump begins, the jumper is still on the ground.
+    Not always the state the script names: at the very frame a jump begins, the jumper is still on the ground.
     """
     lead, second = script(action, frames)
 
     def motion(path: Script) -> Motion:
         return Motion(path.visible, path.x, path.y, path.log_scale, path.angle, 360.0, path.striped)
 
-    labels = label_states(motion(lead), action, motion(second) if second else None)
-    return onsets(labels, len(state_spans(action, frames)))
+    return label_states(motion(lead), action, motion(second) if second else None)
 
 
 def onsets(labels: np.ndarray, count: int) -> tuple[int | None, ...]:
@@ -293,12 +292,16 @@ def label_states(motion: Motion, action: Action, partner: Motion | None = None) 
     elif action == "change":
         labels[:] = np.where(motion.seen, np.where(motion.striped, 1, 0), -1)
     else:
-        wanted, got = _progress_axes(lead, second), _progress_axes(motion, partner if second else None)
+        apart = second is not None and action != "chase"  # these are told by the distance between the two
+        wanted, got = (
+            _progress_axis(lead, second if apart else None),
+            _progress_axis(motion, partner if apart else None),
+        )
         if action in ("grow", "shrink"):
             wanted, got = lead.log_scale, motion.log_scale
         elif action in ("move_up", "move_down", "jump", "rise_and_drop"):
             wanted, got = lead.y, motion.y
-        use = motion.seen & (partner.seen if partner is not None and second is not None else True)
+        use = motion.seen & (partner.seen if partner is not None and apart else True)
         if use.sum() < 3:
             return labels
         got = _onto(wanted, got, use)
@@ -312,7 +315,7 @@ def label_states(motion: Motion, action: Action, partner: Motion | None = None) 
     return _split_repeats(labels, names)
 
 
-def _progress_axes(one: Motion | Script, two: Motion | Script | None) -> np.ndarray:
+def _progress_axis(one: Motion | Script, two: Motion | Script | None) -> np.ndarray:
     return one.x if two is None else two.x - one.x
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,7 @@ from toyworld.render import PIXELATED_BLOCKS
 from toyworld.vocabulary import COLOURS, SHAPES, Colour, Landmark, Light, Pattern, PlaceName, Shape, Side, Style
 
 MIN_SIMILARITY = 0.65  # below this overlap with every template a mask has no readable shape
+BODY_SIMILARITY = 0.45  # from here on it is a body, whose colour can be read even if its shape cannot
 MIN_MASS = 12.0  # pixels at SIDE x SIDE that a character must cover
 MIN_SHARE = 0.25  # a track is a character if readable in this share of the frames
 MAX_TRACKS = 4
@@ -34,7 +36,7 @@ PIXELATED_SHARE = 0.8  # of all steps between neighbours that lie on the grid of
 class Track:
     """One character over the T frames of a shot. Arrays [T]; positions and radius as shares of the frame.
 
-    `readable` marks frames in which colour and shape could be read; every other array means something only there.
+    `readable` marks frames in which colour and shape could be read; all arrays but `colours` mean something only there.
     The named attributes are votes over the readable frames.
     """
 
@@ -151,15 +153,17 @@ def _read_track(
     for t in range(len(frames)):
         pixels = frames[t][core[t]]
         colours.append(name_colour(_core_colour(pixels))[0] if len(pixels) >= 4 else None)
-    readable = judged & match.found & (match.similarity >= MIN_SIMILARITY) & np.array([c is not None for c in colours])
+    is_body = judged & match.found & (match.similarity >= BODY_SIMILARITY)
+    readable = is_body & (match.similarity >= MIN_SIMILARITY) & np.array([c is not None for c in colours])
     if readable[judged].mean() < MIN_SHARE:
         return None
     weight = np.where(readable, match.similarity * np.clip(match.lead, 0.02, 0.2), 0.0)
-    outlined = bool((weight * match.outlined).sum() > 0.5 * weight.sum())
-    votes = np.bincount(match.shape, weights=weight * (match.outlined == outlined), minlength=len(SHAPES))
+    large = weight * match.radius  # blur closes small outlines: larger frames know better
+    outlined = bool((large * match.outlined).sum() > 0.5 * large.sum())
+    votes = np.bincount(match.shape, weights=weight, minlength=len(SHAPES))
     shape = SHAPES[int(np.argmax(votes))]
     pattern = read_pattern(frames, rgb, match, readable)
-    seen_colours = [c for c, ok in zip(colours, readable, strict=True) if ok]
+    seen_colours: list[Colour] = [c for c, ok in zip(colours, readable, strict=True) if ok and c is not None]
     side = float(frames.shape[1])
     scale = match.radius / side
     return Track(
@@ -168,7 +172,7 @@ def _read_track(
         pattern=pattern.pattern,
         outlined=outlined,
         readable=readable,
-        colours=tuple(c if ok else None for c, ok in zip(colours, readable, strict=True)),
+        colours=tuple(c if ok else None for c, ok in zip(colours, is_body, strict=True)),
         shapes=tuple(SHAPES[s] if ok else None for s, ok in zip(match.shape, readable, strict=True)),
         patterns=tuple(p if ok else None for p, ok in zip(pattern.per_frame, readable, strict=True)),
         x=match.x / side,
@@ -203,18 +207,27 @@ def motion_of(track: Track) -> Motion:
     )
 
 
+# per landmark: the rows it may cover, the least share of the frame, the most its columns may scatter
+_LANDMARKS: tuple[tuple[Landmark, tuple[float, float], float, float], ...] = (
+    ("tree", (0.20, 0.95), 0.02, 0.17), ("house", (0.20, 0.95), 0.03, 0.17), ("moon", (0.0, 0.32), 0.004, 0.10),
+)  # fmt: skip
+
+
 def _read_landmark(labels: np.ndarray) -> tuple[Landmark, float | None]:
-    """The landmark whose colours cover most, by its size in the middle frame's terms, and where its centre is."""
-    best: tuple[float, Landmark, float] = (0.0, "none", 0.0)
-    least = {"tree": 0.02, "house": 0.03, "moon": 0.004}
-    for name, k in LANDMARK_CLASSES.items():
-        mask = labels == k
-        share = float(np.median(mask.mean((1, 2))))
-        if share / least[name] > max(best[0], 1.0):
-            columns = mask.sum((0, 1)).astype(np.float64)
-            centre = float((columns * (np.arange(mask.shape[2]) + 0.5)).sum() / columns.sum() / mask.shape[2])
-            best = (share / least[name], name, centre)  # type: ignore[assignment]
-    return best[1], best[2] if best[1] != "none" else None
+    """The landmark whose colours cover most, against the least it needs, and the column of its centre."""
+    best: tuple[float, Landmark, float | None] = (1.0, "none", None)
+    height, width = labels.shape[1:]
+    column = (np.arange(width) + 0.5) / width
+    for name, (top, bottom), least, scatter in _LANDMARKS:
+        mask = (labels == LANDMARK_CLASSES[name])[:, int(top * height) : int(bottom * height)]
+        share = float(np.median(mask.sum((1, 2)))) / (height * width) / least
+        if share <= best[0]:
+            continue
+        middle = mask[len(mask) // 2].sum(0).astype(np.float64)
+        centre = float(middle @ column / max(middle.sum(), 1.0))
+        if math.sqrt(float(middle @ (column - centre) ** 2) / max(middle.sum(), 1.0)) <= scatter:
+            best = (share, name, centre)
+    return best[1], best[2]
 
 
 def _read_style(frames: np.ndarray, background: Background, tracks: tuple[Track, ...]) -> Style | None:
@@ -230,5 +243,4 @@ def _read_style(frames: np.ndarray, background: Background, tracks: tuple[Track,
         return "duotone"
     if not tracks:
         return None
-    votes = [t.legibility * (1.0 if t.outlined else -1.0) for t in tracks]
-    return "outlined" if sum(votes) > 0 else "filled"
+    return "outlined" if any(t.outlined for t in tracks) else "filled"  # blur closes outlines and opens none

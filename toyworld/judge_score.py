@@ -13,7 +13,7 @@ from itertools import combinations, permutations
 
 import numpy as np
 
-from toyworld.judge_action import expected_onsets, label_states, onsets, script, state_spans, without_camera
+from toyworld.judge_action import expected_labels, label_states, onsets, script, state_spans, without_camera
 from toyworld.judge_pixels import SIDE, area_resize
 from toyworld.judge_read import Reading, Track, motion_of, read
 from toyworld.text import CharacterWords, PlaceWords, ShotAttributes, shot_attributes
@@ -154,12 +154,7 @@ def _score_states(reading: Reading, wanted: ShotAttributes, tracks: list[Track |
     """
     frames = reading.num_frames
     names = state_spans(wanted.action, frames)
-    expected = expected_onsets(wanted.action, frames)
-    pairs = 0
-    spans = [start for _, start in names] + [frames]
-    lengths = np.diff(spans)
-    for a, b in combinations(range(len(names)), 2):
-        pairs += int(lengths[a] * lengths[b])
+    script_labels = expected_labels(wanted.action, frames)
     lost = Score(0.0), Score(float(frames), len(names) - 1)
     actor = tracks[0]
     partner = tracks[1] if wanted.partner is not None else None
@@ -167,16 +162,19 @@ def _score_states(reading: Reading, wanted: ShotAttributes, tracks: list[Track |
         return lost
     steady = [without_camera(motion_of(t), reading.action.camera) for t in (actor, partner) if t is not None]
     labels = label_states(steady[0], wanted.action, steady[1] if len(steady) > 1 else None)
-    order = 0
-    for a, b in combinations([int(k) for k in labels if k >= 0], 2):
-        order += (b > a) - (b < a)
-    got = onsets(labels, len(names))
+    got, expected = onsets(labels, len(names)), onsets(script_labels, len(names))
     errors = [
         float(frames) if g is None else float(abs(g - e))
         for g, e in zip(got[1:], expected[1:], strict=True)
         if e is not None
     ]
-    return Score(min(order / max(pairs, 1), 1.0)), _mean(errors)
+    return Score(min(_in_order(labels) / max(_in_order(script_labels), 1), 1.0)), _mean(errors)
+
+
+def _in_order(labels: np.ndarray) -> int:
+    """Pairs of frames in the order of their states, less pairs in the wrong order; unread frames (-1) count nothing."""
+    read_labels = labels[labels >= 0]
+    return int(np.triu(np.sign(read_labels[None, :] - read_labels[:, None])).sum())
 
 
 def score_clip(frames: np.ndarray, wanted: ToyScene | ShotAttributes, index: int = 0) -> Scores:
@@ -375,16 +373,23 @@ def unsaid_identity(scenes: Sequence[SceneReading]) -> Scores:
 
 
 def find_cuts(frames: np.ndarray) -> list[int]:
-    """First frames of shots, seen as steps between frames much larger than those around them."""
+    """First frames of shots: where the step between two frames stands out from the steady steps around it.
+
+    Larger or smaller: a character that turns back at a cut makes a smaller step. Cuts across which a character seems
+    to move on at its own speed cannot be seen this way.
+    """
     small = area_resize(frames, SIDE, SIDE)
-    if len(small) < 2:
-        return []
     step = np.sqrt(((small[1:] - small[:-1]) ** 2).mean((1, 2, 3)))
-    cuts = []
+    cuts: list[int] = []
     for t in range(len(step)):
         near = np.concatenate([step[max(t - 4, 0) : t], step[t + 1 : t + 5]])
-        usual = float(np.median(near)) if len(near) else 0.0
-        if step[t] > 1.6 * usual + 3.0 and step[t] >= near.max(initial=0.0):
+        if len(near) < 4:
+            continue
+        usual = float(np.median(near))
+        spread = 4.0 * float(np.median(np.abs(near - usual)))
+        rises = step[t] > usual + max(spread, 0.3 * usual, 2.0) and step[t] > near.max()
+        falls = step[t] < usual - max(spread, 0.3 * usual, 2.0) and step[t] < near.min()
+        if rises or falls:
             cuts.append(t + 1)
     return cuts
 

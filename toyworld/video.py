@@ -177,7 +177,11 @@ def _encode(frames: np.ndarray, pts: list[int], rate: float, path: Path, crf: in
         stream.time_base = TIME_BASE
         stream.codec_context.time_base = TIME_BASE
         # mbtree off: on pictures a few macroblocks wide x264's reads memory that it never wrote, so files differ by run
-        stream.options = {"crf": str(crf), "preset": "medium", "x264-params": "threads=1:mbtree=0:keyint=48:log-level=none"}
+        stream.options = {
+            "crf": str(crf),
+            "preset": "medium",
+            "x264-params": "threads=1:mbtree=0:keyint=48:log-level=none",
+        }
         for image, at in zip(frames, pts, strict=True):
             frame = av.VideoFrame.from_ndarray(_to_yuv420(image), format="yuv420p")
             frame.pts, frame.time_base = at, TIME_BASE

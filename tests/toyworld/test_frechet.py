@@ -50,12 +50,12 @@ def test_floor_and_interval():
 
 
 def test_features_of_clips():
-    frames = [render_shot(sample_scene("small", index=k, num_shots=1), 0, 64) for k in range(24)]
+    frames = [render_shot(sample_scene("small", index=k, num_shots=1), 0, 64) for k in range(16)]
     real = np.stack([clip_features(read(f)) for f in frames])
-    assert real.shape == (24, len(FEATURES))
+    assert real.shape == (16, len(FEATURES))
     assert np.isfinite(real).all()
     frozen = np.stack([clip_features(read(np.repeat(f[:1], len(f), 0))) for f in frames])
     empty = np.stack([clip_features(read(np.full_like(f, 128))) for f in frames])
-    result = frechet(real[:12], real[12:], rounds=20)
-    assert sample_distance(frozen[:12], real[12:]) > result.value
-    assert sample_distance(empty[:12], real[12:]) > 2 * result.value
+    result = frechet(real[:8], real[8:], rounds=20)
+    assert sample_distance(frozen[:8], real[8:]) > result.value
+    assert sample_distance(empty[:8], real[8:]) > 2 * result.value
