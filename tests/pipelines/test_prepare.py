@@ -1,0 +1,239 @@
+"""`shotloom prepare` on a real Ray session: the whole chain, second runs, changed input, workers that die."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import cloudpickle
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+from safetensors.torch import load
+
+import preprocess.rows
+from infra.ray_session import RaySession
+from models.scene import Scene
+from models.tiny import build_tiny_folder
+from pipelines.prepare import PrepareConfig, make_settings, prepare
+from preprocess.report import PrepareReport
+from preprocess.run import lock
+from preprocess.unit import Workplace
+from preprocess.watch import MAX_ATTEMPTS, Attempts
+from tests.preprocess.videos import three_shots, write
+from toyworld.video import write_video
+from toyworld.world import sample_scene
+
+SCENES = [sample_scene("small", seed=21, index=i, num_shots=2) for i in range(3)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def session(ray_module: RaySession) -> Iterator[RaySession]:
+    yield ray_module
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    build_tiny_folder(path, frames_per_shot=17)
+    return path
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three ToyWorld videos, an empty file, a text, and a clip that is too short."""
+    folder = tmp_path_factory.mktemp("videos")
+    for i, scene in enumerate(SCENES):
+        write_video(scene, folder / f"toy{i}.mp4", size=64)
+    (folder / "empty.mp4").touch()
+    (folder / "text.mp4").write_text("not a video")
+    write(folder / "short.mp4", three_shots(17)[:3])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first(videos: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[PrepareConfig, PrepareReport]:
+    config = PrepareConfig(sources=[str(videos)], output=tmp_path_factory.mktemp("out") / "dataset", model=model)
+    return config, prepare(config)
+
+
+def shard_bytes(output: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((output / "shards").glob("*.tar"))}
+
+
+def table(output: Path, name: str) -> list[dict]:
+    return pq.read_table(output / f"{name}.parquet").to_pylist()
+
+
+def test_every_source_ends_and_the_totals_reconcile(first: tuple[PrepareConfig, PrepareReport]) -> None:
+    config, report = first
+    assert (report.sources, report.written, report.filtered, report.failed) == (6, 3, 1, 2)
+    ends = {row["name"]: (row["status"], row["stage"]) for row in table(config.output, "sources")}
+    assert ends == {
+        "empty.mp4": ("failed", "probe"),
+        "short.mp4": ("filtered", "filters"),
+        "text.mp4": ("failed", "probe"),
+        **{f"toy{i}.mp4": ("written", "") for i in range(3)},
+    }
+    totals = json.loads((config.output / "dataset.json").read_text())["totals"]
+    assert totals["scenes"] == report.scenes == 3
+    assert totals["shots"] == len(table(config.output, "manifest")) == sum(len(s.shots) for s in SCENES)
+    assert 1.0 <= report.decodes_per_frame <= 1.15
+    assert report.stages["decode"].items == 3 and report.stages["probe"].set_aside == 2
+    assert "empty.mp4" in report.summary() and "0 bytes" in report.summary()
+    left = {path.name for path in config.output.iterdir()}
+    assert left == {"shards", "manifest.parquet", "sources.parquet", "dataset.json", "report.json", ".lock"}
+
+
+def test_shards_open_with_plain_webdataset(first: tuple[PrepareConfig, PrepareReport]) -> None:
+    config, _ = first
+    urls = [str(path) for path in sorted((config.output / "shards").glob("*.tar"))]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    records = [Scene.from_json(sample["json"]) for sample in samples]
+    assert [record.source.path for record in records] == ["toy0.mp4", "toy1.mp4", "toy2.mp4"]
+    for truth, record, sample in zip(SCENES, records, samples, strict=True):
+        assert [shot.start_frame for shot in record.shots] == [0, *truth.cuts]
+        assert record.captions is not None and record.captions.backend == "sidecar"
+        tensors = load(sample["safetensors"])
+        assert tensors["s001.latent_mean"].shape == (4, 5, 4, 4)
+    rows = table(config.output, "manifest")
+    assert {row["key"] for row in rows} == {sample["__key__"] for sample in samples}
+    assert {row["shard"] for row in rows} == {Path(url).name for url in urls}
+
+
+def test_training_reads_the_dataset(first: tuple[PrepareConfig, PrepareReport]) -> None:
+    from train.scenes import encoded_runs
+    from train.shards import read_shard
+
+    config, _ = first
+    records = [r for path in sorted((config.output / "shards").glob("*.tar")) for r in read_shard(path)]
+    assert [len(run) for record in records for run in encoded_runs(record, 2)] == [2, 2, 2]
+
+
+def test_a_second_run_does_nothing(first: tuple[PrepareConfig, PrepareReport]) -> None:
+    config, report = first
+    before = {
+        path: path.stat().st_mtime_ns for path in config.output.rglob("*") if path.is_file() and path.suffix != ".json"
+    }
+    began = time.monotonic()
+    again = prepare(config)
+    assert time.monotonic() - began < 20
+    assert again.reused == 6 and again.stages == {} and "6 unchanged" in again.summary()
+    assert (again.written, again.filtered, again.failed, again.scenes) == (3, 1, 2, report.scenes)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_another_run_elsewhere_gives_the_same_bytes(first: tuple[PrepareConfig, PrepareReport], tmp_path: Path) -> None:
+    config, _ = first
+    folder = tmp_path / "moved"
+    shutil.copytree(config.sources[0], folder)
+    other = PrepareConfig(sources=[str(folder)], output=tmp_path / "other", model=config.model, decode_cpus=0.3)
+    prepare(other)
+    assert shard_bytes(other.output) == shard_bytes(config.output)
+    assert table(other.output, "manifest") == table(config.output, "manifest")
+
+
+def test_only_what_changed_is_done_again(first: tuple[PrepareConfig, PrepareReport], tmp_path: Path) -> None:
+    config, _ = first
+    folder, output = tmp_path / "videos", tmp_path / "out"
+    shutil.copytree(config.sources[0], folder)
+    shutil.copytree(config.output, output)
+    (folder / "toy1.mp4").unlink()
+    write(folder / "new.mp4", three_shots(17), codec="mpeg4")
+    sidecar = json.loads((folder / "toy2.json").read_text())
+    sidecar["story"] = sidecar["story"].replace("[Story]", "[Story] Again.")
+    (folder / "toy2.json").write_text(json.dumps(sidecar))
+    report = prepare(PrepareConfig(sources=[str(folder)], output=output, model=config.model))
+    assert report.reused == 4  # empty, short, text, toy0: same content, other place
+    assert report.stages["decode"].items == 2
+    assert [row["name"] for row in table(output, "sources") if row["status"] == "written"] == [
+        "new.mp4",
+        "toy0.mp4",
+        "toy2.mp4",
+    ]
+    samples = webdataset.WebDataset([str(p) for p in sorted((output / "shards").glob("*.tar"))], shardshuffle=False)
+    stories = [Scene.from_json(sample["json"]).story for sample in samples]
+    assert ["Again." in story for story in stories] == [False, False, True]
+
+
+def test_other_shard_size_moves_samples_without_work(
+    first: tuple[PrepareConfig, PrepareReport], tmp_path: Path
+) -> None:
+    config, _ = first
+    output = tmp_path / "out"
+    shutil.copytree(config.output, output)
+    small = PrepareConfig(sources=config.sources, output=output, model=config.model, shard_mb=1e-6)
+    report = prepare(small)
+    assert report.reused == 6 and report.shards == 3 and set(report.stages) == {"shards"}
+
+
+def test_failed_sources_are_tried_again_where_asked(first: tuple[PrepareConfig, PrepareReport], tmp_path: Path) -> None:
+    config, _ = first
+    output = tmp_path / "out"
+    shutil.copytree(config.output, output)
+    again = PrepareConfig(sources=config.sources, output=output, model=config.model, retry_failed=True)
+    report = prepare(again)
+    assert report.reused == 4 and report.stages["probe"].items == 2
+
+
+def test_parts_of_a_killed_run_are_used(
+    first: tuple[PrepareConfig, PrepareReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that dies before its commit leaves parts; the next one takes them and gives the same dataset."""
+    config, _ = first
+    killed = PrepareConfig(sources=config.sources, output=tmp_path / "out", model=config.model)
+    with monkeypatch.context() as patch:
+        patch.setattr("preprocess.run.dataset.build", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(killed)
+    assert len(list((killed.output / "parts").glob("*.tar"))) == 6
+    report = prepare(killed)
+    assert report.reused == 6 and set(report.stages) == {"shards"}
+    assert shard_bytes(killed.output) == shard_bytes(config.output)
+
+
+def test_a_file_that_kills_or_hangs_its_worker_is_set_aside(
+    first: tuple[PrepareConfig, PrepareReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = first
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this test
+    real = preprocess.rows.decode_row
+
+    def decode(row: dict[str, str], place: Workplace) -> dict[str, str]:
+        with Attempts(place.parts / "attempts").attempt(row["video_id"], "decode", 3.0):
+            if row["video_id"].startswith("toy1"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if row["video_id"].startswith("toy2"):
+                time.sleep(600)
+        return real(row, place)
+
+    monkeypatch.setattr(preprocess.rows, "decode_row", decode)
+    config = PrepareConfig(sources=config.sources, output=tmp_path / "out", model=config.model)
+    report = prepare(config)
+    ends = {row["name"]: row for row in table(config.output, "sources")}
+    assert ends["toy0.mp4"]["status"] == "written"  # everything else is written
+    assert (report.written, report.filtered, report.failed) == (1, 1, 4)
+    for name, cause in (("toy1.mp4", "its worker process died"), ("toy2.mp4", "it hung")):
+        assert ends[name]["status"] == "failed" and ends[name]["stage"] == "decode"
+        assert ends[name]["attempts"] == MAX_ATTEMPTS and cause in ends[name]["reason"]
+
+
+def test_two_runs_on_one_output_are_refused(tmp_path: Path) -> None:
+    with lock(tmp_path), pytest.raises(ValueError, match="another `shotloom prepare` is writing there"), lock(tmp_path):
+        pass
+
+
+def test_sizes_come_from_the_model_unless_given(model: Path, tmp_path: Path) -> None:
+    base = {"sources": ["x"], "output": tmp_path, "model": model}
+    assert make_settings(PrepareConfig(**base)).height == 32
+    assert make_settings(PrepareConfig(**base, height=64, shot_frames=9)).shot_frames == 9
+    with pytest.raises(ValueError, match="sources is empty"):
+        PrepareConfig(**base | {"sources": []})
+    with pytest.raises(FileNotFoundError, match="is not a model folder"):
+        make_settings(PrepareConfig(**base | {"model": tmp_path}))
