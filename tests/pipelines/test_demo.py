@@ -109,7 +109,7 @@ def check_outputs(result: DemoResult) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_toyworld_demo_twice(model: Path, tmp_path: Path) -> None:
     for _ in range(2):  # the second clears what the first left
         result = run_demo(small(model, tmp_path / "demo"))
@@ -126,7 +126,7 @@ def test_toyworld_demo_twice(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_demo_with_own_videos_lists_broken_files(model: Path, tmp_path: Path) -> None:
     videos = tmp_path / "videos"
     videos.mkdir()
