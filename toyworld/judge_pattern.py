@@ -17,7 +17,7 @@ REACH = 1.15  # half-width of the sampled square in radii
 STEP = 5.0  # degrees between templates
 MIN_CONTRAST = 0.025  # weakest spread of the marks (0: no marks, 1: pure colour beside pure light)
 CLEAR_CONTRAST = 0.10  # from here on MIN_CORRELATION is enough; fainter marks must fit a template better
-MIN_CORRELATION = 0.45
+MIN_CORRELATION = 0.62  # a blurred outline alone reaches 0.6
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def _templates() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             if is_striped:
                 mark = 0.5 + (np.abs((u / 0.62) % 1.0 - 0.5) - 0.27) * 0.62 * 6.0
             else:
-                mark = 0.5 + (0.30 - np.hypot((u / 0.66) % 1.0 - 0.5, (v / 0.66) % 1.0 - 0.5)) * 0.66 * 6.0
+                mark = 0.5 + (0.30 - np.hypot((u / 0.66 + 0.5) % 1.0 - 0.5, (v / 0.66 + 0.5) % 1.0 - 0.5)) * 0.66 * 6.0
             masks.append(np.clip(mark, 0.0, 1.0))
             striped.append(is_striped)
             angles.append(angle)
@@ -64,7 +64,7 @@ def _inside(shape: Shape, outlined: bool, angle: float) -> np.ndarray:
 
 
 def _is_marked(contrast: np.ndarray, correlation: np.ndarray) -> np.ndarray:
-    needed = MIN_CORRELATION + 5.0 * np.maximum(CLEAR_CONTRAST - contrast, 0.0)
+    needed = MIN_CORRELATION + 3.0 * np.maximum(CLEAR_CONTRAST - contrast, 0.0)
     return (contrast > MIN_CONTRAST) & (correlation > needed)
 
 

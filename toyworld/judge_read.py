@@ -25,6 +25,7 @@ from toyworld.render import PIXELATED_BLOCKS
 from toyworld.vocabulary import COLOURS, SHAPES, Colour, Landmark, Light, Pattern, PlaceName, Shape, Side, Style
 
 MIN_SIMILARITY = 0.65  # below this overlap with every template a mask has no readable shape
+MAX_SOFTNESS = 1.0  # and so has one whose rim is as large as its body: blur must not pass for a picture
 BODY_SIMILARITY = 0.45  # from here on it is a body, whose colour can be read even if its shape cannot
 MIN_MASS = 12.0  # pixels at SIDE x SIDE that a character must cover
 MIN_SHARE = 0.25  # a track is a character if readable in this share of the frames
@@ -144,9 +145,9 @@ def _read_track(
     if name is None:
         return None
     plain, marked = alpha_of(frames, background, rgb, (labels >= 0) & ~core)
-    match = match_shapes(plain, core, MIN_MASS)
+    match = match_shapes(plain, marked, core, MIN_MASS)
     if float(match.similarity.mean()) < 0.93:  # holes where the light marks of a pattern are?
-        other = match_shapes(marked, core, MIN_MASS)
+        other = match_shapes(marked, marked, core, MIN_MASS)
         if other.similarity.mean() > match.similarity.mean() + 0.01:
             match = other
     colours: list[Colour | None] = []
@@ -154,15 +155,17 @@ def _read_track(
         pixels = frames[t][core[t]]
         colours.append(name_colour(_core_colour(pixels))[0] if len(pixels) >= 4 else None)
     is_body = judged & match.found & (match.similarity >= BODY_SIMILARITY)
-    readable = is_body & (match.similarity >= MIN_SIMILARITY) & np.array([c is not None for c in colours])
+    is_sharp = (match.similarity >= MIN_SIMILARITY) & (match.softness <= MAX_SOFTNESS)
+    readable = is_body & is_sharp & np.array([c is not None for c in colours])
     if readable[judged].mean() < MIN_SHARE:
         return None
     weight = np.where(readable, match.similarity * np.clip(match.lead, 0.02, 0.2), 0.0)
-    large = weight * match.radius  # blur closes small outlines: larger frames know better
-    outlined = bool((large * match.outlined).sum() > 0.5 * large.sum())
     votes = np.bincount(match.shape, weights=weight, minlength=len(SHAPES))
     shape = SHAPES[int(np.argmax(votes))]
     pattern = read_pattern(frames, rgb, match, readable)
+    large = weight * match.radius  # blur closes small outlines: larger frames know better
+    hollow = match.outlined if pattern.pattern == "plain" else match.outlined_marked
+    outlined = bool((large * hollow).sum() > 0.5 * large.sum())
     seen_colours: list[Colour] = [c for c, ok in zip(colours, readable, strict=True) if ok and c is not None]
     side = float(frames.shape[1])
     scale = match.radius / side

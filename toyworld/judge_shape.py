@@ -51,6 +51,8 @@ class Match:
     radius: np.ndarray
     shape: np.ndarray  # index into SHAPES
     outlined: np.ndarray
+    outlined_marked: np.ndarray  # the same where light marks count as covered: right for patterns, less for blur
+    softness: np.ndarray  # area of the rim that is neither covered nor free, over the area covered
     angle: np.ndarray  # degrees, counter-clockwise
     similarity: np.ndarray
     lead: np.ndarray  # similarity less the best of any other shape
@@ -176,7 +178,7 @@ def _silhouettes(
 
 
 def _overlap(seen: np.ndarray, area: np.ndarray, turn: np.ndarray) -> np.ndarray:
-    """Intersection over union of silhouettes [N,RAYS,RINGS] with every template, turned by `turn` [N,B] rays -> [N,B]."""
+    """Intersection over union of silhouettes [N,RAYS,RINGS] with every template turned by `turn` [N,B] rays: [N,B]."""
     masks = bank().masks
     rays = (np.arange(RAYS)[None, None] - turn[:, :, None]) % RAYS
     turned = masks[np.arange(len(masks))[None, :, None], rays]  # [N,B,RAYS,RINGS]
@@ -185,8 +187,11 @@ def _overlap(seen: np.ndarray, area: np.ndarray, turn: np.ndarray) -> np.ndarray
     return both / np.maximum(either, 1e-6)
 
 
-def match_shapes(alpha: np.ndarray, core: np.ndarray, min_mass: float) -> Match:
-    """Read masks [N,H,W]: covered share `alpha` in 0..1; `core` [N,H,W] are pixels decided to be this character's."""
+def match_shapes(alpha: np.ndarray, marked: np.ndarray, core: np.ndarray, min_mass: float) -> Match:
+    """Read masks [N,H,W]: covered share `alpha` in 0..1, and `marked`, the same with light marks taken for covered.
+
+    `core` [N,H,W] are pixels decided to be this character's.
+    """
     templates = bank()
     mass, x, y, rms, windowed = _locate(alpha, core)
     dense = np.quantile(windowed.reshape(len(alpha), -1), 0.99, axis=1)  # a blurred outline covers no pixel fully
@@ -215,7 +220,12 @@ def match_shapes(alpha: np.ndarray, core: np.ndarray, min_mass: float) -> Match:
     best = np.argmax(overlap, axis=1)
     shape = templates.shape[best]
     holes = templates.holes[best[:, None], rays[n, best]]  # [N,RAYS,RINGS]
+    rx, ry, _ = _rays()
+    at = [c[:, None, None] + r * unit[:, None, None] - 0.5 for c, r in ((x, rx), (y, ry))]
     middle = (raw * holes).sum((1, 2))
+    middle_marked = (np.maximum(raw, _sample(marked, *at)[0]) * holes).sum((1, 2))
+    covered = HOLLOW * np.quantile(raw.reshape(len(raw), -1), 0.95, axis=1)
+    rim = (weight * ((filled > 0.2) & (filled < 0.8))).sum((1, 2))
     angle = turn[n, best] * (360.0 / RAYS)
     cos, sin = np.cos(np.radians(angle)), np.sin(np.radians(angle))
     size = unit / templates.unit[best]
@@ -226,7 +236,9 @@ def match_shapes(alpha: np.ndarray, core: np.ndarray, min_mass: float) -> Match:
         y=y - (oy * cos - ox * sin) * size,
         radius=size,
         shape=shape,
-        outlined=middle < HOLLOW * np.quantile(raw.reshape(len(raw), -1), 0.95, axis=1),
+        outlined=middle < covered,
+        outlined_marked=middle_marked < covered,
+        softness=rim / np.maximum((weight * (filled > 0.5)).sum((1, 2)), 1e-6),
         angle=angle % np.array([SYMMETRY[s] for s in SHAPES])[shape],
         similarity=overlap[n, best],
         lead=overlap[n, best] - np.where(templates.shape[None] == shape[:, None], -1.0, overlap).max(1),

@@ -218,7 +218,7 @@ def _draw_character(canvas: np.ndarray, who: Character, pose: Pose, radius: floa
         if striped:
             mark = np.clip(0.5 + (np.abs((u / 0.62) % 1.0 - 0.5) - 0.27) * 0.62 * radius, 0.0, 1.0)
         else:
-            near = np.hypot((u / 0.66) % 1.0 - 0.5, (v / 0.66) % 1.0 - 0.5)
+            near = np.hypot((u / 0.66 + 0.5) % 1.0 - 0.5, (v / 0.66 + 0.5) % 1.0 - 0.5)
             mark = np.clip(0.5 + (0.30 - near) * 0.66 * radius, 0.0, 1.0)
         paint = base + mark[..., None] * (light - base)
     _blend(canvas, rows, cols, alpha, paint)
