@@ -9,7 +9,9 @@ does lies in `preprocess/`, one file each. Started again on the same output it d
 from __future__ import annotations
 
 import json
+import logging
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -153,11 +155,18 @@ def _data_context() -> Iterator[None]:
         "print_on_execution_start": False,
     }
     before = {name: getattr(context, name) for name in wanted}
+    log = logging.getLogger("ray.data")
+    level = log.level
     try:
         for name, value in wanted.items():
             setattr(context, name, value)
-        yield
+        log.setLevel(logging.ERROR)  # our own progress line and report say what these lines would
+        with warnings.catch_warnings():
+            # `max_retries` and `max_task_retries` have no named form in Ray 2.60, which warns that 2.64 will need one
+            warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+            yield
     finally:
+        log.setLevel(level)
         for name, value in before.items():
             setattr(context, name, value)
 

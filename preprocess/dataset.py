@@ -63,10 +63,7 @@ class Earlier:
 
     def whole(self, part: Part) -> bool:
         """Whether all samples of a part are still in the shards."""
-        try:
-            return all(row["key"] in self.reader.keys(row["shard"]) for row in part.shots if row["key"])
-        except OSError:
-            return False
+        return all(self.reader.whole(row["shard"], row["key"]) for row in part.shots if row["key"])
 
     def samples(self, part: Part) -> Iterator[tuple[str, dict[str, bytes]]]:
         for key, shard in {row["key"]: row["shard"] for row in part.shots if row["key"]}.items():
@@ -106,6 +103,22 @@ def _still_holds(part: Part, file: SourceFile, keys: dict[str, str], retry_faile
     return "caption_key" not in depends or _same_content(
         row, "captions", file.captions or "", "captions_mtime_ns", file.captions_mtime_ns, "captions_sha256"
     )
+
+
+def find_pictures(file: SourceFile, keys: dict[str, str], parts: Path, earlier: Earlier) -> tuple[Row, dict[str, str]]:
+    """Where only captions changed: the earlier row, and key -> tar of its samples; empty where pictures changed too."""
+    part = read_part(part_path(parts, file.video_id))
+    places = dict.fromkeys(part.keys, str(part_path(parts, file.video_id))) if part is not None else {}
+    if part is None and (part := earlier.parts.get(file.video_id)) is not None and earlier.whole(part):
+        places = {row["key"]: str(earlier.reader.folder / row["shard"]) for row in part.shots if row["key"]}
+    if part is None or part.source["status"] != "written" or not all(row["key"] for row in part.shots):
+        return {}, {}
+    row = part.source
+    same = row["name"] == file.name and row["bytes"] == file.bytes
+    same = same and all(row[name] == keys[name] for name in ("vision_key", "encoder_key"))
+    if not same or not _same_content(row, "path", file.path, "mtime_ns", file.mtime_ns, "sha256"):
+        return {}, {}
+    return row, places
 
 
 def _same_content(row: Row, path_name: str, path: str, time_name: str, mtime_ns: int, hash_name: str) -> bool:

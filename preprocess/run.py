@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from infra.storage import atomic_path
 from preprocess import dataset
-from preprocess.dataset import Earlier, Finished, find_finished
+from preprocess.dataset import Earlier, Finished, find_finished, find_pictures
 from preprocess.encode import encoder_key
 from preprocess.parts import Part, part_path, read_part, write_part
 from preprocess.settings import PrepareSettings
@@ -63,7 +63,7 @@ class Work:
         rounds = 0
         while todo := self.todo:
             rounds += 1
-            yield write_manifest(self.place.parts / "todo.parquet", todo)
+            yield write_manifest(self.place.parts / "todo.parquet", [self._unit(file) for file in todo])
             for file in todo:
                 part = read_part(part_path(self.place.parts, file.video_id))
                 if part is None:
@@ -72,6 +72,10 @@ class Work:
                         continue
                     part = self._give_up(file, stage, max(deaths, rounds))
                 self.finished[file.video_id] = Finished(part, part_path(self.place.parts, file.video_id))
+
+    def _unit(self, file: SourceFile) -> Unit:
+        row, places = find_pictures(file, self.place.keys(), self.place.parts, self.earlier)
+        return Unit(file, recall=places, earlier=row)
 
     def _give_up(self, file: SourceFile, stage: str, attempts: int) -> Part:
         unit = Unit(file, status="failed", stage=stage or "probe", attempts=attempts)
@@ -120,9 +124,9 @@ def plan_work(
     return work
 
 
-def write_manifest(path: Path, files: Sequence[SourceFile]) -> Path:
+def write_manifest(path: Path, units: Sequence[Unit]) -> Path:
     """One row per video: its id, and the unit as JSON."""
-    rows = [{"video_id": file.video_id, "unit": Unit(file).to_json()} for file in files]
+    rows = [{"video_id": unit.file.video_id, "unit": unit.to_json()} for unit in units]
     schema = pa.schema([("video_id", pa.string()), ("unit", pa.string())])
     with atomic_path(path) as temporary:
         pq.write_table(pa.Table.from_pylist(rows, schema), temporary)

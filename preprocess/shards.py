@@ -102,16 +102,22 @@ class ShardReader:
         with (self.folder / shard).open("rb") as file:
             return {extension: _at(file, *place) for extension, place in places.items()}
 
-    def keys(self, shard: str) -> set[str]:
-        return set(self._places(shard))
+    def whole(self, shard: str, key: str) -> bool:
+        """Whether all bytes of a sample are there."""
+        try:
+            return set(self._places(shard).get(key, ())) >= {"json", "safetensors"}
+        except (OSError, tarfile.TarError):
+            return False
 
     def _places(self, shard: str) -> dict[str, dict[str, tuple[int, int]]]:
         if shard not in self._index:
             index: dict[str, dict[str, tuple[int, int]]] = {}
+            end = (self.folder / shard).stat().st_size
             with tarfile.open(self.folder / shard, "r:") as tar:
                 for member in tar:
-                    stem, _, extension = member.name.partition(".")
-                    index.setdefault(stem, {})[extension] = (member.offset_data, member.size)
+                    if member.offset_data + member.size <= end:
+                        stem, _, extension = member.name.partition(".")
+                        index.setdefault(stem, {})[extension] = (member.offset_data, member.size)
             self._index[shard] = index
         return self._index[shard]
 

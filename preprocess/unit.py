@@ -30,6 +30,7 @@ from preprocess.filters import check_shots, check_video
 from preprocess.outcome import Failed, SetAside, short
 from preprocess.parts import Part, Row, read_part, shot_rows, write_part
 from preprocess.probe import VideoInfo, probe
+from preprocess.recall import recall_latents, recall_scenes, recalled_count
 from preprocess.scenes import make_scenes
 from preprocess.settings import PrepareSettings
 from preprocess.sources import SourceFile
@@ -43,6 +44,8 @@ class Unit:
     file: SourceFile
     sha256: str = ""
     captions_sha256: str = ""
+    recall: dict[str, str] = field(default_factory=dict)  # key -> tar of earlier samples with the same pictures
+    earlier: Row = field(default_factory=dict)  # the row of that result
     info: VideoInfo | None = None
     count: DecodeCount | None = None
     shots: list[RawShot] = field(default_factory=list)
@@ -102,12 +105,12 @@ def probe_stage(unit: Unit, place: Workplace) -> None:
     path = Path(unit.file.path)
     if not path.is_file():
         raise Failed("probe", "no such file")
-    if path.stat().st_size == 0:
-        raise Failed("probe", "the file is empty (0 bytes)")
     try:
         unit.sha256 = sha256_file(path)
     except OSError as error:
         raise Failed("probe", f"cannot be read: {error.strerror}") from error
+    if path.stat().st_size == 0:
+        raise Failed("probe", "the file is empty (0 bytes)")
     if unit.file.captions and Path(unit.file.captions).is_file():
         unit.captions_sha256 = sha256_file(unit.file.captions)
     unit.info = probe(unit.file.path)
@@ -115,8 +118,14 @@ def probe_stage(unit: Unit, place: Workplace) -> None:
 
 
 def decode_stage(unit: Unit, place: Workplace) -> None:
-    """The one decode: shots, and their encoded spans in the scratch file."""
+    """The one decode: shots, and their encoded spans in the scratch file. None where an earlier result is recalled."""
     assert unit.info is not None
+    recalled = recall_scenes(unit.recall, unit.info) if unit.recall else None
+    if recalled is not None:
+        unit.scenes, unit.shots = recalled
+        unit.count = recalled_count(unit.earlier, unit.info)
+        return
+    unit.recall = {}
     deadline = time.monotonic() + place.settings.seconds_per_video
     place.scratch.mkdir(parents=True, exist_ok=True)
     with place.scratch_file(unit).open("wb") as file:
@@ -145,9 +154,12 @@ def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
             first += len(scene.shots)
             if scene in written:
                 tensors = {name: texts[text].clone() for name, text in scene_texts(scene).items()}
-                spans = _read_spans(place.scratch_file(unit), shots, place.settings)
-                for i, latents in enumerate(encoder.encode_shots(spans, place.settings.dtype)):
-                    tensors |= {shot_tensor_key(i, name): value for name, value in latents.items()}
+                if scene.scene_id in unit.recall:
+                    tensors |= recall_latents(unit.recall[scene.scene_id], scene.scene_id)
+                else:
+                    spans = _read_spans(place.scratch_file(unit), shots, place.settings)
+                    for i, latents in enumerate(encoder.encode_shots(spans, place.settings.dtype)):
+                        tensors |= {shot_tensor_key(i, name): value for name, value in latents.items()}
                 yield scene.scene_id, {"json": scene.to_json().encode(), "safetensors": save(tensors)}
 
     rows = [row for scene in unit.scenes for row in shot_rows(scene, scene in written)]

@@ -1,0 +1,200 @@
+"""A run over an output folder, without Ray: what still holds, what is done again, what other captions cost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from safetensors.torch import load
+
+from models.scene import Scene
+from models.tiny import build_tiny_folder
+from preprocess import unit
+from preprocess.encode import Encoder
+from preprocess.rows import EncodeRow, caption_row, decode_row, probe_row
+from preprocess.run import Work, plan_work
+from preprocess.settings import PrepareSettings
+from preprocess.shards import read_samples
+from preprocess.sources import list_sources
+from preprocess.watch import MAX_ATTEMPTS
+from tests.preprocess.videos import three_shots, write
+from toyworld.video import write_video
+from toyworld.world import sample_scene
+
+SETTINGS = PrepareSettings(height=32, width=32)
+SHARD = 10**6
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    build_tiny_folder(path)
+    return path
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    folder = tmp_path / "videos"
+    for i in range(2):
+        write_video(sample_scene("small", seed=31, index=i, num_shots=2), folder / f"toy{i}.mp4", size=64)
+    (folder / "empty.mp4").touch()
+    return folder
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often the costly functions ran."""
+    counts: Counter[str] = Counter()
+    for module, name in ((unit, "read_shots"), (Encoder, "encode_shots"), (Encoder, "encode_texts")):
+        real = getattr(module, name)
+
+        def counted(*args, real=real, name=name, **kwargs):
+            counts[name] += 1
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counted)
+    return counts
+
+
+def run_here(
+    videos: Path, output: Path, model: Path, settings: PrepareSettings = SETTINGS, retry_failed: bool = False
+) -> tuple[Work, int]:
+    """The chain of `pipelines.prepare.run_stages` in this process; returns the work and how many videos it did."""
+    work = plan_work(list_sources([videos]).files, output, settings, model, retry_failed)
+    todo = len(work.todo)
+    encode = EncodeRow(work.place, str(model), "cpu", 1)
+    for manifest in work.rounds():
+        for row in pq.read_table(manifest).to_pylist():
+            for stage in (probe_row, decode_row, caption_row):
+                row = stage(row, work.place)
+            encode(row)
+    if not work.unchanged(SHARD):
+        work.compact(SHARD)
+    work.clean()
+    return work, todo
+
+
+def records(output: Path) -> dict[str, tuple[Scene, dict]]:
+    return {
+        key: (Scene.from_json(files["json"]), load(files["safetensors"]))
+        for path in sorted((output / "shards").glob("*.tar"))
+        for key, files in read_samples(path)
+    }
+
+
+def test_a_run_and_its_repetition(videos: Path, tmp_path: Path, model: Path, calls: Counter[str]) -> None:
+    assert run_here(videos, tmp_path / "out", model)[1] == 3
+    assert calls["read_shots"] == 2
+    shards = (tmp_path / "out" / "shards" / "scenes-000000.tar").read_bytes()
+    calls.clear()
+    assert run_here(videos, tmp_path / "out", model)[1] == 0
+    assert not calls and (tmp_path / "out" / "shards" / "scenes-000000.tar").read_bytes() == shards
+
+
+def test_other_captions_cost_no_decode(videos: Path, tmp_path: Path, model: Path, calls: Counter[str]) -> None:
+    run_here(videos, tmp_path / "out", model)
+    before = records(tmp_path / "out")
+    sidecar = json.loads((videos / "toy1.json").read_text())
+    sidecar["shots"][0]["prompt"] = "[SHOT CUT] Close shot. Something else."
+    (videos / "toy1.json").write_text(json.dumps(sidecar))
+    calls.clear()
+    assert run_here(videos, tmp_path / "out", model)[1] == 1
+    assert calls == {"encode_texts": 1}
+    after = records(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for key, (scene, tensors) in after.items():
+        old_scene, old_tensors = before[key]
+        changed = scene.source.path == "toy1.mp4"
+        assert (scene.shots[0].prompt != old_scene.shots[0].prompt) == changed
+        assert tensors.keys() == old_tensors.keys()
+        assert (tensors["s000.text"].shape != old_tensors["s000.text"].shape) == changed
+        for name in tensors:
+            if "latent" in name or "first" in name or "last" in name:
+                assert (tensors[name] == old_tensors[name]).all()
+        assert scene.shots[1].states == old_scene.shots[1].states  # state frames find the same encoded frames
+
+    calls.clear()  # the same result as a run from nothing
+    run_here(videos, tmp_path / "fresh", model)
+    name = "shards/scenes-000000.tar"
+    assert (tmp_path / "fresh" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_another_caption_backend_keeps_the_pictures(
+    videos: Path, tmp_path: Path, model: Path, calls: Counter[str]
+) -> None:
+    run_here(videos, tmp_path / "out", model)
+    calls.clear()
+    assert run_here(videos, tmp_path / "out", model, replace(SETTINGS, captions="describe"))[1] == 2
+    assert calls == {"encode_texts": 2}
+    scenes = [scene for scene, _ in records(tmp_path / "out").values()]
+    assert {scene.captions.backend for scene in scenes if scene.captions} == {"describe"}
+    assert not any(shot.states or "caption_overlap" in shot.scores for scene in scenes for shot in scene.shots)
+
+
+def test_another_size_does_all_again_but_not_what_never_got_there(
+    videos: Path, tmp_path: Path, model: Path, calls: Counter[str]
+) -> None:
+    run_here(videos, tmp_path / "out", model)
+    calls.clear()
+    assert run_here(videos, tmp_path / "out", model, replace(SETTINGS, height=48))[1] == 3
+    assert calls["read_shots"] == 2
+    scenes = [scene for scene, _ in records(tmp_path / "out").values()]
+    assert {shot.encoded.height for scene in scenes for shot in scene.shots if shot.encoded} == {48}
+
+
+def test_other_weights_encode_again_but_leave_failures(videos: Path, tmp_path: Path, model: Path) -> None:
+    run_here(videos, tmp_path / "out", model)
+    other = tmp_path / "other"
+    build_tiny_folder(other, seed=1)
+    work, todo = run_here(videos, tmp_path / "out", other)
+    assert todo == 2
+    assert len({scene.latents.vae_hash for scene, _ in records(tmp_path / "out").values() if scene.latents}) == 1
+    assert work.finished[work.files[0].video_id].part.source["status"] == "failed"
+
+
+def test_a_touched_or_moved_file_with_the_same_content_is_not_done_again(
+    videos: Path, tmp_path: Path, model: Path
+) -> None:
+    run_here(videos, tmp_path / "out", model)
+    moved = tmp_path / "moved"
+    shutil.copytree(videos, moved, copy_function=shutil.copy)  # other place, other time stamps
+    assert run_here(moved, tmp_path / "out", model)[1] == 0
+    write(moved / "toy0.mp4", three_shots(17))
+    assert run_here(moved, tmp_path / "out", model)[1] == 1
+
+
+def test_sources_that_went_and_came(videos: Path, tmp_path: Path, model: Path, calls: Counter[str]) -> None:
+    run_here(videos, tmp_path / "out", model)
+    (videos / "toy0.mp4").rename(tmp_path / "kept.mp4")
+    assert run_here(videos, tmp_path / "out", model)[1] == 0
+    assert {scene.source.path for scene, _ in records(tmp_path / "out").values()} == {"toy1.mp4"}
+    (tmp_path / "kept.mp4").rename(videos / "toy0.mp4")
+    assert run_here(videos, tmp_path / "out", model)[1] == 1
+
+
+def test_a_lost_shard_is_made_again(videos: Path, tmp_path: Path, model: Path) -> None:
+    run_here(videos, tmp_path / "out", model)
+    shard = tmp_path / "out" / "shards" / "scenes-000000.tar"
+    data = shard.read_bytes()
+    shard.unlink()
+    assert run_here(videos, tmp_path / "out", model)[1] == 2
+    assert shard.read_bytes() == data
+    shard.write_bytes(data[: len(data) // 2])
+    assert run_here(videos, tmp_path / "out", model)[1] >= 1
+    assert shard.read_bytes() == data
+
+
+def test_rows_that_never_come_back_end_as_failed(videos: Path, tmp_path: Path, model: Path) -> None:
+    """Ray drops a row whose worker died too often; the run must not wait for it, nor lose it."""
+    work = plan_work(list_sources([videos]).files, tmp_path / "out", SETTINGS, model)
+    assert sum(1 for _ in work.rounds()) == MAX_ATTEMPTS
+    ends = [one.part.source for one in work.finished.values()]
+    assert [row["status"] for row in ends] == ["failed"] * 3
+    assert all("worker process died, 3 attempts" in row["reason"] for row in ends)
+    totals = work.compact(SHARD)["totals"]
+    assert totals["sources"] == totals["failed"] == 3
