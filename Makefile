@@ -30,8 +30,8 @@ lint: $(STAMP) ## ruff: style, imports, likely bugs
 types: $(STAMP) ## mypy over models/ and infra/
 	$(BIN)/mypy
 
-toy-models: $(STAMP) ## train the small shipped models again (hours; can be stopped and started)
-	$(BIN)/python -m pipelines.toy_models
+toy-models: $(STAMP) ## train the small shipped models again (hours; can be stopped and started); ARGS="steps=10000"
+	$(BIN)/python -m pipelines.toy_models $(ARGS)
 
 lock: $(UV) ## requirements.lock after a change of pyproject.toml; delete it first to move every version on
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) pip compile --quiet pyproject.toml --group dev \

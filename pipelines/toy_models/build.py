@@ -7,6 +7,7 @@ diffusers model folder that plays the part of a big pretrained single-shot text-
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from infra.log import get_logger
 from infra.storage import atomic_write_json, atomic_write_text
 from models.backbones.wan import WanBackbone
 from models.codecs import VideoCodec
-from models.folder import Model, ModelSettings, save_model
+from models.folder import Model, ModelSettings, load_model, save_model
 from models.methods import get_method
 from models.text import TextEncoder, null_text
 from pipelines.shipped import SHIPPED_WAN
@@ -38,6 +39,7 @@ from train.vae import VaeSettings, initialise_vae, latent_statistics, train_vae
 
 LATENT_CHANNELS = 8
 TEXT_LENGTH = 256  # bytes; the longest story of level small with its shot prompt takes about 210
+JUDGE_EVERY = 1_500  # steps of the transformer
 LEVEL_SHIFT = 3.0  # shape and motion are decided at high noise, which unshifted levels hardly visit
 
 
@@ -49,8 +51,12 @@ class ToyModelsConfig:
     seed: int = knob(0, "seed of worlds, weights and noise")
     run_dir: Path = knob(Path("runs/toy-models"), "snapshots, latents and logs; start again here to resume")
     out: Path = knob(SHIPPED_WAN, "model folder to write")
+    start: Path | None = knob(None, "model folder to go on from, in a new run_dir; null = random weights")
+    vae_steps: int = knob(2_600, "steps of the VAE")
+    vae_polish_steps: int = knob(1_600, "further steps of its decoder alone")
+    text_steps: int = knob(2_200, "steps of the text encoder")
     clips: int = knob(8_000, "training clips, each with three texts")
-    steps: int = knob(7_000, "steps of the transformer")
+    steps: int = knob(4_200, "steps of the transformer")
     batch_size: int = knob(16, "clips per step of the transformer")
     learning_rate: float = knob(1e-3, "peak learning rate of the transformer; cosine to a tenth")
     width: int = knob(192, "width of the transformer; heads are 32 wide")
@@ -63,9 +69,7 @@ def build_toy_models(config: ToyModelsConfig) -> Path:
     log = get_logger("toy-models")
     began = time.time()
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer = ByT5Tokenizer()
-    encoder = TextEncoder(tokenizer, _text_encoder(config, tokenizer, log.info), max_length=TEXT_LENGTH)
-    codec = VideoCodec(_vae(config, log.info))
+    backbone, codec, encoder = _start(config) if config.start else _fresh(config, log.info)
     caches = {
         split: build_cache(
             config.run_dir / f"latents-{config.level}", codec, encoder, level=config.level, split=split,
@@ -73,10 +77,7 @@ def build_toy_models(config: ToyModelsConfig) -> Path:
         )
         for split, clips in (("train", config.clips), ("test", 96))
     }  # fmt: skip
-    backbone, method = (
-        _backbone(config),
-        get_method("fvdm", p=0.0, clean_prob=0.0, shift=LEVEL_SHIFT, density="uniform"),
-    )
+    method = get_method("fvdm", p=0.0, clean_prob=0.0, shift=LEVEL_SHIFT, density="uniform")
     null = null_text(encoder, TEXT_LENGTH)
 
     def source(split: str, drop: float) -> LatentCache:
@@ -94,7 +95,7 @@ def build_toy_models(config: ToyModelsConfig) -> Path:
 
     def evaluate(step: int, averaged: torch.nn.Module) -> dict[str, float]:
         figures = held_out(step, averaged)
-        if step % 2000 == 0:
+        if step % JUDGE_EVERY == 0:
             model = Model(averaged, codec, encoder, settings)
             scores = held_out_scores(model, level=config.level, seed=config.seed, prompts=32)
             figures |= {f"judge/{name}": score["value"] for name, score in scores.items()}
@@ -127,7 +128,20 @@ def _words(figures: dict[str, Any]) -> str:
     return " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items())
 
 
-def _text_encoder(config: ToyModelsConfig, tokenizer: ByT5Tokenizer, say) -> T5EncoderModel:
+def _start(config: ToyModelsConfig) -> tuple[WanBackbone, VideoCodec, TextEncoder]:
+    """The parts of an earlier model; the transformer trains on, the VAE's and the text encoder's stages are skipped."""
+    assert config.start is not None
+    model = load_model(config.start)
+    return model.backbone.requires_grad_(True), model.codec, model.text
+
+
+def _fresh(config: ToyModelsConfig, say: Callable[[str], None]) -> tuple[WanBackbone, VideoCodec, TextEncoder]:
+    tokenizer = ByT5Tokenizer()
+    encoder = TextEncoder(tokenizer, _text_encoder(config, tokenizer, say), max_length=TEXT_LENGTH)
+    return _backbone(config), VideoCodec(_vae(config, say)), encoder
+
+
+def _text_encoder(config: ToyModelsConfig, tokenizer: ByT5Tokenizer, say: Callable[[str], None]) -> T5EncoderModel:
     torch.manual_seed(config.seed)
     encoder = T5EncoderModel(
         T5Config(
@@ -135,7 +149,7 @@ def _text_encoder(config: ToyModelsConfig, tokenizer: ByT5Tokenizer, say) -> T5E
             dropout_rate=0.0, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
         )
     )  # fmt: skip
-    settings = TextEncoderSettings(seed=config.seed)
+    settings = TextEncoderSettings(steps=config.text_steps, seed=config.seed)
     train_text_encoder(
         encoder,
         tokenizer,
@@ -148,7 +162,7 @@ def _text_encoder(config: ToyModelsConfig, tokenizer: ByT5Tokenizer, say) -> T5E
     return encoder.requires_grad_(False)
 
 
-def _vae(config: ToyModelsConfig, say) -> AutoencoderKLWan:
+def _vae(config: ToyModelsConfig, say: Callable[[str], None]) -> AutoencoderKLWan:
     architecture = {
         "base_dim": 16, "decoder_base_dim": 24, "z_dim": LATENT_CHANNELS, "dim_mult": [1, 2, 2], "num_res_blocks": 1,
         "temperal_downsample": [True, True], "patch_size": 2, "in_channels": 12, "out_channels": 12,
@@ -157,7 +171,7 @@ def _vae(config: ToyModelsConfig, say) -> AutoencoderKLWan:
     unit = {"latents_mean": [0.0] * LATENT_CHANNELS, "latents_std": [1.0] * LATENT_CHANNELS}
     vae = AutoencoderKLWan(**architecture, **unit)
     initialise_vae(vae, torch.Generator().manual_seed(config.seed))
-    settings = VaeSettings(seed=config.seed)
+    settings = VaeSettings(steps=config.vae_steps, polish_steps=config.vae_polish_steps, seed=config.seed)
     vae = train_vae(vae, lambda step: vae_batch(config.seed, step), settings, config.run_dir / "vae", say)
     mean, std = latent_statistics(vae, lambda step: vae_batch(config.seed + 1, settings.steps + step), batches=24)
     measured = AutoencoderKLWan(**architecture, latents_mean=mean, latents_std=std)

@@ -17,6 +17,13 @@ def last_figures(run_dir: Path) -> dict[str, Any]:
     return json.loads(lines[-1]) if lines else {}
 
 
+def command(config: ToyModelsConfig) -> str:
+    """The command line that this config stands for: what differs from the defaults, and the number of steps."""
+    plain = type(config)(steps=config.steps)
+    given = [f"{key}={value}" for key, value in vars(config).items() if value != getattr(plain, key) and key != "out"]
+    return " ".join(["python -m pipelines.toy_models", f"steps={config.steps}", *given])
+
+
 def model_card(config: ToyModelsConfig, scores: dict[str, dict[str, float]], run_dir: Path, texts_per_clip: int) -> str:
     """Markdown: what the model is, the command that made it, steps, time, loss and judge scores."""
     stages = {name: last_figures(run_dir / name) for name in ("vae", "text_encoder", "transformer")}
@@ -40,7 +47,7 @@ Shotloom's demo, tests and claims. It knows ToyWorld and nothing else.
 
 Made by
 
-    make toy-models    # python -m pipelines.toy_models level={config.level} seed={config.seed} steps={config.steps}
+    {command(config)}
 
 on {config.clips} clips with {texts_per_clip} texts each; no held-out identity or (identity, action) pair among them.
 Every stage is seeded and resumes where it stopped.

@@ -1,0 +1,122 @@
+"""The stages that pretrain the shipped models: their data, and a whole run in miniature."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+
+from pipelines.toy_models.cache import cache_clip
+from pipelines.toy_models.data import IMAGE_STEPS, vae_batch
+from pipelines.toy_models.measure import PROMPT_SEED, held_out_scenes
+from pipelines.toy_models.texts import SLOTS, text_batch
+from toyworld.text import parse_sentence, parse_shot_prompt, parse_story
+from toyworld.vocabulary import ACTIONS, COLOURS
+from toyworld.world import is_held_out
+from train.text_encoder import TextEncoderSettings, train_text_encoder
+
+
+def test_vae_batches_depend_on_seed_and_step_only() -> None:
+    video, weight = vae_batch(0, IMAGE_STEPS)
+    assert video.shape == (3, 3, 9, 64, 64) and weight.shape == (3, 1, 9, 64, 64)
+    assert torch.equal(video, vae_batch(0, IMAGE_STEPS)[0])
+    assert not torch.equal(video, vae_batch(1, IMAGE_STEPS)[0])
+    assert vae_batch(0, 0)[0].shape == (16, 3, 1, 64, 64)
+    assert 0.005 < (weight > 1).float().mean() < 0.5  # the weight marks characters, not the whole picture
+
+
+def test_texts_say_what_the_slots_hold() -> None:
+    texts, classes = text_batch(0, 3)
+    assert classes.keys() == SLOTS.keys()
+    seen = 0
+    for row, text in enumerate(texts):
+        said = {name: values[row] for name, values in classes.items() if values[row] >= 0}
+        assert all(0 <= value < SLOTS[name] for name, value in said.items())
+        if "shots" in said:
+            story = parse_story(text)
+            assert said["character0_colour"] == COLOURS.index(story.characters[0].colour)
+            assert said["shots"] == story.num_shots - 1
+        elif "actor" in said:
+            prompt = parse_shot_prompt(text)
+            assert (said["actor"], said["action"]) == (prompt.ids[0], ACTIONS.index(prompt.action))
+        else:
+            shot = parse_sentence(text)
+            assert said["character0_colour"] == COLOURS.index(shot.actor.colour)
+            assert said["action"] == ACTIONS.index(shot.action)
+        seen += 1
+    assert seen == 48
+
+
+def test_training_never_shows_what_is_held_out() -> None:
+    trained = set()
+    for index in range(200):
+        scene, texts = cache_clip("small", "train", 0, index)
+        shot = scene.shots[0]
+        who = scene.characters[shot.actor]
+        assert not is_held_out(who, shot.action) and not any(is_held_out(c) for c in scene.characters)
+        trained.add((who.colour, who.shape, who.pattern, shot.action))
+        assert len(texts) == 3 and len(texts[2]) == 2
+        assert len(" ".join(texts[2])) <= 250
+    for scene in held_out_scenes("small", 64):
+        assert scene.seed == PROMPT_SEED
+        who = scene.characters[scene.shots[0].actor]
+        assert (who.colour, who.shape, who.pattern, scene.shots[0].action) not in trained
+
+
+def tiny_encoder() -> T5EncoderModel:
+    torch.manual_seed(0)
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=384, d_model=16, d_kv=8, num_heads=2, d_ff=32, num_layers=1, dropout_rate=0.0, pad_token_id=0
+        )
+    )
+
+
+def test_text_encoder_learns_and_resumes(tmp_path: Path) -> None:
+    slots = {"colour": 2}
+
+    def texts(step: int) -> tuple[list[str], dict[str, list[int]]]:
+        return ["a red one", "a blue one"] * 8, {"colour": [0, 1] * 8}
+
+    settings = TextEncoderSettings(steps=60, learning_rate=3e-3, warmup_steps=5, checkpoint_every=20)
+    whole = tiny_encoder()
+    accuracy = train_text_encoder(whole, ByT5Tokenizer(), slots, texts, settings, tmp_path / "a", say=lambda _: None)
+    assert accuracy["colour"] == 1.0
+
+    def dies(step: int) -> tuple[list[str], dict[str, list[int]]]:
+        if step == 45:
+            raise KeyboardInterrupt
+        return texts(step)
+
+    killed = tiny_encoder()
+    with pytest.raises(KeyboardInterrupt):
+        train_text_encoder(killed, ByT5Tokenizer(), slots, dies, settings, tmp_path / "b", say=lambda _: None)
+    again = tiny_encoder()
+    train_text_encoder(again, ByT5Tokenizer(), slots, texts, settings, tmp_path / "b", say=lambda _: None)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+@pytest.mark.slow
+def test_the_whole_run_in_miniature(tmp_path: Path) -> None:
+    from diffusers import WanPipeline
+
+    from pipelines.toy_models.build import ToyModelsConfig, build_toy_models
+
+    config = ToyModelsConfig(
+        run_dir=tmp_path / "run", out=tmp_path / "model", vae_steps=2, vae_polish_steps=1, text_steps=2, clips=8,
+        steps=2, batch_size=4, width=64, layers=1, prompts=2,
+    )  # fmt: skip
+    assert build_toy_models(config) == tmp_path / "model"
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "python -m pipelines.toy_models steps=2" in card and "| colour |" in card
+    WanPipeline.from_pretrained(tmp_path / "model")
+
+    onward = ToyModelsConfig(
+        run_dir=tmp_path / "onward", out=tmp_path / "onward-model", start=tmp_path / "model", clips=8, steps=1,
+        batch_size=4, prompts=2,
+    )  # fmt: skip
+    build_toy_models(onward)
+    assert not (tmp_path / "onward" / "vae").exists()
