@@ -5,30 +5,25 @@
     scores = score_scene(frames, cuts, scene) # several shots, with the agreement between them
     table = summarise([scores, ...])          # {metric: {"value", "count"}}
 
-Seeing is in judge_pixels, judge_shape, judge_pattern, judge_action and judge_read; scoring in judge_score; the
-distance between sets of clips in frechet.
+Seeing is in judge_pixels, judge_shape, judge_pattern, judge_action and judge_read; scoring in judge_score and
+judge_scenes; the distance between sets of clips in frechet.
 """
 
 from toyworld.frechet import FEATURES, FrechetDistance, clip_features, frechet
 from toyworld.judge_read import Reading, Track, read
-from toyworld.judge_score import (
+from toyworld.judge_scenes import (
     SceneReading,
-    Score,
-    Scores,
-    assign,
     continuity,
     find_cuts,
     psnr,
     read_scene,
-    score_clip,
     score_cuts,
-    score_reading,
     score_scene,
     score_scene_reading,
-    summarise,
     unsaid_identity,
     unsaid_traits,
-)
+)  # fmt: skip
+from toyworld.judge_score import Score, Scores, assign, score_clip, score_reading, summarise
 
 __all__ = [
     "FEATURES",

