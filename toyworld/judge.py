@@ -23,9 +23,19 @@ from toyworld.judge_scenes import (
     unsaid_identity,
     unsaid_traits,
 )  # fmt: skip
-from toyworld.judge_score import Score, Scores, assign, score_clip, score_reading, summarise
+from toyworld.judge_score import (
+    UNSAID_TRAITS,
+    Score,
+    Scores,
+    assign,
+    score_clip,
+    score_reading,
+    split_shots,
+    summarise,
+)
 
 __all__ = [
+    "UNSAID_TRAITS",
     "FEATURES",
     "FrechetDistance",
     "Reading",
@@ -46,6 +56,7 @@ __all__ = [
     "score_reading",
     "score_scene",
     "score_scene_reading",
+    "split_shots",
     "summarise",
     "unsaid_identity",
     "unsaid_traits",

@@ -11,6 +11,7 @@ import numpy as np
 from toyworld.judge_pixels import SIDE, area_resize
 from toyworld.judge_read import Reading, Track, read
 from toyworld.judge_score import (
+    UNSAID_TRAITS,
     Score,
     Scores,
     assign,
@@ -22,6 +23,7 @@ from toyworld.judge_score import (
     has_shape,
     mean_score,
     score_reading,
+    split_shots,
     summarise,
 )  # fmt: skip
 from toyworld.words import CharacterWords, ShotAttributes, shot_attributes
@@ -35,14 +37,6 @@ class SceneReading:
     wanted: tuple[ShotAttributes, ...]
     places: tuple[int, ...]  # which place of the scene each shot is in
     readings: tuple[Reading, ...]
-
-
-def split_shots(frames: np.ndarray, cuts: Sequence[int]) -> list[np.ndarray]:
-    """Cut frames [T,H,W,3] at the first frames of all shots but the first."""
-    edges = [0, *cuts, len(frames)]
-    if any(b <= a for a, b in zip(edges, edges[1:], strict=False)):
-        raise ValueError(f"cuts {list(cuts)} of {len(frames)} frames: must rise, within 1..{len(frames) - 1}")
-    return [frames[a:b] for a, b in zip(edges, edges[1:], strict=False)]
 
 
 def read_scene(frames: np.ndarray, cuts: Sequence[int], scene: ToyScene) -> SceneReading:
@@ -135,9 +129,6 @@ def score_scene(frames: np.ndarray, cuts: Sequence[int], scene: ToyScene) -> Sco
     scores = score_scene_reading(read_scene(frames, cuts, scene))
     hard = [start for start, shot in zip(scene.cuts, scene.shots[1:], strict=True) if shot.transition == "cut"]
     return {**scores, **score_cuts(frames, hard)}
-
-
-UNSAID_TRAITS = ("hue", "size", "stripe_angle", "landmark_x")
 
 
 def unsaid_traits(scene: SceneReading) -> list[dict[str, tuple[str, list[float | None]]]]:

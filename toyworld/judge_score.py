@@ -28,6 +28,7 @@ class Score:
 
 
 Scores = dict[str, Score]
+UNSAID_TRAITS = ("hue", "size", "stripe_angle", "landmark_x")
 
 
 def summarise(scores: Iterable[Mapping[str, Score]]) -> dict[str, dict[str, float]]:
@@ -185,3 +186,11 @@ def score_clip(frames: np.ndarray, wanted: ToyScene | ShotAttributes, index: int
     state_order: Kendall tau, -1..1; state_timing: frames.
     """
     return score_reading(read(frames), shot_attributes(wanted, index) if isinstance(wanted, ToyScene) else wanted)
+
+
+def split_shots(frames: np.ndarray, cuts: Sequence[int]) -> list[np.ndarray]:
+    """Cut frames [T,H,W,3] at the first frames of all shots but the first."""
+    edges = [0, *cuts, len(frames)]
+    if any(b <= a for a, b in zip(edges, edges[1:], strict=False)):
+        raise ValueError(f"cuts {list(cuts)} of {len(frames)} frames: must rise, within 1..{len(frames) - 1}")
+    return [frames[a:b] for a, b in zip(edges, edges[1:], strict=False)]
