@@ -1,0 +1,132 @@
+"""The sampler replica without Ray: how a leased job ends."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.tiny import build_tiny_folder
+from pipelines.serve import ServeConfig, server_settings
+from sample.api import parse_request
+from sample.server import ServerSettings
+from sample.video_io import read_video
+from sample.worker import VideoSampler
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> ServerSettings:
+    folder = tmp_path_factory.mktemp("worker")
+    build_tiny_folder(folder / "tiny", method="fvdm", frames_per_shot=5)
+    return server_settings(ServeConfig(model=folder / "tiny", folder=folder / "service", steps=2, min_side=64))
+
+
+@pytest.fixture
+def sampler(settings: ServerSettings, tmp_path: Path) -> VideoSampler:
+    service = replace(settings.service, results=tmp_path / "videos")
+    return VideoSampler(replace(settings, folder=tmp_path, service=service))
+
+
+def submit(sampler: VideoSampler, **body: Any) -> str:
+    job, _ = sampler.store.create(parse_request({"prompt": "x", **body}, sampler.settings.service))
+    return job.id
+
+
+def test_the_service_describes_the_files_it_makes(settings: ServerSettings) -> None:
+    service = settings.service
+    assert (service.size, service.fps, service.max_frames, service.max_shots) == ("64x64", 8.0, 5, 1)
+    assert service.first_frame is True and service.model == "tiny"
+
+
+def test_a_job_ends_with_its_video(sampler: VideoSampler) -> None:
+    job_id = submit(sampler, seed=1)
+    asyncio.run(sampler.run(job_id))
+    job = sampler.store.get(job_id)
+    assert job.status == "completed" and job.progress == 100
+    frames, fps = read_video(sampler.settings.service.results / job.result)
+    assert frames.shape == (5, 64, 64, 3) and fps == 8
+    asyncio.run(sampler.run(job_id))
+    assert sampler.store.get(job_id) == job, "a finished job is not made again"
+
+
+def test_a_first_frame_reaches_the_model(sampler: VideoSampler) -> None:
+    import base64
+    import io
+
+    from PIL import Image
+
+    videos = []
+    for colour in ((250, 250, 250), (5, 5, 5)):
+        buffer = io.BytesIO()
+        Image.new("RGB", (64, 64), colour).save(buffer, format="PNG")
+        url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        job_id = submit(sampler, seed=1, input_reference={"image_url": url})
+        asyncio.run(sampler.run(job_id))
+        videos.append(read_video(sampler.settings.service.results / sampler.store.get(job_id).result)[0])
+    assert abs(videos[0][0].astype(int) - videos[1][0]).mean() > 1
+
+
+def test_progress_and_cancel_between_steps(sampler: VideoSampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = submit(sampler, steps=50)
+    seen = []
+    renew = sampler.store.renew
+
+    def watch(lease: Any, progress: int | None = None) -> bool:
+        seen.append(progress)
+        sampler.store.cancel(job_id)
+        return renew(lease, progress)
+
+    monkeypatch.setattr(sampler.store, "renew", watch)
+    asyncio.run(sampler.run(job_id))
+    job = sampler.store.get(job_id)
+    assert (job.status, job.error_code) == ("failed", "cancelled") and len(seen) == 1 and 0 < seen[0] < 95
+
+
+def test_a_stopped_replica_gives_its_job_back(sampler: VideoSampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = submit(sampler, steps=200)
+    started = threading.Event()
+    renew = sampler.store.renew
+    monkeypatch.setattr(sampler.store, "renew", lambda *a, **k: (started.set(), renew(*a, **k))[1])
+
+    async def stop_it() -> None:
+        task = asyncio.create_task(sampler.run(job_id))
+        await asyncio.to_thread(started.wait, 60)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(stop_it())
+    job = sampler.store.get(job_id)
+    assert (job.status, job.attempts) == ("queued", 0) and sampler.store.waiting() == [job_id]
+
+
+def test_a_worker_that_lost_its_lease_leaves_no_file(sampler: VideoSampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = submit(sampler)
+    complete, heirs = sampler.store.complete, []
+
+    def too_late(lease: Any, result: str) -> None:
+        monkeypatch.setattr(sampler.store, "clock", lambda: 1e12)
+        heirs.append(sampler.store.lease("heir", job_id))
+        complete(lease, result)
+
+    monkeypatch.setattr(sampler.store, "complete", too_late)
+    asyncio.run(sampler.run(job_id))
+    assert list(sampler.settings.service.results.iterdir()) == []
+    job = sampler.store.get(job_id)
+    assert job.status == "in_progress" and job.fence == heirs[0].fence
+
+
+def test_what_cannot_be_made_fails_with_its_reason(sampler: VideoSampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = submit(sampler, prompt="x" * 3000)
+    asyncio.run(sampler.run(job_id))
+    job = sampler.store.get(job_id)
+    assert (job.status, job.error_code) == ("failed", "invalid_request") and "tokens" in job.error_message
+    job_id = submit(sampler, seed=9)
+    monkeypatch.setattr(sampler.model.codec, "decode", lambda latents: 1 / 0)
+    asyncio.run(sampler.run(job_id))
+    job = sampler.store.get(job_id)
+    assert (job.status, job.error_code) == ("failed", "generation_failed") and "division" in job.error_message
