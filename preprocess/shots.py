@@ -26,7 +26,7 @@ MARGIN = 1.5  # grey levels on top of both
 FLASH = 3  # frames: a change that is undone this soon is a flash, not a cut
 REACH = 3  # pixels at 48x27 that motion may carry a block between two frames
 DISSOLVES = (4, 6, 8, 12, 16, 24)  # lengths tried, frames
-DISSOLVE_CHANGE = 8.0  # grey levels of luma between the ends of a dissolve
+DISSOLVE_CHANGE = 4.0  # grey levels of luma between the ends of a dissolve
 DISSOLVE_RESIDUAL = 0.22  # of that change: how far the middle may be from the average of the ends
 LIGHT_RESIDUAL = 0.3  # of that change: what scaling the brighter picture leaves unexplained in a mere change of light
 FADE_DEPTH = 3.0  # brightness on each side over brightness in the dip
@@ -194,12 +194,14 @@ class ShotDetector:
             return None
         first, last = self.pictures[start][0].astype(np.float32), self.pictures[at][0]
         whole = float(np.abs(last - first).mean())
-        if whole < DISSOLVE_CHANGE or _only_light_changes(first, last, whole):
+        if whole < DISSOLVE_CHANGE:
             return None
         for k in (length // 4, length // 2, 3 * length // 4):
             blend = first + k / length * (last - first)
             if float(np.abs(self.pictures[start + k][0] - blend).mean()) > DISSOLVE_RESIDUAL * whole:
                 return None
+        if _only_light_changes(first, last, whole):
+            return None
         changes = list(self.changes)
         inside = np.array(changes[start + 1 : at + 1])
         outside = np.array(changes[max(1, start - 2) : start + 1] + changes[at + 1 : at + 4])

@@ -6,12 +6,10 @@ import json
 import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import cloudpickle
 import pyarrow.parquet as pq
 import pytest
 import webdataset
@@ -139,29 +137,6 @@ def test_another_run_elsewhere_gives_the_same_bytes(first: tuple[PrepareConfig, 
     assert table(other.output, "manifest") == table(config.output, "manifest")
 
 
-def test_only_what_changed_is_done_again(first: tuple[PrepareConfig, PrepareReport], tmp_path: Path) -> None:
-    config, _ = first
-    folder, output = tmp_path / "videos", tmp_path / "out"
-    shutil.copytree(config.sources[0], folder)
-    shutil.copytree(config.output, output)
-    (folder / "toy1.mp4").unlink()
-    write(folder / "new.mp4", three_shots(17), codec="mpeg4")
-    sidecar = json.loads((folder / "toy2.json").read_text())
-    sidecar["story"] = sidecar["story"].replace("[Story]", "[Story] Again.")
-    (folder / "toy2.json").write_text(json.dumps(sidecar))
-    report = prepare(PrepareConfig(sources=[str(folder)], output=output, model=config.model))
-    assert report.reused == 4  # empty, short, text, toy0: same content, other place
-    assert report.stages["decode"].items == 2
-    assert [row["name"] for row in table(output, "sources") if row["status"] == "written"] == [
-        "new.mp4",
-        "toy0.mp4",
-        "toy2.mp4",
-    ]
-    samples = webdataset.WebDataset([str(p) for p in sorted((output / "shards").glob("*.tar"))], shardshuffle=False)
-    stories = [Scene.from_json(sample["json"]).story for sample in samples]
-    assert ["Again." in story for story in stories] == [False, False, True]
-
-
 def test_other_shard_size_moves_samples_without_work(
     first: tuple[PrepareConfig, PrepareReport], tmp_path: Path
 ) -> None:
@@ -171,15 +146,6 @@ def test_other_shard_size_moves_samples_without_work(
     small = PrepareConfig(sources=config.sources, output=output, model=config.model, shard_mb=1e-6)
     report = prepare(small)
     assert report.reused == 6 and report.shards == 3 and set(report.stages) == {"shards"}
-
-
-def test_failed_sources_are_tried_again_where_asked(first: tuple[PrepareConfig, PrepareReport], tmp_path: Path) -> None:
-    config, _ = first
-    output = tmp_path / "out"
-    shutil.copytree(config.output, output)
-    again = PrepareConfig(sources=config.sources, output=output, model=config.model, retry_failed=True)
-    report = prepare(again)
-    assert report.reused == 4 and report.stages["probe"].items == 2
 
 
 def test_parts_of_a_killed_run_are_used(
@@ -198,11 +164,11 @@ def test_parts_of_a_killed_run_are_used(
     assert shard_bytes(killed.output) == shard_bytes(config.output)
 
 
+@pytest.mark.timeout(600)
 def test_a_file_that_kills_or_hangs_its_worker_is_set_aside(
     first: tuple[PrepareConfig, PrepareReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, _ = first
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this test
     real = preprocess.rows.decode_row
 
     def decode(row: dict[str, str], place: Workplace) -> dict[str, str]:

@@ -189,6 +189,11 @@ def test_a_lost_shard_is_made_again(videos: Path, tmp_path: Path, model: Path) -
     assert shard.read_bytes() == data
 
 
+def test_failed_sources_are_tried_again_where_asked(videos: Path, tmp_path: Path, model: Path) -> None:
+    run_here(videos, tmp_path / "out", model)
+    assert run_here(videos, tmp_path / "out", model, retry_failed=True)[1] == 1
+
+
 def test_rows_that_never_come_back_end_as_failed(videos: Path, tmp_path: Path, model: Path) -> None:
     """Ray drops a row whose worker died too often; the run must not wait for it, nor lose it."""
     work = plan_work(list_sources([videos]).files, tmp_path / "out", SETTINGS, model)
