@@ -142,7 +142,7 @@ def test_one_ray_worker_does_what_this_process_does(ray_module, inputs, here, tm
     assert {p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()} == {"step-000006", "step-000008"}
     expected, found = weights(here.model_dir), weights(result.model_dir)
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)  # thread counts differ
     resumed = train(inputs, tmp_path, "num_workers=0", "steps=9")  # a run may change how it runs
     assert resumed.steps == 9 and read(result.losses_path)[-1]["step"] == 9
 
