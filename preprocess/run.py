@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.storage import atomic_path
+from infra.storage import atomic_path, atomic_write_bytes
 from preprocess import dataset
 from preprocess.dataset import Earlier, Finished, find_finished, find_pictures
 from preprocess.encode import encoder_key
@@ -63,15 +63,28 @@ class Work:
         rounds = 0
         while todo := self.todo:
             rounds += 1
+            self._check_room()
             yield write_manifest(self.place.parts / "todo.parquet", [self._unit(file) for file in todo])
             for file in todo:
                 part = read_part(part_path(self.place.parts, file.video_id))
                 if part is None:
+                    self._check_room()
                     stage, deaths = self.attempts.unfinished(file.video_id)
                     if max(deaths, rounds) < MAX_ATTEMPTS:
                         continue
                     part = self._give_up(file, stage, max(deaths, rounds))
                 self.finished[file.video_id] = Finished(part, part_path(self.place.parts, file.video_id))
+
+    def _check_room(self) -> None:
+        """Raises OSError where nothing can be written: no video is to blame for a full disk."""
+        try:
+            atomic_write_bytes(self.place.parts / "room", bytes(2**20))
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{self.output} cannot be written ({error.strerror}); what is done is kept there: make room and start "
+                "the same command again",
+            ) from error
 
     def _unit(self, file: SourceFile) -> Unit:
         row, places = find_pictures(file, self.place.keys(), self.place.parts, self.earlier)

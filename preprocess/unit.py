@@ -9,6 +9,7 @@ same functions with units as rows.
 
 from __future__ import annotations
 
+import errno
 import json
 import tempfile
 import time
@@ -35,6 +36,8 @@ from preprocess.scenes import make_scenes
 from preprocess.settings import PrepareSettings
 from preprocess.sources import SourceFile
 from preprocess.spans import RawShot, read_shots
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass
@@ -94,6 +97,10 @@ def run_stage(name: str, stage: Callable[[Unit], None], unit: Unit) -> Unit:
         stage(unit)
     except SetAside as end:
         unit.status, unit.stage, unit.reason = end.status, end.stage, end.reason
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise  # the run's trouble, not this video's: nothing is recorded, and the run stops
+        unit.status, unit.stage, unit.reason = "failed", name, f"unexpected {short(error)}"
     except Exception as error:  # a bug or an odd file must not take the run with it; it is reported by name
         unit.status, unit.stage, unit.reason = "failed", name, f"unexpected {short(error)}"
     unit.seconds[name] = unit.seconds.get(name, 0.0) + time.perf_counter() - began
@@ -118,7 +125,7 @@ def probe_stage(unit: Unit, place: Workplace) -> None:
 
 
 def decode_stage(unit: Unit, place: Workplace) -> None:
-    """The one decode: shots, and their encoded spans in the scratch file. None where an earlier result is recalled."""
+    """The one decode: shots, and their encoded spans in the scratch file; an earlier result is recalled."""
     assert unit.info is not None
     recalled = recall_scenes(unit.recall, unit.info) if unit.recall else None
     if recalled is not None:
