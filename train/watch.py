@@ -62,7 +62,7 @@ def watching(
 
 
 class _Tail:
-    """Whole lines added to a file since the last look; from the top again if the file was replaced (a restarted run)."""
+    """Whole lines added to a file since the last look; from the top again if it was replaced (a restarted run)."""
 
     def __init__(self, path: Path):
         self.path, self.inode, self.position = path, 0, 0
