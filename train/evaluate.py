@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from models.methods.base import Method
 from torch import Tensor, nn
 
+from models.methods.base import Method
 from models.noise import FlowMatching
 from models.text import TextContext
 from train.batches import BatchSource, keyed_generator
