@@ -23,9 +23,10 @@ SIGMA_ANGLE = 14.0  # degrees
 SIGMA_HORIZON = 0.010
 CAP = 9.0  # robust: no residual counts more than 3 sigma
 GAIN = (0.5, 1.5)  # a path may be this much shorter or longer than its script
-EXPLAINED = 0.65  # a script must leave at most this share of the residual that standing still leaves
+EXPLAINED = 0.7  # a script must leave at most this share of the residual that standing still leaves
 MARGIN = 0.25  # an action must fit better than standing still by this much
-PAN_PRIOR = 0.6  # a pan needs this much better a fit, for a lone character's pan looks like a move
+PAN_PRIOR = 0.6  # a pan needs this much better a fit, for a lone character's pan looks like a move;
+PAN_PRIOR_TOGETHER = 0.1  # several characters that drift alike leave less doubt
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def _explanations(motions: list[Motion], camera: Camera, camera_cost: float, fra
                         yield from acted(action, (k, j), fit + _fit(other, second, camera, moving=True) + apart)
 
 
-def _camera_costs(horizon: np.ndarray) -> dict[Camera, float]:
+def _camera_costs(horizon: np.ndarray, num_tracks: int) -> dict[Camera, float]:
     """How badly each camera move explains the horizon [T]; a pan cannot be seen in it, only zooms."""
     costs: dict[Camera, float] = {}
     for camera in CAMERAS:
@@ -216,14 +217,14 @@ def _camera_costs(horizon: np.ndarray) -> dict[Camera, float]:
         expected = (HORIZON - 0.5) * zoom
         off = horizon - np.median(horizon) - (expected - np.median(expected))
         costs[camera] = float(np.minimum((off / SIGMA_HORIZON) ** 2, CAP).mean())
-    costs["pan"] += PAN_PRIOR
+    costs["pan"] += PAN_PRIOR if num_tracks < 2 else PAN_PRIOR_TOGETHER
     return costs
 
 
 def read_action(motions: list[Motion], horizon: np.ndarray) -> ActionReading:
     """Best script over all tracks. `horizon` [T] is the background's, as a share of the height; it shows zooms."""
     frames = len(horizon)
-    costs = _camera_costs(horizon)
+    costs = _camera_costs(horizon, len(motions))
     best: dict[Action | None, _Hypothesis] = {}
     for camera, camera_cost in costs.items():
         if camera_cost <= min(costs.values()) + 2.0:  # the others cannot win

@@ -17,7 +17,7 @@ REACH = 1.15  # half-width of the sampled square in radii
 STEP = 5.0  # degrees between templates
 MIN_CONTRAST = 0.025  # weakest spread of the marks (0: no marks, 1: pure colour beside pure light)
 CLEAR_CONTRAST = 0.10  # from here on MIN_CORRELATION is enough; fainter marks must fit a template better
-MIN_CORRELATION = 0.62  # a blurred outline alone reaches 0.6
+MIN_CORRELATION = {False: 0.48, True: 0.62}  # by outlined: a blurred outline alone reaches 0.6
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ def _inside(shape: Shape, outlined: bool, angle: float) -> np.ndarray:
     return np.clip((cover - 0.5 - margin) * 20.0, 0.0, 1.0)
 
 
-def _is_marked(contrast: np.ndarray, correlation: np.ndarray) -> np.ndarray:
-    needed = MIN_CORRELATION + 3.0 * np.maximum(CLEAR_CONTRAST - contrast, 0.0)
+def _is_marked(contrast: np.ndarray, correlation: np.ndarray, outlined: bool) -> np.ndarray:
+    needed = MIN_CORRELATION[outlined] + 3.0 * np.maximum(CLEAR_CONTRAST - contrast, 0.0)
     return (contrast > MIN_CONTRAST) & (correlation > needed)
 
 
@@ -93,11 +93,12 @@ def read_pattern(frames: np.ndarray, rgb: np.ndarray, match: Match, readable: np
     variance = np.maximum(weight @ (masks**2).T / total - mean**2, 1e-6)
     covariance = (weight * centred) @ masks.T / total
     correlation = covariance / np.sqrt(variance) / np.maximum(contrast, 1e-6)[:, None]  # [T,P]
-    marked = _is_marked(contrast, correlation.max(1))
+    outlined = bool(readable.any()) and bool(match.outlined[readable].mean() > 0.5)
+    marked = _is_marked(contrast, correlation.max(1), outlined)
     if readable.any() and marked[readable].mean() <= 0.5:
         # marks that one frame shows too faintly may show in all frames together
         together = correlation[readable].mean(0).max()
-        marked |= bool(_is_marked(contrast[readable].mean(), together)) & (contrast > MIN_CONTRAST)
+        marked |= bool(_is_marked(contrast[readable].mean(), together, outlined)) & (contrast > MIN_CONTRAST)
     best_striped = correlation[:, striped].max(1)
     best_dotted = correlation[:, ~striped].max(1)
     # small bodies blur their marks: let the larger frames of a shot speak louder
