@@ -76,7 +76,8 @@ class ShardWriter:
 
 def read_samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Samples of a shard or part in file order, (key, {extension: bytes})."""
-    key, files = "", {}
+    key = ""
+    files: dict[str, bytes] = {}
     with tarfile.open(path, "r:") as tar:
         for member in tar:
             stem, _, extension = member.name.partition(".")
@@ -137,7 +138,7 @@ def first_json(path: Path) -> dict[str, object]:
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     file = tar.extractfile(member)
     if file is None:
-        raise tarfile.ReadError(f"{tar.name}: {member.name} is not a file")
+        raise tarfile.ReadError(f"{tar.name!s}: {member.name} is not a file")
     return file.read()
 
 
