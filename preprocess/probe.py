@@ -73,7 +73,8 @@ def open_video(path: str) -> Iterator[tuple[Any, Any]]:
     not UTF-8 is replaced, not fatal. Raises Failed with what is wrong.
     """
     try:
-        container = av.open(path, metadata_errors="replace")
+        # FFmpeg takes names in UTF-8 only; the few files with other names are opened here and read through Python
+        container = av.open(path if _is_text(path) else open(path, "rb"), metadata_errors="replace")  # noqa: SIM115
     except FileNotFoundError:
         raise Failed("probe", "no such file") from None
     except PermissionError:
@@ -117,7 +118,7 @@ def probe(path: str) -> VideoInfo:
     rotation = first.rotation % 360
     turned = rotation in (90, 270)
     width, height = max(1, round(first.width * aspect)), first.height
-    reason = _not_for_decord(facts, index, rotation)
+    reason = _not_for_decord(facts, index, rotation) or ("" if _is_text(path) else "file name")
     return VideoInfo(
         **facts,
         coded_width=first.width,
@@ -138,6 +139,10 @@ def probe(path: str) -> VideoInfo:
         packet_errors=index.errors,
         probe_frames=decoded,
     )
+
+
+def _is_text(path: str) -> bool:
+    return path.isascii() or not any("\ud800" <= c <= "\udfff" for c in path)
 
 
 @dataclass

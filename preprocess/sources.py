@@ -72,10 +72,10 @@ def list_sources(sources: Sequence[str | Path], exclude: Path | None = None) -> 
                 found.repeated.append(entry.name)
                 continue
             seen.add(real)
-            name, copy = entry.name, 1
+            name, copy = readable(entry.name), 1
             while name in names:  # two folders may hold files of the same relative name
                 copy += 1
-                name = f"{entry.name}~{copy}"
+                name = f"{readable(entry.name)}~{copy}"
             names.add(name)
             found.files.append(_stat(entry, name))
     if not found.files:
@@ -86,7 +86,12 @@ def list_sources(sources: Sequence[str | Path], exclude: Path | None = None) -> 
 def video_id(name: str) -> str:
     """Readable and unique: the file's stem in safe characters, then eight hex digits of the whole name's hash."""
     stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(name).name.rsplit(".", 1)[0]).strip("-")[:40] or "video"
-    return f"{stem}-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+    return f"{stem}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def readable(name: str) -> str:
+    """A file name as text that any table can hold: bytes that are not UTF-8 are written out, as \\udce9."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _expand(source: str, exclude: Path | None) -> Iterator[_Entry]:

@@ -34,7 +34,7 @@ from preprocess.probe import VideoInfo, probe
 from preprocess.recall import recall_latents, recall_scenes, recalled_count
 from preprocess.scenes import make_scenes
 from preprocess.settings import PrepareSettings
-from preprocess.sources import SourceFile
+from preprocess.sources import SourceFile, readable
 from preprocess.spans import RawShot, read_shots
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -209,7 +209,7 @@ def source_row(unit: Unit, place: Workplace) -> Row:
     return {
         "video_id": file.video_id,
         "name": file.name,
-        "path": file.path,
+        "path": readable(file.path),
         "status": unit.status,
         "stage": unit.stage,
         "reason": unit.reason,
@@ -228,7 +228,7 @@ def source_row(unit: Unit, place: Workplace) -> Row:
         "bytes": file.bytes,
         "mtime_ns": file.mtime_ns,
         "sha256": unit.sha256,
-        "captions": file.captions or "",
+        "captions": readable(file.captions or ""),
         "captions_mtime_ns": file.captions_mtime_ns,
         "captions_sha256": unit.captions_sha256,
         **place.keys(),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load
 
 from models.scene import Scene
 from models.tiny import build_tiny_folder
+from preprocess.dataset import SOURCE_SCHEMA
 from preprocess.decode import DecodeCount
 from preprocess.encode import Encoder
 from preprocess.parts import Part, part_path, part_samples
@@ -122,6 +125,14 @@ def test_broken_and_missing_files_fail_by_name(tmp_path: Path, encoder: Encoder)
         "not a readable video container",
         "no such file",
     ]
+
+
+def test_file_names_that_are_no_text_are_prepared_and_written_out(tmp_path: Path, encoder: Encoder) -> None:
+    path = write(tmp_path / "a.mp4", three_shots(17)).rename(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9 \xff.mp4"))
+    part = prepare(path, encoder, tmp_path / "parts")
+    assert part.source["status"] == "written", part.source["reason"]
+    assert part.source["name"] == r"caf\udce9 \udcff.mp4"
+    pa.Table.from_pylist([part.source], SOURCE_SCHEMA)  # a table takes no lone surrogates
 
 
 def test_a_bad_sidecar_fails_its_video(tmp_path: Path, encoder: Encoder) -> None:
