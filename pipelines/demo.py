@@ -34,7 +34,7 @@ class DemoConfig:
     model: Path = knob(SHIPPED_WAN, "model folder to start from, of a model that makes single shots")
     count: int = knob(24, "ToyWorld videos to render")
     max_seconds: float = knob(5.0, "seconds taken of each of your own videos")
-    steps: int = knob(600, "fine-tuning steps")
+    steps: int = knob(300, "fine-tuning steps")
     batch_size: int = knob(4, "scenes per fine-tuning step")
     learning_rate: float = knob(3e-4, "peak learning rate of fine-tuning")
     sample_steps: int = knob(20, "denoising steps of each generated video")
