@@ -28,7 +28,7 @@ from preprocess.watch import MAX_ATTEMPTS, Attempts
 def lock(output: Path) -> Iterator[None]:
     """Keep a second run out of the same output folder; the lock goes with this process, however it ends."""
     output.mkdir(parents=True, exist_ok=True)
-    with (output / ".lock").open("w") as file:
+    with (output / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
