@@ -141,11 +141,7 @@ def finetune(config: DemoConfig, dataset: Path, run_dir: Path, stage: Stage) -> 
     """`shotloom train` with method lct."""
     from pipelines.train import run_train
 
-    with progress("train", config.steps) as bar:
-        result = run_train(
-            train_config(config, dataset, run_dir),
-            on_step=lambda line: bar.update(done=line["step"], loss=line["loss"]),
-        )
+    result = run_train(train_config(config, dataset, run_dir))
     stage.items, stage.what = result.steps, f"{result.steps} steps of LCT"
 
 
