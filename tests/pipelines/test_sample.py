@@ -86,8 +86,8 @@ def test_ray_actors_make_the_same_videos(model: Path, tmp_path: Path, ray_module
     for board in BOARDS:
         one, other = ((tmp_path / run / f"{board.name}.mp4") for run in ("here", "there"))
         difference = read_video(one)[0].astype(float) - read_video(other)[0]
-        # another thread count rounds otherwise, and H.264 makes a few levels of that in a few pixels
-        assert (difference**2).mean() < 0.05 and abs(difference).max() <= 8
+        # another process rounds otherwise; H.264 spreads a grey level of that over a block of these noisy frames
+        assert abs(difference).mean() < 0.5
     assert run_sample(config_for(model, tmp_path / "there", num_workers=2), BOARDS).skipped == 3
 
 
