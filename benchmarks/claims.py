@@ -165,6 +165,7 @@ def unsaid_sums(readings: Sequence[Any]) -> np.ndarray:
     Where so little is legible that no two scenes can be compared, every pair of shots counts 1: no memory.
     """
     from toyworld.judge import unsaid_traits
+    from toyworld.judge_scenes import trait_distance
     from toyworld.judge_score import UNSAID_TRAITS
 
     subjects = [(k, subject) for k, reading in enumerate(readings) for subject in unsaid_traits(reading)]
@@ -172,7 +173,7 @@ def unsaid_sums(readings: Sequence[Any]) -> np.ndarray:
     for part, trait in enumerate(UNSAID_TRAITS):
         series = [(k, *subject[trait]) for k, subject in subjects if trait in subject]
         between = [
-            _distance(trait, x, y)
+            trait_distance(trait, x, y)
             for (k, kind, xs), (other, other_kind, ys) in combinations(series, 2)
             if k != other and kind == other_kind
             for x in xs
@@ -185,17 +186,13 @@ def unsaid_sums(readings: Sequence[Any]) -> np.ndarray:
         for k, _, values in series:
             for x, y in combinations(values, 2):
                 unread = x is None or y is None
-                sums[k, part] += (1.0 if unread else _distance(trait, x, y) / typical, 1)
+                sums[k, part] += (1.0 if unread else trait_distance(trait, x, y) / typical, 1)
     if not sums[..., 1].any():
         for k, subject in subjects:
             for part, trait in enumerate(UNSAID_TRAITS):
                 pairs = len(list(combinations(subject[trait][1], 2))) if trait in subject else 0
                 sums[k, part] += (pairs, pairs)
     return sums
-
-
-def _distance(trait: str, a: float, b: float) -> float:
-    return abs((a - b + 90.0) % 180.0 - 90.0) if trait == "stripe_angle" else abs(a - b)
 
 
 def _compare(before: dict[str, np.ndarray], after: dict[str, np.ndarray], metric: str) -> Difference:

@@ -157,7 +157,8 @@ def unsaid_traits(scene: SceneReading) -> list[dict[str, tuple[str, list[float |
     return subjects
 
 
-def _trait_distance(trait: str, a: float, b: float) -> float:
+def trait_distance(trait: str, a: float, b: float) -> float:
+    """Distance between two values of an unsaid trait; a stripe's angle repeats after 180 degrees."""
     if trait == "stripe_angle":
         return abs((a - b + 90.0) % 180.0 - 90.0)
     return abs(a - b)
@@ -176,7 +177,7 @@ def unsaid_identity(scenes: Sequence[SceneReading]) -> Scores:
     for trait in UNSAID_TRAITS:
         series = [(k, *s[trait]) for k, s in subjects if trait in s]
         between = [
-            _trait_distance(trait, x, y)
+            trait_distance(trait, x, y)
             for (ka, kind_a, a), (kb, kind_b, b) in combinations(series, 2)
             if ka != kb and kind_a == kind_b
             for x in a
@@ -187,7 +188,7 @@ def unsaid_identity(scenes: Sequence[SceneReading]) -> Scores:
             continue
         typical = float(np.mean(between))
         within = [
-            1.0 if x is None or y is None else _trait_distance(trait, x, y) / typical
+            1.0 if x is None or y is None else trait_distance(trait, x, y) / typical
             for _, _, values in series
             for x, y in combinations(values, 2)
         ]
