@@ -12,7 +12,6 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ SIDES = (
 )
 
 
-def lct_demo(claim: LctDemoClaim, quick: bool) -> tuple[dict[str, Any], list[Goal], str]:
+def lct_demo(claim: LctDemoClaim, quick: bool, command: str) -> tuple[dict[str, Any], list[Goal], str]:
     """Figures, goals and a table of the claim."""
     if quick:
         claim = replace(claim, pairs=4, demo=replace(claim.demo, count=6, steps=20, sample_steps=4))
@@ -88,7 +87,7 @@ def lct_demo(claim: LctDemoClaim, quick: bool) -> tuple[dict[str, Any], list[Goa
     record = {
         "claim": "lct-demo",
         "quick": quick,
-        "command": "python benchmarks/claims.py --only lct-demo" + (" --quick" if quick else ""),
+        "command": command,
         "pairs": claim.pairs,
         "seed": claim.seed,
         "sample_steps": claim.demo.sample_steps,
@@ -149,7 +148,7 @@ def _make(claim: LctDemoClaim, side: Side, tuned: Path) -> list[Any]:
 
 def _sums(readings: Sequence[Any]) -> dict[str, np.ndarray]:
     """Per metric the sums [N,M,2] of every scene."""
-    from toyworld.judge import score_scene_reading
+    from toyworld.judge import score_scene_reading, unsaid_sums
 
     scores = [score_scene_reading(reading) for reading in readings]
     sums = {
@@ -157,42 +156,6 @@ def _sums(readings: Sequence[Any]) -> dict[str, np.ndarray]:
         for metric in SCENE_METRICS
     }
     return {**sums, "identity_unsaid": unsaid_sums(readings)}
-
-
-def unsaid_sums(readings: Sequence[Any]) -> np.ndarray:
-    """Sums [N,M,2] of unsaid identity, one part per trait; pooled, they equal `toyworld.judge.unsaid_identity`.
-
-    Where so little is legible that no two scenes can be compared, every pair of shots counts 1: no memory.
-    """
-    from toyworld.judge import unsaid_traits
-    from toyworld.judge_scenes import trait_distance
-    from toyworld.judge_score import UNSAID_TRAITS
-
-    subjects = [(k, subject) for k, reading in enumerate(readings) for subject in unsaid_traits(reading)]
-    sums = np.zeros((len(readings), len(UNSAID_TRAITS), 2))
-    for part, trait in enumerate(UNSAID_TRAITS):
-        series = [(k, *subject[trait]) for k, subject in subjects if trait in subject]
-        between = [
-            trait_distance(trait, x, y)
-            for (k, kind, xs), (other, other_kind, ys) in combinations(series, 2)
-            if k != other and kind == other_kind
-            for x in xs
-            for y in ys
-            if x is not None and y is not None
-        ]
-        if not between or np.mean(between) <= 0:
-            continue
-        typical = float(np.mean(between))
-        for k, _, values in series:
-            for x, y in combinations(values, 2):
-                unread = x is None or y is None
-                sums[k, part] += (1.0 if unread else trait_distance(trait, x, y) / typical, 1)
-    if not sums[..., 1].any():
-        for k, subject in subjects:
-            for part, trait in enumerate(UNSAID_TRAITS):
-                pairs = len(list(combinations(subject[trait][1], 2))) if trait in subject else 0
-                sums[k, part] += (pairs, pairs)
-    return sums
 
 
 def _compare(before: dict[str, np.ndarray], after: dict[str, np.ndarray], metric: str) -> Difference:
@@ -246,7 +209,7 @@ fine-tuned model without the other shots in its context.
 """
 
 
-CLAIMS: dict[str, tuple[type, Callable[..., tuple[dict[str, Any], list[Goal], str]]]] = {
+CLAIMS: dict[str, tuple[type, Callable[[Any, bool, str], tuple[dict[str, Any], list[Goal], str]]]] = {
     "lct-demo": (LctDemoClaim, lct_demo),
 }
 
@@ -261,7 +224,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"claims: {error}", file=sys.stderr)
         return 2
-    record, goals, text = measure(claim, given.quick)
+    words = ["python benchmarks/claims.py --only", given.only, *["--quick"] * given.quick, *given.overrides]
+    record, goals, text = measure(claim, given.quick, " ".join(words))
     if not given.quick:
         from infra.storage import atomic_write_text
 

@@ -12,6 +12,9 @@ Values are read by the type of their field, not by YAML's guess: `1e-3` is a num
 `version: 1.10` or `answer: no` stay text where text is wanted. Understood: bool, int, float, str, Path, Literal, Enum,
 Optional and unions, list, tuple, dict[str, T], Any, and dataclasses nested to any depth. Relative paths are relative
 to the current folder. Every problem is a ConfigError that names the file and line, the key, the value and a remedy.
+
+PyYAML parses; this file binds its nodes to types. OmegaConf and pydantic would bind values after YAML has guessed their
+types and forgotten their lines.
 """
 
 from __future__ import annotations

@@ -24,10 +24,12 @@ from infra.machine import total_memory, usable_cores
 _MIB = 2**20
 _SHM = Path("/dev/shm")
 _lock = threading.Lock()
-_QUIET = {
+_SWITCHES = {
     "RAY_USAGE_STATS_ENABLED": "0",  # usage reports need a network
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # under `uv run`, Ray would build an environment for each worker, online
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # leaves CUDA as it is for tasks that ask for no GPU, without a warning
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # Serve kills a proxy that is not up in time; Ray's 5 s are too few
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30",  # on a busy laptop
 }
 
 
@@ -56,7 +58,7 @@ def ray_session(
     A session that this process already has is used as it is and left running, so blocks may be nested.
     Raises RuntimeError, with what to do, when Ray cannot be started or joined.
     """
-    for name, value in _QUIET.items():
+    for name, value in _SWITCHES.items():
         os.environ.setdefault(name, value)
     import ray
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from models.layout import ClipLayout
 
 AttentionRule = Literal["full", "group_causal", "same_frame"]
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v [B,N,heads,d] -> [B,N,heads,d]
+Attend = Callable[..., Tensor]  # q, k, v [B,N,heads,d] and, where keys are padding, a bool mask -> [B,N,heads,d]
 
 
 def group_ids(layout: ClipLayout) -> Tensor:
@@ -45,9 +45,9 @@ def block_mask(groups: Tensor, rule: AttentionRule) -> Tensor:
     raise ValueError(f"unknown attention rule {rule!r}; choose one of {', '.join(get_args(AttentionRule))}")
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Dense attention over [B,N,heads,d]."""
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Dense attention over [B,N,heads,d]; `mask` [B,1,1,N] is false on keys that are padding."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
     return out.transpose(1, 2)
 
 

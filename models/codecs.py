@@ -1,17 +1,21 @@
-"""Video to latents and back with a causal VAE (`AutoencoderKLWan`).
+"""Video to latents and back with a causal VAE (`AutoencoderKLWan`, `AutoencoderKLCogVideoX`).
 
 B batch, C latent channels, F latent frames, T = 4(F-1)+1 video frames, H W video size, h w latent size. Rule: what must
-be known without the future is encoded alone: every shot by itself, a given frame by itself.
+be known without the future is encoded alone: every shot by itself, a given frame by itself. For Wan, a prefix encoded
+alone has the latents that it has in its clip. For CogVideoX it has not: it works in pieces of 9, then 8, video frames
+and its group norms average over a piece, so that a latent changes with later frames of its piece, and cutting given
+frames out of an encoded clip would leak what is to be generated.
 """
 
 from __future__ import annotations
 
+import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan
 from torch import Tensor
 
 from models.text import weights_hash
@@ -20,28 +24,42 @@ from models.text import weights_hash
 class VideoCodec:
     """Encodes and decodes one clip or a batch of equal ones. Holds caches while it runs: one thread at a time."""
 
-    def __init__(self, vae: AutoencoderKLWan) -> None:
+    def __init__(self, vae: AutoencoderKLWan | AutoencoderKLCogVideoX) -> None:
         self.vae = cast(Any, vae)
         self.vae.eval().requires_grad_(False)
         config = self.vae.config
-        self.temporal_stride: int = config.scale_factor_temporal
-        self.spatial_stride: int = config.scale_factor_spatial
-        self.latent_channels: int = config.z_dim
-        if {len(config.latents_mean), len(config.latents_std)} != {config.z_dim}:
+        if isinstance(vae, AutoencoderKLCogVideoX):
+            self.temporal_stride: int = int(config.temporal_compression_ratio)
+            self.spatial_stride: int = 2 ** (len(config.block_out_channels) - 1)
+            self.latent_channels: int = config.latent_channels
+            # it decodes latents in pairs after the first; of an even number it makes 4F frames, not 4(F-1)+1
+            self.frame_step: int = self.temporal_stride * self.vae.num_latent_frames_batch_size
+            mean, std = [0.0] * config.latent_channels, [1 / config.scaling_factor] * config.latent_channels
+        else:
+            self.temporal_stride = config.scale_factor_temporal
+            self.spatial_stride = config.scale_factor_spatial
+            self.latent_channels = config.z_dim
+            self.frame_step = self.temporal_stride
+            mean, std = config.latents_mean, config.latents_std
+        if {len(mean), len(std)} != {self.latent_channels}:
             raise ValueError(
-                f"the VAE's latents_mean and latents_std have {len(config.latents_mean)} and {len(config.latents_std)} "
-                f"entries for {config.z_dim} latent channels; write one per channel into vae/config.json"
+                f"the VAE's latents_mean and latents_std have {len(mean)} and {len(std)} "
+                f"entries for {self.latent_channels} latent channels; write one per channel into vae/config.json"
             )
-        self._mean = torch.tensor(config.latents_mean).view(-1, 1, 1, 1)
-        self._std = torch.tensor(config.latents_std).view(-1, 1, 1, 1)
+        self._mean = torch.tensor(mean).view(-1, 1, 1, 1)
+        self._std = torch.tensor(std).view(-1, 1, 1, 1)
 
     @staticmethod
     def from_folder(path: Path | str, device: torch.device | str = "cpu") -> VideoCodec:
         """Reads `vae/` of a model folder, in float32 (diffusers' advice for Wan: bfloat16 shows in the pixels)."""
         path = Path(path) / "vae"
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"{path / 'config.json'} is missing: a model folder keeps its VAE there")
-        vae: Any = AutoencoderKLWan.from_pretrained(
+        config = path / "config.json"
+        if not config.is_file():
+            raise FileNotFoundError(f"{config} is missing: a model folder keeps its VAE there")
+        classes: dict[str, Any] = {c.__name__: c for c in (AutoencoderKLWan, AutoencoderKLCogVideoX)}
+        if (kind := json.loads(config.read_text()).get("_class_name")) not in classes:
+            raise ValueError(f"{config}: _class_name is {kind!r}, supported are {', '.join(classes)}")
+        vae: Any = classes[kind].from_pretrained(
             path, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
         )
         return VideoCodec(vae.to(device))
@@ -56,9 +74,12 @@ class VideoCodec:
         return weights_hash(sorted(self.vae.state_dict().items()), dict(self.vae.config))
 
     def num_latent_frames(self, num_frames: int) -> int:
-        """F for T video frames; ValueError unless T = stride*k + 1."""
-        if num_frames < 1 or num_frames % self.temporal_stride != 1:
-            raise ValueError(f"{num_frames} frames: the VAE takes {self.temporal_stride}k+1 frames (1, 5, 9, ...)")
+        """F for T video frames; ValueError unless T = step*k + 1, where the step is 4 for Wan and 8 for CogVideoX."""
+        step = self.frame_step
+        if num_frames < 1 or num_frames % step != 1:
+            raise ValueError(
+                f"{num_frames} frames: the VAE takes {step}k+1 frames (1, {step + 1}, {2 * step + 1}, ...)"
+            )
         return (num_frames - 1) // self.temporal_stride + 1
 
     @torch.no_grad()
@@ -76,6 +97,7 @@ class VideoCodec:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Video [B,3,T,H,W] in [-1,1] from normalised latents [B,C,F,h,w]."""
+        self.num_latent_frames((latents.shape[2] - 1) * self.temporal_stride + 1)
         return self.vae.decode(self.denormalize(latents.to(self.device)).to(self.vae.dtype)).sample
 
     def normalize(self, mean: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ F latent frames. A clip is an ordered tuple of segments; a shot is one unbroken 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -111,3 +111,13 @@ class ClipLayout:
 def shots_layout(shot_frames: list[int]) -> ClipLayout:
     """Shots back to back, all to be generated, each reading its own text."""
     return ClipLayout(tuple(Segment("target", frames, i, i) for i, frames in enumerate(shot_frames)))
+
+
+def drop_frames(layout: ClipLayout, count: int) -> ClipLayout:
+    """The layout without its first `count` frames."""
+    kept = [
+        replace(segment, num_frames=min(segment.num_frames, frames.stop - count))
+        for segment, frames in zip(layout.segments, layout.frame_slices, strict=True)
+        if frames.stop > count
+    ]
+    return ClipLayout(tuple(kept))

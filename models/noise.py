@@ -1,8 +1,8 @@
-"""Noise levels per latent frame: the process, the sampling plan, the training distribution and the loss weights.
+"""Noise levels per latent frame: the sampling plan, the training distribution and the loss weights.
 
 B batch, F latent frames, C channels, H W latent size, K steps. A level u lies in [0, 1], 0 exactly clean and 1 the
-noisiest, and is float32. The timestep shift is applied once, to base levels and to training draws; caps, multipliers
-and the context level are in final units.
+noisiest, and is float32; what it means for x and for the model is up to the process (models/process.py). The timestep
+shift is applied once, to base levels and to training draws; caps, multipliers and the context level are in final units.
 """
 
 from __future__ import annotations
@@ -19,34 +19,6 @@ PlanMode = Literal["uniform", "hold", "scale", "min", "lag"]
 LevelDist = Literal["shared", "per_frame", "mixed", "per_shot", "capped"]
 Density = Literal["logit_normal", "uniform"]
 Reduce = Literal["frame", "shot"]
-
-
-class FlowMatching:
-    """Rectified flow (Liu et al., 2209.03003): x_u = (1 - u) x_0 + u eps, velocity v = eps - x_0, model time 1000 u.
-
-    `x` is [B,C,F,H,W]; `level` is [B,F], one row [F] for the whole batch, [B,1] or a single number.
-    """
-
-    def add_noise(self, x0: Tensor, eps: Tensor, level: Tensor) -> Tensor:
-        level = _per_pixel(level, x0)
-        return (1 - level) * x0 + level * eps
-
-    def target(self, x0: Tensor, eps: Tensor, level: Tensor) -> Tensor:
-        """What the model learns to predict; for flow it does not depend on the level."""
-        return eps - x0
-
-    def to_model_time(self, level: Tensor) -> Tensor:
-        """Model time of a level, float32 whatever comes in: bfloat16 cannot tell 999 from 1000."""
-        return 1000.0 * level.float()
-
-    def step(self, x: Tensor, pred: Tensor, level: Tensor, next_level: Tensor) -> Tensor:
-        """One Euler step per frame; a frame whose level stays is handed through bit for bit."""
-        level, next_level = _per_pixel(level, x), _per_pixel(next_level, x)
-        return torch.where(next_level == level, x, x + (next_level - level) * pred)
-
-    def predict_clean(self, x: Tensor, pred: Tensor, level: Tensor) -> Tensor:
-        """x_0 as the prediction has it."""
-        return x - _per_pixel(level, x) * pred
 
 
 def base_levels(num_steps: int, shift: float = 1.0) -> Tensor:
@@ -191,18 +163,6 @@ def diffusion_loss(pred: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     """Squared error, mean over C, H, W, weighted over F by `weights` ([F] or [B,F]), mean over B: a scalar."""
     per_frame = (pred.float() - target.float()).square() if pred.dtype.itemsize < 4 else (pred - target).square()
     return (per_frame.mean(dim=(1, 3, 4)) * weights.to(per_frame)).sum(dim=-1).mean()
-
-
-def _per_pixel(level: Tensor, x: Tensor) -> Tensor:
-    """Level as [B or 1,1,F or 1,1,1], to broadcast over x [B,C,F,H,W]."""
-    batch, _, frames, _, _ = x.shape
-    rows = level.reshape(1, -1) if level.ndim < 2 else level
-    if rows.ndim > 2 or rows.shape[0] not in (1, batch) or rows.shape[1] not in (1, frames):
-        raise ValueError(
-            f"noise level has shape {tuple(level.shape)}, x {tuple(x.shape)}: expected [{batch},{frames}], "
-            f"[{frames}] (one row for all samples) or [{batch},1] (one level per sample)"
-        )
-    return rows[:, None, :, None, None]
 
 
 def _frame_values(name: str, values: Sequence[float] | Tensor | None, layout: ClipLayout) -> Tensor:

@@ -5,6 +5,7 @@ scene lie next to it under the names that `shot_tensor_key` and `STORY_TEXT` giv
 
     s000.latent_mean, s000.latent_logvar            [C,F,H,W]  posterior of the encoded span, raw VAE units
     s000.first_mean / .first_logvar, .last_*        [C,1,H,W]  first and last frame, each encoded alone
+    r000.latent_mean                                [C,F,H,W]  a reference, encoded alone; an image as a still clip
     text.story, s000.text, s000.sentence_text       [L,D]      text embeddings, valid tokens only
 
 C channels, F latent frames, H W latent size, L text tokens, D text width. Times are integers: presentation timestamps
@@ -16,13 +17,16 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from models.records import RecordError, decode
 
 Transition = Literal["start", "cut", "dissolve", "fade"]
+ImageRole = Literal["image", "portrait", "place", "keyframe", "first_frame"]
+ReferenceRole = Literal[ImageRole, "source", "action"]  # the last two are clips
 
 VERSION = 1
+IMAGE_ROLES: tuple[ImageRole, ...] = get_args(ImageRole)
 STORY_TEXT = "text.story"
 SHOT_TENSORS = (
     "latent_mean", "latent_logvar", "first_mean", "first_logvar", "last_mean", "last_logvar", "text", "sentence_text",
@@ -102,9 +106,13 @@ class Entity:
 
 @dataclass
 class Reference:
-    """Other media the scene depends on: a condition image, the source clip of a style pair, a portrait, a place."""
+    """Other media the scene depends on, in the order in which a method shows them before the scene's shot.
 
-    role: str
+    Roles: "image", "portrait" (a character), "place"; "keyframe", one the shot passes through; "first_frame", the one
+    it begins with; "source", the clip it is a version of; "action", a clip of what happens in it.
+    """
+
+    role: ReferenceRole
     path: str
 
 
@@ -192,6 +200,11 @@ def shot_tensor_key(index: int, name: str) -> str:
     if name not in SHOT_TENSORS:
         raise KeyError(f"a shot has no tensor {name!r}; it has {', '.join(SHOT_TENSORS)}")
     return f"s{index:03d}.{name}"
+
+
+def reference_tensor_key(index: int) -> str:
+    """Name of a reference's latents in the scene's safetensors file, e.g. "r000.latent_mean"."""
+    return f"r{index:03d}.latent_mean"
 
 
 def link_shots(shots: list[Shot], scene_id: str) -> list[Shot]:

@@ -1,7 +1,7 @@
 """Text for the backbone: encode prompts, pack them into contexts, and say which frames read which context.
 
 B batch, G text groups, L text tokens, D width of the text, F latent frames. Wan's convention: a context is a fixed
-number of tokens, zeros after the valid ones, and no mask.
+number of tokens, zeros after the valid ones, and no mask; other backbones take the number of valid tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,15 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class TextContext:
-    """Contexts of a batch: embeddings [B,G,L,D], and the group that each latent frame reads, long [F]."""
+    """Contexts of a batch: embeddings [B,G,L,D], and the group that each latent frame reads, long [F].
+
+    Backbones with a text mask and a pooled text (HunyuanVideo) read `lengths` and `pooled`, others neither.
+    """
 
     embeddings: Tensor
     frame_text: Tensor
+    lengths: Tensor | None = None  # long [B,G], on the CPU: valid tokens of each context, its first; None: all L
+    pooled: Tensor | None = None  # [B,G,P]: one vector per context
 
     def __post_init__(self) -> None:
         groups = self.embeddings.shape[1] if self.embeddings.ndim == 4 else 0
@@ -36,6 +41,46 @@ class TextContext:
                 f"text embeddings have shape {tuple(self.embeddings.shape)} and frame_text "
                 f"{tuple(self.frame_text.shape)}, expected [B,G,L,D] and [F]"
             )
+        batch, _, tokens, _ = self.embeddings.shape
+        if self.pooled is not None and (self.pooled.ndim != 3 or self.pooled.shape[:2] != (batch, groups)):
+            raise ValueError(f"pooled text has shape {tuple(self.pooled.shape)}, expected [{batch},{groups},P]")
+        if self.lengths is not None:
+            if self.lengths.shape != (batch, groups):
+                raise ValueError(f"text lengths have shape {tuple(self.lengths.shape)}, expected [{batch},{groups}]")
+            if int(self.lengths.min()) < 1 or int(self.lengths.max()) > tokens:
+                raise ValueError(f"text lengths are {self.lengths.tolist()}, expected 1 to {tokens} tokens each")
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None, non_blocking: bool = False) -> TextContext:
+        """The vectors on a device; which frame reads which text stays on the CPU, because backbones decide by it."""
+        return replace(
+            self,
+            embeddings=self.embeddings.to(device, dtype, non_blocking=non_blocking),
+            pooled=None if self.pooled is None else self.pooled.to(device, dtype, non_blocking=non_blocking),
+        )
+
+    def samples(self, order: Sequence[int]) -> TextContext:
+        """The contexts of the samples in `order`."""
+        rows = list(order)
+        return replace(
+            self,
+            embeddings=self.embeddings[rows],
+            lengths=None if self.lengths is None else self.lengths[rows],
+            pooled=None if self.pooled is None else self.pooled[rows],
+        )
+
+
+def stack_samples(contexts: Sequence[TextContext]) -> TextContext:
+    """The samples of several batches as one batch, all of which read by the same frames; ValueError if they differ."""
+    first = contexts[0]
+    for name in ("lengths", "pooled"):
+        if len({getattr(context, name) is None for context in contexts}) > 1:
+            raise ValueError(f"some texts have {name}, some have not: give it with all or with none")
+    return TextContext(
+        torch.cat([context.embeddings for context in contexts]),
+        first.frame_text,
+        None if first.lengths is None else torch.cat([context.lengths for context in contexts]),  # type: ignore[misc]
+        None if first.pooled is None else torch.cat([context.pooled for context in contexts]),  # type: ignore[misc]
+    )
 
 
 class TextEncoder:

@@ -86,6 +86,15 @@ RENDER = Job(
     "shotloom toyworld render out=runs/toyworld count=24",
 )
 
+PAIRS = Job(
+    "pairs",
+    "pipelines.toyworld_pairs",
+    "PairsConfig",
+    "run_pairs",
+    "Write ToyWorld pairs: references and the shot that should come of them, to train and to sample.",
+    "shotloom toyworld pairs out=runs/pairs task=v2v_style count=20",
+)
+
 
 class JobCommand(click.Command):
     """A command whose keys are the fields of a config dataclass, from `--config FILE` and `KEY=VALUE` arguments."""
@@ -122,6 +131,7 @@ class JobCommand(click.Command):
             _fail(f"{error}\n(--traceback shows where in the code this arose)", 1)
         if hasattr(result, "summary"):
             click.echo(result.summary())
+        sys.exit(getattr(result, "exit_code", 0))
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         config_class, _ = self._load()
@@ -192,6 +202,7 @@ def doctor(as_json: bool) -> None:
 
 
 toyworld.add_command(JobCommand(RENDER))
+toyworld.add_command(JobCommand(PAIRS))
 
 if __name__ == "__main__":
     main()

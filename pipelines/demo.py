@@ -7,7 +7,6 @@ Every stage is the product's own command with its own configuration; this file o
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -20,9 +19,6 @@ from infra.knobs import knob
 from pipelines.shipped import SHIPPED_WAN
 
 MARKER = "made-by-shotloom-demo"  # says that the folder is the demo's own, to be emptied by the next one
-
-# Ray Serve kills an HTTP proxy that is not up after 5 s, which a busy machine of two cores may miss.
-PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30"}
 
 
 @dataclass(kw_only=True)
@@ -108,8 +104,6 @@ def run_demo(config: DemoConfig) -> DemoResult:
 
     began = time.monotonic()
     _quiet_libraries()
-    for name, seconds in PATIENCE.items():  # read by processes that Ray starts, so set before it
-        os.environ.setdefault(name, seconds)
     work.check_model(config.model)  # before the last demo's folder goes
     out = _fresh(config.out)
     result = DemoResult(config, out / "dataset", out / "train" / "model", out / "report.html")

@@ -36,6 +36,7 @@ class SampleConfig:
     text: Literal["scene", "sentence"] = knob("scene", "a shot reads its story and prompt, or its lone sentence")
     steps: int = knob(30, "denoising steps")
     guidance: float = knob(5.0, "classifier-free guidance scale of the text; 1 = none")
+    solver: Literal["euler", "second_order", "ancestral"] = knob("euler", "how frames move between noise levels")
     min_side: int = knob(256, "smaller videos are enlarged by a whole factor to this many pixels a side; 0 = never")
     batch_size: int = knob(1, "storyboards of equal shape made at once")
     device: str = knob("cpu", "torch device: cpu, cuda, ...")
@@ -60,6 +61,11 @@ class SampleReport:
     seconds: float
     manifest: Path
     records: list[dict[str, Any]]
+
+    @property
+    def exit_code(self) -> int:
+        """Of the command: 1 if a storyboard failed, though the others were made."""
+        return int(self.failed > 0)
 
     def summary(self) -> str:
         lines = [f"{self.made} made, {self.skipped} were there, {self.failed} failed; {self.manifest}"]
@@ -127,7 +133,6 @@ class _Job:
 
         board.validate()
         seed = derive_seed(config.seed, board.name) if board.seed is None else board.seed
-        media = [path for shot in board.shots for path in (shot.given, shot.first_frame) if path]
         fingerprint = board.fingerprint(
             seed=seed,
             settings=repr(generate_settings(config)),
@@ -135,7 +140,7 @@ class _Job:
             min_side=config.min_side,
             dtype=config.dtype,
             model=weights,
-            media=[(path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns) for path in media],
+            media=[(path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns) for path in board.media()],
         )
         return _Job(board.to_dict(), seed, fingerprint)
 
@@ -153,7 +158,7 @@ class _Job:
 def generate_settings(config: SampleConfig) -> GenerateSettings:
     from sample.generate import GenerateSettings
 
-    return GenerateSettings(config.steps, config.guidance, config.text)
+    return GenerateSettings(config.steps, config.guidance, config.text, config.solver)
 
 
 def folder_fingerprint(folder: Path) -> str:

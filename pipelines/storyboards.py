@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from infra.config import ConfigError, load_config
-from sample.storyboard import Storyboard, StoryboardError
+from sample.storyboard import Storyboard, StoryboardError, StoryboardShot
 
 SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -78,13 +78,13 @@ def _read(path: Path) -> list[Storyboard]:
     return boards
 
 
-def _resolve_media(shot, path: Path):  # type: ignore[no-untyped-def]
-    media = {
-        name: str((path.parent / value).resolve())
-        for name in ("given", "first_frame")
-        if (value := getattr(shot, name))
-    }
-    for name, file in media.items():
-        if not Path(file).is_file():
+def _resolve_media(shot: StoryboardShot, path: Path) -> StoryboardShot:
+    def found(name: str, value: str) -> str:
+        file = (path.parent / value).resolve()
+        if not file.is_file():
             raise ConfigError(f"{path}: {name}: no such file {file}")
-    return replace(shot, **media)
+        return str(file)
+
+    media = {name: found(name, value) for name in ("given", "first_frame") if (value := getattr(shot, name))}
+    references = [replace(one, path=found(one.role, one.path)) for one in shot.references]
+    return replace(shot, **media, references=references)

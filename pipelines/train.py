@@ -29,6 +29,7 @@ class LoraConfig:
     alpha: int = knob(16, "updates are scaled by alpha / rank")
     targets: list[str] = knob(["to_q", "to_k", "to_v", "to_out.0"], "names of the linear layers to update")
     merge: bool = knob(True, "also write a whole model folder with the updates added; false = only the LoRA file")
+    merge_scale: float = knob(1.0, "strength of the updates in that folder; the authors of TIC-FT sample at 0.75")
 
 
 @dataclass(kw_only=True)
@@ -47,9 +48,9 @@ class TrainConfig:
     dataset: Path = required("folder that `shotloom prepare` wrote")
     model: Path = required("model folder to start from")
     run_dir: Path = required("folder of this run; started again on the same folder, a run goes on where it was")
-    method: str = knob("lct", "fvdm or lct")
+    method: str = knob("lct", "fvdm, lct or tic_ft")
     method_params: dict[str, Any] = knob({}, "parameters of the method; empty = its defaults")
-    shots_per_scene: int = knob(3, "neighbouring shots per sample")
+    shots_per_scene: int = knob(3, "neighbouring shots per sample; tic_ft always takes one, after its references")
     single_shot_prob: float = knob(0.25, "share of batches made of single shots")
     latents: Literal["sample", "mean"] = knob("sample", "draw latents from the VAE's posterior, or take its mean")
     text_drop: TextDropConfig = knob(TextDropConfig, "texts left out in training")
@@ -163,7 +164,7 @@ def make_job(config: TrainConfig) -> TrainJob:
         single_shot_prob=config.single_shot_prob,
         text_drop=TextDrop(config.text_drop.everything, config.text_drop.story, config.text_drop.prompts),
         latents=config.latents,
-        lora=Lora(lora.rank, lora.alpha, tuple(lora.targets), lora.merge) if lora.rank else None,
+        lora=Lora(lora.rank, lora.alpha, tuple(lora.targets), lora.merge, lora.merge_scale) if lora.rank else None,
         parallel=config.parallel,
         activation_checkpointing=config.activation_checkpointing,
         compile_blocks=config.compile,

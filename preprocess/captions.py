@@ -1,8 +1,9 @@
 """Captions of a scene: `sidecar` reads a JSON file beside the video, `describe` says what was measured.
 
-A sidecar `X.json` beside `X.mp4` holds story, entities [{id, name, description}] and shots [{start_frame, end_frame,
-prompt, sentence, camera, states [{text, frame}]}]; frames are source frames, a state's frame counts from the start of
-its shot. Its shots are matched to the detected ones by overlap with the encoded frames.
+A sidecar `X.json` beside `X.mp4` holds story, entities [{id, name, description}], references [{role, path}] and shots
+[{start_frame, end_frame, prompt, sentence, camera, states [{text, frame}]}]; frames are source frames, a state's frame
+counts from the start of its shot, paths start at the sidecar's folder. Its shots are matched to the detected ones by
+overlap with the encoded frames.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from models.records import RecordError, decode
-from models.scene import CaptionSource, Entity, Scene, Shot, State
+from models.scene import CaptionSource, Entity, Reference, Scene, Shot, State
 from preprocess.describe import TEMPLATES, describe_scene, describe_shot
 from preprocess.outcome import Failed
 from preprocess.settings import CaptionBackend
@@ -39,6 +40,7 @@ class Sidecar:
     shots: list[SidecarShot]
     story: str = ""
     entities: list[Entity] = field(default_factory=list)
+    references: list[Reference] = field(default_factory=list)
 
 
 def template_hash() -> str:
@@ -131,6 +133,7 @@ def _from_sidecar(scene: Scene, sidecar: Sidecar, frames: list[list[int]]) -> in
         shot.states = _states(best, encoded)
     if said:
         scene.story, scene.entities = sidecar.story, list(sidecar.entities)
+        scene.references = list(sidecar.references)
     return said
 
 

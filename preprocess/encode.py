@@ -68,6 +68,14 @@ class Encoder:
                     results[shot][f"{name}_logvar"] = v.to("cpu", _DTYPES[dtype]).contiguous()
         return results
 
+    def encode_references(self, clips: Sequence[np.ndarray], dtype: StoreType) -> list[Tensor]:
+        """Posterior mean [C,F,h,w] in raw VAE units of each clip uint8 [n,H,W,3], each encoded alone."""
+        torch.set_num_threads(self.threads)
+        means = [self.codec.encode(to_video([clip]))[0][0] for clip in clips]
+        if not all(torch.isfinite(mean).all() for mean in means):
+            raise Failed("encode", "the VAE gave values that are not finite for a reference")
+        return [mean.to("cpu", _DTYPES[dtype]).contiguous() for mean in means]
+
     def encode_texts(self, scenes: Sequence[Scene], dtype: StoreType) -> dict[str, Tensor]:
         """Embedding [L,D] of every text of the scenes, each distinct text encoded once.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tarfile
 from bisect import bisect_left
 from pathlib import Path
@@ -15,7 +16,7 @@ from preprocess.probe import VideoInfo
 from preprocess.shards import ShardReader
 from preprocess.spans import RawShot
 
-_LATENTS = ("latent", "first", "last")  # what does not depend on captions
+_LATENTS = re.compile(r"s\d+\.(latent|first|last)_")  # of the shots: what does not depend on captions
 
 
 def read_sample(path: str, key: str) -> dict[str, bytes]:
@@ -32,7 +33,7 @@ def recall_scenes(places: dict[str, str], info: VideoInfo) -> tuple[list[Scene],
         return None
     shots = []
     for scene in scenes:
-        scene.story, scene.entities, scene.captions = "", [], None
+        scene.story, scene.entities, scene.references, scene.captions = "", [], [], None
         for shot in scene.shots:
             shot.prompt = shot.sentence = shot.camera = ""
             shot.states, shot.predicted_states = [], []
@@ -61,7 +62,7 @@ def recall_scenes(places: dict[str, str], info: VideoInfo) -> tuple[list[Scene],
 def recall_latents(path: str, key: str) -> dict[str, Tensor]:
     """The tensors of an earlier sample that do not depend on captions, by their full names."""
     tensors = load(read_sample(path, key)["safetensors"])
-    return {name: value for name, value in tensors.items() if name.partition(".")[2].startswith(_LATENTS)}
+    return {name: value for name, value in tensors.items() if _LATENTS.match(name)}
 
 
 def recalled_count(row: dict[str, object], info: VideoInfo) -> DecodeCount:

@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 from safetensors.torch import save
+from torch import Tensor
 
 from infra.storage import sha256_file
 from models.records import decode as from_json
-from models.scene import Scene, shot_tensor_key
+from models.scene import Scene, reference_tensor_key, shot_tensor_key
 from preprocess.captions import caption_scenes, template_hash
 from preprocess.decode import DecodeCount
 from preprocess.encode import Encoder, scene_texts
@@ -32,6 +33,7 @@ from preprocess.outcome import Failed, SetAside, short
 from preprocess.parts import Part, Row, read_part, shot_rows, write_part
 from preprocess.probe import VideoInfo, probe
 from preprocess.recall import recall_latents, recall_scenes, recalled_count
+from preprocess.references import read_reference
 from preprocess.scenes import make_scenes
 from preprocess.settings import PrepareSettings
 from preprocess.sources import SourceFile, readable
@@ -154,6 +156,11 @@ def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
         scene.latents = encoder.source(place.settings.dtype)
     texts = encoder.encode_texts(written, place.settings.dtype)
 
+    def references(scene: Scene) -> list[Tensor]:
+        folder = Path(unit.file.captions or "").parent
+        clips = [read_reference(one, folder, place.settings) for one in scene.references]
+        return encoder.encode_references(clips, place.settings.dtype)
+
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
         first = 0
         for scene in unit.scenes:
@@ -167,6 +174,7 @@ def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
                     spans = _read_spans(place.scratch_file(unit), shots, place.settings)
                     for i, latents in enumerate(encoder.encode_shots(spans, place.settings.dtype)):
                         tensors |= {shot_tensor_key(i, name): value for name, value in latents.items()}
+                tensors |= {reference_tensor_key(i): mean for i, mean in enumerate(references(scene))}
                 yield scene.scene_id, {"json": scene.to_json().encode(), "safetensors": save(tensors)}
 
     rows = [row for scene in unit.scenes for row in shot_rows(scene, scene in written)]

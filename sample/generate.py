@@ -1,6 +1,7 @@
 """Storyboards to frames: words and given media in, uint8 videos out, for any method a model folder names.
 
-A scene is made as one clip whose shots see one another (LCT, 2503.10589), or with `independent=True` shot by shot
+A scene is made as one clip whose shots see one another (LCT, 2503.10589), a shot with references as one clip that
+begins with them and ends with what is kept (TIC-FT, 2506.00996), or with `independent=True` shot by shot
 from the same texts and the same start noise, which is the baseline that a scene model has to beat. Every shot is
 decoded alone, as it was encoded in training.
 """
@@ -16,9 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.layout import ClipLayout
+from models.layout import ClipLayout, drop_frames
 from models.methods import get_method
 from models.noise import base_levels
+from models.scene import IMAGE_ROLES
+from models.solvers import SolverName
 from models.text import TextContext, pack_text
 from sample.guidance import Guidance
 from sample.sampler import Callback, sample
@@ -40,6 +43,7 @@ class GenerateSettings:
     steps: int = 30
     guidance: float = 5.0  # classifier-free guidance scale of the text; 1 is none
     text: Literal["scene", "sentence"] = "scene"  # a shot reads [story; prompt], or its self-contained sentence
+    solver: SolverName = "euler"
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -93,7 +97,8 @@ def generate_scenes(
     first = storyboards[0]  # stands for all where only the shape matters
     media = [_load_media(first, index, model) for index in range(len(first.shots))]
     method = get_method(model.settings.method, **model.settings.method_params)
-    layout, task = _layout(method, first, media, model)
+    references = _load_references(first, method, model)
+    layout, task = _layout(method, first, media, references, model)
     levels = base_levels(settings.steps, shift=model.settings.level_shift)
     text, null = _encode_texts(storyboards, layout, model, settings.text)
     latents = sample(
@@ -103,18 +108,29 @@ def generate_scenes(
         text,
         shape=(len(storyboards), model.codec.latent_channels, layout.num_frames, *_latent_size(model)),
         generator=[shot_generators(board, seed) for board, seed in zip(storyboards, seeds, strict=True)],
-        given=_encode_media(media, layout, model, len(storyboards)),
+        given=_encode_media(media, references, layout, model, len(storyboards)),
         guidance=Guidance([("text", settings.guidance)]),
         null={"text": null},
+        model_levels=method.model_levels,
+        solver=settings.solver,
         callback=callback,
         **method.backbone_kwargs(layout),
     )
-    return [_to_clip(one, layout, first, media, model) for one in latents]
+    seen_first = sum(_latent_frames(model, pixels) for pixels in references)
+    return [_to_clip(one[:, seen_first:], drop_frames(layout, seen_first), first, media, model) for one in latents]
 
 
-def scene_shape(storyboard: Storyboard, described: ModelSettings) -> tuple[tuple[int, str, str], ...]:
+def scene_shape(storyboard: Storyboard, described: ModelSettings) -> tuple[tuple[Any, ...], ...]:
     """What storyboards of one batch share: the length of each shot and the media it is given."""
-    return tuple((shot.frames or described.frames_per_shot, shot.given, shot.first_frame) for shot in storyboard.shots)
+    return tuple(
+        (
+            shot.frames or described.frames_per_shot,
+            shot.given,
+            shot.first_frame,
+            *((one.role, one.path) for one in shot.references),
+        )
+        for shot in storyboard.shots
+    )
 
 
 def largest_scene(described: ModelSettings) -> int:
@@ -189,11 +205,47 @@ def _load_media(storyboard: Storyboard, index: int, model: Model) -> np.ndarray 
     return fit_frames(frames, model.settings.height, model.settings.width)
 
 
+def _load_references(storyboard: Storyboard, method: Method, model: Model) -> list[np.ndarray]:
+    """Pixels uint8 [T, H, W, 3] of what stands before the shot, one after another: clips, and images as still clips."""
+    wanted = [(index, one) for index, shot in enumerate(storyboard.shots) for one in shot.references]
+    if not wanted and not method.reads_references:
+        return []
+    index, stride = (wanted[0][0] if wanted else 0), model.codec.temporal_stride
+    try:
+        if len(storyboard.shots) > 1:
+            raise ValueError("a shot with references is made alone; independent=true makes every shot by itself")
+        clips, lengths = [], []
+        for _, one in wanted:
+            image = one.role in IMAGE_ROLES
+            clips.append(read_image(one.path)[None] if image else read_video(one.path)[0])
+            longest = min(len(clips[-1]), model.settings.frames_per_shot)
+            lengths.append(None if image else (longest - 1) // stride + 1)
+        latent_frames = method.condition_frames([one.role for _, one in wanted], lengths)
+    except ValueError as error:
+        raise StoryboardError(
+            f"{_where(storyboard, index)}: references: {error}", f"shots.{index}.references"
+        ) from error
+    references = []
+    for clip, frames in zip(clips, latent_frames, strict=True):
+        at = np.minimum(np.arange(stride * (frames - 1) + 1), len(clip) - 1)  # an image stands still
+        references.append(fit_frames(clip[at], model.settings.height, model.settings.width))
+    return references
+
+
 def _layout(
-    method: Method, storyboard: Storyboard, media: list[np.ndarray | None], model: Model
+    method: Method,
+    storyboard: Storyboard,
+    media: list[np.ndarray | None],
+    references: list[np.ndarray],
+    model: Model,
 ) -> tuple[ClipLayout, str]:
     """How the model's method lays out what the storyboard asks for, and the task's name."""
     shots = storyboard.shots
+    if references:
+        task = method.task_of([one.role for one in shots[0].references])
+        target = model.codec.num_latent_frames(shots[0].frames or model.settings.frames_per_shot)
+        condition_frames = [_latent_frames(model, pixels) for pixels in references]
+        return method.layout_for_task(task, [target], condition_frames=condition_frames), task
     given = [index for index, shot in enumerate(shots) if shot.given]
     started = [index for index, shot in enumerate(shots) if shot.first_frame]
     many = len(shots) > 1
@@ -221,23 +273,21 @@ def _encode_texts(
     """The contexts of all shots [B, G, L, D] and those of the null branch."""
     rows, nulls = [], []
     for board in storyboards:
-        contexts = []
+        own = []
         for index, shot in enumerate(board.shots):
             try:
-                contexts.append(_encode_context(shot_texts(board, shot, text), model))
+                own.append(_encode_context(shot_texts(board, shot, text), model))
             except ValueError as error:
                 raise StoryboardError(f"{_where(board, index)}: {error}", f"shots.{index}.prompt") from error
         try:
             null = _encode_context([board.negative], model)
         except ValueError as error:
             raise StoryboardError(f"storyboard {board.name!r}: negative: {error}", "negative") from error
-        rows.append(torch.stack(contexts))
+        rows.append(torch.stack(own))
         nulls.append(null.expand(len(board.shots), -1, -1))
-    to = {"device": model.device, "dtype": model.backbone.transformer.patch_embedding.weight.dtype}
-    return (
-        TextContext(torch.stack(rows).to(**to), layout.text_ids),
-        TextContext(torch.stack(nulls).to(**to), layout.text_ids),
-    )
+    contexts, null_contexts = (TextContext(torch.stack(texts), layout.text_ids) for texts in (rows, nulls))
+    to = model.device, model.backbone.dtype
+    return contexts.to(*to), null_contexts.to(*to)
 
 
 def _encode_context(texts: list[str], model: Model) -> Tensor:
@@ -256,17 +306,28 @@ def shot_texts(storyboard: Storyboard, shot: StoryboardShot, text: str) -> list[
     return [shot.sentence or shot.prompt]
 
 
-def _encode_media(media: list[np.ndarray | None], layout: ClipLayout, model: Model, batch: int) -> Tensor | None:
-    """Normalised latents [B, C, F, H, W] of the given frames, each shot's encoded alone; zero elsewhere."""
-    if all(pixels is None for pixels in media):
+def _encode_media(
+    media: list[np.ndarray | None], references: list[np.ndarray], layout: ClipLayout, model: Model, batch: int
+) -> Tensor | None:
+    """Normalised latents [B, C, F, H, W] of the given frames, each shot or reference encoded alone; zero elsewhere."""
+    starts = [frames.start for frames in layout.shot_slices]
+    clips = [(start, pixels) for start, pixels in zip(starts, media, strict=True) if pixels is not None]
+    at = 0
+    for pixels in references:
+        clips.append((at, pixels))
+        at += _latent_frames(model, pixels)
+    if not clips:
         return None
     given = torch.zeros(model.codec.latent_channels, layout.num_frames, *_latent_size(model))
-    for pixels, frames in zip(media, layout.shot_slices, strict=True):
-        if pixels is not None:
-            video = torch.tensor(pixels).permute(3, 0, 1, 2)[None].float() / 127.5 - 1  # [1, 3, T, H, W]
-            latents = model.codec.normalize(model.codec.encode(video)[0])[0]
-            given[:, frames.start : frames.start + latents.shape[1]] = latents.cpu()
+    for start, pixels in clips:
+        video = torch.tensor(pixels).permute(3, 0, 1, 2)[None].float() / 127.5 - 1  # [1, 3, T, H, W]
+        latents = model.codec.normalize(model.codec.encode(video)[0])[0]
+        given[:, start : start + latents.shape[1]] = latents.cpu()
     return given.expand(batch, -1, -1, -1, -1)
+
+
+def _latent_frames(model: Model, pixels: np.ndarray) -> int:
+    return model.codec.num_latent_frames(len(pixels))
 
 
 def _to_clip(

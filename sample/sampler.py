@@ -3,21 +3,23 @@
 Shapes: B batch, F latent frames, C channels, H W latent size, K steps, G texts, L text tokens, D text width.
 The plan decides everything a task is: a frame whose level does not change from one row to the next is held bit for
 bit, a frame that starts below level 1 starts from its source, and a frame left above level 0 (history kept at t_c)
-comes back as it was given. No noise is drawn after the start, and none from the global generator.
+comes back as it was given. No noise is drawn after the start but by the ancestral solver, and none from the global
+generator.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from models.backbones.base import Backbone
 from models.layout import ClipLayout
-from models.noise import FlowMatching
-from models.text import TextContext
+from models.process import Process
+from models.solvers import SolverName, make_solver
+from models.text import TextContext, stack_samples
 from sample.guidance import Guidance
 
 Text = TextContext | Tensor
@@ -28,7 +30,7 @@ Callback = Callable[[int, int], None]  # (steps done, steps in all); whatever it
 
 @torch.no_grad()
 def sample(
-    backbone: Callable[..., Tensor],
+    backbone: Backbone,
     layout: ClipLayout,
     plan: Tensor,  # [K+1, F] noise levels in [0, 1], non-increasing in k
     text: Text,  # contexts of the B samples, [B, G, L, D]
@@ -39,31 +41,38 @@ def sample(
     given: Tensor | None = None,  # [B, C, F, H, W] normalised latents, read where plan[0] < 1
     guidance: Guidance | None = None,
     null: Mapping[str, Text] | None = None,  # what stands in for a dropped condition
-    process: FlowMatching | None = None,
+    process: Process | None = None,  # None: what the backbone was trained with, its `process`
+    solver: SolverName = "euler",
+    model_levels: Callable[[Tensor], Tensor] | None = None,  # what the backbone is told of levels [B, F]
     callback: Callback | None = None,
     **backbone_kwargs: Any,
 ) -> Tensor:
-    """Latents [B, C, F, H, W] (fp32, normalised) made by following `plan` with one-step Euler updates per frame.
+    """Latents [B, C, F, H, W] (fp32, normalised) made by following `plan`, each frame by its own levels.
 
     `given` frames keep the one noise they are given at the start (LCT 2503.10589 keeps history noise fixed).
-    Guidance branches run as one batch of B * branches samples. The state stays in fp32; the backbone reads it in the
-    dtype of its text. Raises ValueError where shapes, plan, given frames or
+    Guidance branches run as one batch of B * branches samples. The state stays in fp32; the backbone reads it scaled
+    by the process and in the dtype of its text. `model_levels` is the method's (`Method.model_levels`); None tells the
+    backbone every frame's level. Raises ValueError where shapes, plan, given frames, solver or
     guidance do not fit together; whatever `callback` raises passes through, which is how a run is cancelled.
     """
-    process, guidance = process or FlowMatching(), guidance or Guidance()
+    process, guidance = process or backbone.process, guidance or Guidance()
     _check(layout, plan, shape, given)
     conditions = _stack_branches(guidance, {"text": text}, null or {})
     noise = draw_noise(layout, shape, generator).to(plan.device)
     source = torch.zeros_like(noise) if given is None else given.to(noise)
-    x = process.add_noise(source, noise, plan[0])
+    from_nothing = (plan[0] == 1).view(-1, 1, 1)  # [F, 1, 1]
+    x = torch.where(from_nothing, process.pure_noise(noise), process.add_noise(source, noise, plan[0]))
+    stepper = make_solver(solver, process, lambda: draw_noise(layout, shape, generator))
 
     steps, branches = len(plan) - 1, len(guidance.branches)
     dtype = text.dtype if isinstance(text, Tensor) else text.embeddings.dtype
     for k in range(steps):
         levels = plan[k].expand(branches * shape[0], -1)  # [branches * B, F]
-        predictions = backbone(torch.cat([x.to(dtype)] * branches), levels, **conditions, **backbone_kwargs)
+        scaled = process.precondition(x, plan[k]).to(dtype)
+        told = levels if model_levels is None else model_levels(levels)
+        predictions = backbone(torch.cat([scaled] * branches), told, **conditions, **backbone_kwargs)
         prediction = guidance.combine(predictions.float().chunk(branches))
-        x = process.step(x, prediction, plan[k], plan[k + 1])
+        x = stepper.step(x, prediction, plan[k], plan[k + 1])
         if callback is not None:
             callback(k + 1, steps)
 
@@ -108,7 +117,7 @@ def _stack_branches(guidance: Guidance, conditions: dict[str, Text], null: Mappi
 def _concat(values: list[Text]) -> Text:
     if isinstance(values[0], Tensor):
         return torch.cat(values)  # type: ignore[arg-type]
-    return replace(values[0], embeddings=torch.cat([value.embeddings for value in values]))  # type: ignore[union-attr]
+    return stack_samples(values)  # type: ignore[arg-type]
 
 
 def _check(layout: ClipLayout, plan: Tensor, shape: tuple[int, ...], given: Tensor | None) -> None:

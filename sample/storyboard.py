@@ -8,6 +8,8 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from models.scene import Reference
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -29,6 +31,7 @@ class StoryboardShot:
     seed: int | None = None  # None: derived from the storyboard's seed and the shot's index
     given: str = ""  # path of an image or video that is this shot: the model sees it, does not make it
     first_frame: str = ""  # path of an image that this shot starts from
+    references: list[Reference] = field(default_factory=list)  # seen before the shot, and no part of it
 
 
 @dataclass
@@ -72,10 +75,24 @@ class Storyboard:
                     f"{where}: both given and first_frame are set; give the whole shot or its first frame",
                     f"shots.{index}.first_frame",
                 )
+            if shot.references and (shot.given or shot.first_frame):
+                raise StoryboardError(
+                    f"{where}: references stand before a shot that is made whole; leave given and first_frame out",
+                    f"shots.{index}.references",
+                )
         if all(shot.given for shot in self.shots):
             raise StoryboardError(
                 f"storyboard {self.name!r}: every shot is given, so there is nothing to make", "shots"
             )
+
+    def media(self) -> list[str]:
+        """Paths of all images and videos that the shots name."""
+        return [
+            path
+            for shot in self.shots
+            for path in (shot.given, shot.first_frame, *(one.path for one in shot.references))
+            if path
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,7 +100,11 @@ class Storyboard:
     @staticmethod
     def from_dict(record: dict[str, Any]) -> Storyboard:
         """Inverse of `to_dict`; the record is trusted (files and requests are checked where they come in)."""
-        return Storyboard(**{**record, "shots": [StoryboardShot(**shot) for shot in record["shots"]]})
+        shots = [
+            StoryboardShot(**{**shot, "references": [Reference(**one) for one in shot.get("references", [])]})
+            for shot in record["shots"]
+        ]
+        return Storyboard(**{**record, "shots": shots})
 
     def fingerprint(self, **settings: Any) -> str:
         """Hash over the storyboard and whatever else decides its pixels; equal hashes mean the same video."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ class StubConfig:
 @dataclass(frozen=True)
 class StubReport:
     text: str
+    exit_code: int
 
     def summary(self) -> str:
         return self.text
@@ -39,7 +41,7 @@ def run_stub(config: StubConfig) -> StubReport:
         raise ValueError("clip.mp4: no video stream; give a file with one")
     if config.fail == "bug":
         raise RuntimeError("a bug")
-    return StubReport(f"{config.steps} steps to {config.out}")
+    return StubReport(f"{config.steps} steps to {config.out}", int(config.fail == "some"))
 
 
 @pytest.fixture
@@ -145,6 +147,11 @@ def test_errors_are_one_message(stub: cli.JobCommand, arguments: list[str], code
     assert result.exit_code == code and message in result.output and "Traceback" not in result.output
 
 
+def test_a_job_that_failed_in_part_prints_its_summary_and_exits_1(stub: cli.JobCommand) -> None:
+    result = invoke(stub, "out=x", "fail=some")
+    assert result.exit_code == 1 and result.output == "3 steps to x\n"
+
+
 def test_tracebacks_on_request_and_for_bugs(stub: cli.JobCommand) -> None:
     assert isinstance(invoke(stub, "out=a", "fail=value", "--traceback").exception, ValueError)
     assert isinstance(invoke(stub, "out=a", "fail=bug").exception, RuntimeError)
@@ -173,3 +180,23 @@ def test_toyworld_render_names_what_it_refuses(tmp_path: Path) -> None:
     assert result.exit_code == 1 and "num_shots=12: give a count or a range within 1..9" in result.output
     result = invoke(cli.main, "toyworld", "render", f"out={tmp_path}", "count=0")
     assert result.exit_code == 2 and "count=0 must be 1 or more" in result.output
+
+
+def test_toyworld_pairs_writes_what_prepare_and_sample_read(tmp_path: Path) -> None:
+    from pipelines.storyboards import load_storyboards
+
+    keys = ["task=multi_image", "count=2", "first=1", "size=64", "split=test"]
+    result = invoke(cli.main, "toyworld", "pairs", f"out={tmp_path}", *keys)
+    assert result.exit_code == 0, result.output
+    names = [f"multi_image-toy-small-test-0-00000{i}" for i in (1, 2)]
+    assert sorted(p.name for p in (tmp_path / "videos").glob("*.mp4")) == [f"{name}.mp4" for name in names]
+    boards = load_storyboards([tmp_path / "storyboards.json"])
+    assert [board.name for board in boards] == names
+    for board in boards:
+        assert [(one.role, Path(one.path).is_file()) for one in board.shots[0].references] == [
+            ("portrait", True), ("place", True),
+        ]  # fmt: skip
+        captions = json.loads((tmp_path / "videos" / f"{board.name}.json").read_text())
+        assert (captions["story"], captions["shots"][0]["prompt"]) == (board.story, board.shots[0].prompt)
+    result = invoke(cli.main, "toyworld", "pairs", f"out={tmp_path}", "task=i2v")
+    assert result.exit_code == 2 and "i2v_in_context" in result.output

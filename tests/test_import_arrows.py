@@ -100,7 +100,7 @@ def test_checker_finds(package: str, source: str) -> None:
     ("package", "source"),
     [
         ("models", "import torch\nfrom models.layout import ClipLayout"),
-        ("train", "import os, ray\nfrom models.noise import FlowMatching\nos.environ['DS_ACCELERATOR'] = 'cpu'"),
+        ("train", "import os, ray\nfrom models.process import FlowMatching\nos.environ['DS_ACCELERATOR'] = 'cpu'"),
         ("pipelines", "import os, yaml\nfrom sample import sampler\nos.environ.get('X')"),
         ("sample", "from . import guidance\nfrom .guidance import Guidance"),
     ],

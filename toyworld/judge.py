@@ -21,7 +21,7 @@ from toyworld.judge_scenes import (
     score_scene,
     score_scene_reading,
     unsaid_identity,
-    unsaid_traits,
+    unsaid_sums,
 )  # fmt: skip
 from toyworld.judge_score import (
     UNSAID_TRAITS,
@@ -59,5 +59,5 @@ __all__ = [
     "split_shots",
     "summarise",
     "unsaid_identity",
-    "unsaid_traits",
+    "unsaid_sums",
 ]

@@ -164,35 +164,47 @@ def trait_distance(trait: str, a: float, b: float) -> float:
     return abs(a - b)
 
 
-def unsaid_identity(scenes: Sequence[SceneReading]) -> Scores:
-    """How well the traits that no text mentions are kept from shot to shot, over several scenes.
+def unsaid_sums(scenes: Sequence[SceneReading]) -> np.ndarray:
+    """Per scene and trait of `UNSAID_TRAITS` the sum of its distances and their number, [scenes, traits, 2].
 
-    Per trait: mean distance between two shots of the same subject, over the mean distance between subjects of
-    different scenes that sound the same. 1 = no memory of earlier shots, 0 = perfect. A pair in which the subject
-    cannot be found with its said traits counts 1. `identity_unsaid` is the mean over traits; count = pairs of shots.
-    Needs two scenes with the same kind of subject; a trait without them is left out.
+    One distance per pair of shots of a subject, over the mean distance between subjects of different scenes that sound
+    the same: 1 = no memory of the other shot, 0 = perfect. A pair in which the subject cannot be found with its said
+    traits counts 1. A trait that no two scenes share is left out (zeros), as is a pair that is read where no two
+    scenes can be compared.
     """
-    subjects = [(k, s) for k, scene in enumerate(scenes) for s in unsaid_traits(scene)]
-    scores: Scores = {}
-    for trait in UNSAID_TRAITS:
-        series = [(k, *s[trait]) for k, s in subjects if trait in s]
-        between = [
-            trait_distance(trait, x, y)
-            for (ka, kind_a, a), (kb, kind_b, b) in combinations(series, 2)
-            if ka != kb and kind_a == kind_b
-            for x in a
-            for y in b
-            if x is not None and y is not None
+    subjects = [(k, subject) for k, scene in enumerate(scenes) for subject in unsaid_traits(scene)]
+    sums = np.zeros((len(scenes), len(UNSAID_TRAITS), 2))
+    for part, trait in enumerate(UNSAID_TRAITS):
+        series = [(k, *subject[trait]) for k, subject in subjects if trait in subject]
+        alike = [
+            (a, b) for (ka, kind_a, a), (kb, kind_b, b) in combinations(series, 2) if ka != kb and kind_a == kind_b
         ]
-        if not between or float(np.mean(between)) <= 0:
+        if not alike:
             continue
-        typical = float(np.mean(between))
-        within = [
-            1.0 if x is None or y is None else trait_distance(trait, x, y) / typical
-            for _, _, values in series
-            for x, y in combinations(values, 2)
+        between = [
+            trait_distance(trait, x, y) for a, b in alike for x in a for y in b if x is not None and y is not None
         ]
-        scores[f"unsaid_{trait}"] = mean_score(within)
+        typical = float(np.mean(between)) if between else 0.0
+        for k, _, values in series:
+            for x, y in combinations(values, 2):
+                if x is None or y is None:
+                    sums[k, part] += (1.0, 1)
+                elif typical > 0:
+                    sums[k, part] += (trait_distance(trait, x, y) / typical, 1)
+    return sums
+
+
+def unsaid_identity(scenes: Sequence[SceneReading]) -> Scores:
+    """How well the traits that no text mentions are kept from shot to shot, over several scenes: see `unsaid_sums`.
+
+    `unsaid_TRAIT` is the mean distance of a trait, `identity_unsaid` the mean over traits; count = pairs of shots.
+    """
+    totals = unsaid_sums(scenes).sum(axis=0)
+    scores = {
+        f"unsaid_{trait}": Score(float(total / count), int(count))
+        for trait, (total, count) in zip(UNSAID_TRAITS, totals, strict=True)
+        if count
+    }
     if scores:
         count = sum(s.count for s in scores.values())
         scores["identity_unsaid"] = Score(float(np.mean([s.value for s in scores.values()])), count)

@@ -7,6 +7,7 @@ the frame: x to the right, y down, both 0..1; a scale is a radius as a share of 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -342,3 +343,16 @@ def render_scene(scene: ToyScene, size: int = 64) -> tuple[np.ndarray, list[list
         frames += images
         truth += [record for _, record in drawn]
     return _to_uint8(np.stack(frames)), truth
+
+
+def render_portrait(who: Character, size: int = 64) -> np.ndarray:
+    """A character alone in the middle of a white picture, filled and in its own size: uint8 RGB [size,size,3]."""
+    canvas = np.full((size, size, 3), 255.0)
+    _draw_character(canvas, who, Pose(0.5, 0.5, 1.0, 0.0, True, 0.0), who.size * size, outlined=False)
+    return _to_uint8(canvas)
+
+
+def render_place(scene: ToyScene, index: int, size: int = 64) -> np.ndarray:
+    """The place of a shot with nobody in it, seen wide and in the shot's style: uint8 RGB [size,size,3]."""
+    empty = replace(scene.shots[index], present=(), anchors=(), shot_size="wide", camera="static")
+    return _to_uint8(_draw_frame(scene, empty, 0, size)[0])

@@ -35,8 +35,8 @@ from toyworld.world import ToyScene
 
 __all__ = [
     "CharacterWords", "PlaceWords", "PromptAttributes", "ShotAttributes", "StoryAttributes",
-    "describe", "parse_sentence", "parse_shot_prompt", "parse_story", "sentence", "shot_attributes", "shot_prompt",
-    "state_sentences", "story", "story_attributes",
+    "describe", "parse_sentence", "parse_shot_prompt", "parse_story", "place_phrase", "sentence",
+    "shot_attributes", "shot_prompt", "state_sentences", "story", "story_attributes",
 ]  # fmt: skip
 
 
@@ -59,7 +59,8 @@ def describe(character: CharacterWords, rng: np.random.Generator | None = None) 
     return _article(" ".join(w for w in (colour, pattern, _pick(SHAPE_WORDS[character.shape], rng)) if w))
 
 
-def _place_phrase(place: PlaceWords, rng: np.random.Generator | None) -> str:
+def place_phrase(place: PlaceWords, rng: np.random.Generator | None = None) -> str:
+    """ "a dim meadow with a tree on the left": the noun phrase of a place."""
     article, noun = _pick(PLACE_WORDS[place.name], rng).split(" ", 1)
     phrase = f"{article} {'dim ' if place.light == 'dim' else ''}{noun}"
     if place.landmark != "none":
@@ -75,7 +76,7 @@ def story(scene: ToyScene) -> str:
     """The global prompt: cast, places with style, number of shots."""
     said = story_attributes(scene)
     cast_text = " ".join(f"Character {k + 1}: {describe(c)}." for k, c in enumerate(said.characters))
-    places = _capital(" and ".join(_place_phrase(p, None) for p in said.places))
+    places = _capital(" and ".join(place_phrase(p, None) for p in said.places))
     shots = "1 shot" if said.num_shots == 1 else f"{said.num_shots} shots"
     return f"[Character] {cast_text} [Environment] {places}, {STYLE_WORDS[said.style][0]}. [Story] In {shots}."
 
@@ -89,7 +90,7 @@ def shot_prompt(scene: ToyScene, index: int, rng: np.random.Generator | None = N
     transition = scene.shots[index].transition
     framing = [f"{shot.shot_size} shot"]
     if len(said.places) > 1:
-        framing[0] += f" in {_place_phrase(shot.place, None)}"
+        framing[0] += f" in {place_phrase(shot.place, None)}"
     if shot.camera != "static":
         framing.append(_pick(CAMERA_WORDS[shot.camera], rng))
     if shot.style != said.style:
@@ -108,7 +109,7 @@ def sentence(scene: ToyScene, index: int, rng: np.random.Generator | None = None
     names = [describe(c, rng) for c in shot.characters]
     still = names[2:] if shot.partner else names[1:]
     action = f"{names[0]} {_action_phrase(shot, names[1] if shot.partner else '', rng)}"
-    place = f"in {_place_phrase(shot.place, rng)}"
+    place = f"in {place_phrase(shot.place, rng)}"
     tail = [_pick(STYLE_WORDS[shot.style], rng)]
     if shot.shot_size == "close":
         tail.append("close shot")

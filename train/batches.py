@@ -38,8 +38,7 @@ class SceneBatch:
     keys: list[str]
 
     def to(self, device: torch.device) -> SceneBatch:
-        # which frame reads which text stays on the CPU: the backbone decides by it
-        text = TextContext(self.text.embeddings.to(device, non_blocking=True), self.text.frame_text)
+        text = self.text.to(device, non_blocking=True)
         return replace(self, latents=self.latents.to(device, non_blocking=True), text=text)
 
 

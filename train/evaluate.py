@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from models.backbones.base import Backbone
 from models.methods.base import Method
-from models.noise import FlowMatching
 from models.text import TextContext
 from train.batches import BatchSource, keyed_generator
 from train.parallel import Parallel
@@ -22,6 +22,8 @@ from train.parallel import Parallel
 
 class HeldOutLoss:
     """`HeldOutLoss(...)(step, backbone)` -> {"loss/0.95": ..., "wrong_text/0.95": ...}, an `evaluate` of the loop.
+
+    All frames are noised alike, so it is for clips without conditions.
 
     Args:
         source: held-out batches; build it with text_drop_prob=0.
@@ -38,31 +40,32 @@ class HeldOutLoss:
         batches: int = 2,
         levels: Sequence[float] = (0.2, 0.5, 0.8, 0.95),
         wrong_text_above: float = 0.9,
-        process: FlowMatching | None = None,
         parallel: Parallel | None = None,
     ):
         self.source, self.method, self.batches, self.levels = source, method, batches, levels
         self.wrong_text_above = wrong_text_above
-        self.process, self.parallel = process or FlowMatching(), parallel or Parallel()
+        self.parallel = parallel or Parallel()
 
     @torch.no_grad()
-    def __call__(self, step: int, backbone: nn.Module) -> dict[str, float]:
+    def __call__(self, step: int, backbone: Backbone) -> dict[str, float]:
+        process = backbone.process
         sums: dict[str, Tensor] = {}
         rows = self.parallel.rows(self.source.batch_size)
         for index in range(self.batches):
             batch = self.source.batch(index, rows).to(self.parallel.device)
             generator = keyed_generator("held-out", index, rows.start)
             noise = torch.randn(batch.latents.shape, generator=generator).to(self.parallel.device)
-            wrong = TextContext(batch.text.embeddings.roll(1, 0), batch.text.frame_text)
+            wrong = batch.text.samples(range(-1, len(batch.latents) - 1))  # each reads its neighbour's
             differs = (wrong.embeddings != batch.text.embeddings).flatten(1).any(dim=1)  # [B]
 
             for level in self.levels:
                 levels = torch.full((len(batch.latents), batch.latents.shape[2]), level, device=self.parallel.device)
-                noisy = self.process.add_noise(batch.latents, noise, levels)
-                target = self.process.target(batch.latents, noise, levels)
+                noisy = process.precondition(process.add_noise(batch.latents, noise, levels), levels)
+                target = process.target(batch.latents, noise, levels)
 
                 def error(text: TextContext) -> Tensor:  # [B]
-                    prediction = backbone(noisy, levels, text, **self.method.backbone_kwargs(batch.layout))  # noqa: B023
+                    told = self.method.model_levels(levels)  # noqa: B023
+                    prediction = backbone(noisy, told, text, **self.method.backbone_kwargs(batch.layout))  # noqa: B023
                     return (prediction.float() - target).square().mean(dim=(1, 2, 3, 4))  # noqa: B023
 
                 _add(sums, f"loss/{level:g}", error(batch.text))

@@ -45,7 +45,7 @@ def export_model(job: TrainJob, weights: Mapping[str, Tensor], method: Method, s
         save_lora(model.backbone, job.run_dir / "lora")
         if not job.lora.merge:
             return
-        merge_lora(model.backbone)
+        merge_lora(model.backbone, job.lora.merge_scale)
     settings = replace(
         model.settings,
         method=method.name,
@@ -67,4 +67,5 @@ def training_record(job: TrainJob, step: int) -> dict[str, Any]:
         "shots_per_scene": job.shots_per_scene,
         "single_shot_prob": job.single_shot_prob,
         "lora_rank": job.lora.rank if job.lora else 0,
+        "lora_scale": job.lora.merge_scale if job.lora else 0.0,
     }

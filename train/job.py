@@ -20,6 +20,7 @@ class Lora:
     alpha: int
     targets: tuple[str, ...]
     merge: bool = True  # export a whole model folder, too
+    merge_scale: float = 1.0  # strength of the updates in that folder
 
 
 @dataclass(frozen=True, kw_only=True)

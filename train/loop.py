@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.backbones.wan import WanBackbone
+from models.backbones.base import Backbone
 from models.methods.base import Method
-from models.noise import FlowMatching
 from train.batches import BatchSource, SceneBatch, keyed_generator, keyed_seed, prefetch
 from train.checkpoint import Checkpoints, TrainState
 from train.metrics import Tracker, Window
@@ -65,16 +64,15 @@ class LoopResult:
 
 
 def run_loop(
-    backbone: WanBackbone,
+    backbone: Backbone,
     method: Method,
     source: BatchSource,
     settings: LoopSettings,
     run_dir: Path,
     *,
-    process: FlowMatching | None = None,
     parallel: Parallel | None = None,
     checkpoints: Checkpoints | None = None,
-    evaluate: Callable[[int, nn.Module], dict[str, float]] | None = None,
+    evaluate: Callable[[int, Backbone], dict[str, float]] | None = None,
     on_log: Callable[[dict[str, Any]], None] | None = None,
     on_checkpoint: Callable[[int, Path], None] | None = None,
 ) -> LoopResult:
@@ -86,16 +84,23 @@ def run_loop(
         on_log: called on rank 0 with each line of metrics.jsonl.
         on_checkpoint: called on rank 0 as (step, folder) after each checkpoint.
     Raises:
+        ValueError: the backbone cannot do what the method asks of it.
         FloatingPointError: the loss is not finite; the last checkpoint is from before that.
     """
     # Initialise
-    process, parallel = process or FlowMatching(), parallel or Parallel()
+    method.check_backbone(backbone.capabilities)
+    parallel, process = parallel or Parallel(), backbone.process
     checkpoints = checkpoints or Checkpoints(run_dir / "checkpoints", settings.keep_checkpoints)
     parameters = trainable(backbone)
-    patch = math.prod(backbone.config.patch_size)  # latent pixels per token
     optimizer = make_optimizer(parameters, settings.learning_rate, settings.weight_decay)
     ema = EMA(parameters, settings.ema_decay)
-    identity = {"seed": settings.seed, "accumulate": settings.accumulate, "method": method.name, **source.identity()}
+    identity = {
+        "seed": settings.seed,
+        "accumulate": settings.accumulate,
+        "method": method.name,
+        "method_params": method.config(),
+        **source.identity(),
+    }
     state = TrainState(parameters, ema, optimizer, identity)
     backbone.train()
 
@@ -119,18 +124,19 @@ def run_loop(
             first = ((step - 1) * settings.accumulate + part) * source.batch_size + rows.start
             levels, noise = draw(method, batch, settings.seed, first)
             weights = frame_weights(method, batch, levels)
-            noisy = process.add_noise(batch.latents, noise, levels)
+            noisy = process.precondition(process.add_noise(batch.latents, noise, levels), levels)
             target = process.target(batch.latents, noise, levels)
             sync_gradients(backbone, on=part == settings.accumulate - 1)
             with parallel.autocast(settings.precision):
-                prediction = backbone(noisy, levels, batch.text, **method.backbone_kwargs(batch.layout))
+                told = method.model_levels(levels)
+                prediction = backbone(noisy, told, batch.text, **method.backbone_kwargs(batch.layout))
             errors = (prediction.float() - target).square().mean(dim=(1, 3, 4))  # [B,F]
-            loss = (errors * weights).sum(dim=1).mean() / settings.accumulate
+            loss = (errors * weights * process.loss_weight(levels)).sum(dim=1).mean() / settings.accumulate
             loss.backward()
 
             loss_sum += loss.detach()
             samples += source.batch_size
-            tokens += source.batch_size * batch.latents[0, 0].numel() // patch
+            tokens += source.batch_size * batch.latents[0, 0].numel() // backbone.pixels_per_token
             window.add_errors(levels, errors.detach(), weights)
 
         rate = set_learning_rate(optimizer, settings, step - 1)

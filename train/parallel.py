@@ -17,6 +17,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from models.backbones.base import Backbone
+
 Precision = Literal["fp32", "bf16"]
 
 
@@ -72,13 +74,13 @@ def block_names(backbone: nn.Module) -> list[str]:
 
 
 def prepare(
-    backbone: nn.Module,
+    backbone: Backbone,
     parallel: Parallel,
     *,
     precision: Precision = "fp32",
     activation_checkpointing: bool = False,
     compile_blocks: bool = False,
-) -> nn.Module:
+) -> Backbone:
     """Activation checkpointing, then compilation, then sharding, per block; returns the same module, on its device.
 
     In bf16 the blocks' weights are gathered in bfloat16 and their gradients reduced in float32; what is outside the
@@ -86,6 +88,8 @@ def prepare(
     """
     if not parallel.sharded:  # sharding moves each rank's part alone, so the whole need not fit on one device
         backbone.to(parallel.device)
+    if parallel.device.type == "cpu":  # here the backward pass of flash attention takes half of a small model's step
+        backbone.set_attention_backend("_native_math")
     names = block_names(backbone)
     if activation_checkpointing:
         for name in names:

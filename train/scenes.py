@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,13 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.scene import STORY_TEXT, Scene, shot_tensor_key
+from models.layout import ClipLayout
+from models.scene import STORY_TEXT, Scene, reference_tensor_key, shot_tensor_key
 from models.text import TextContext, pack_text
-from train.batches import LayoutFor, SceneBatch, keyed_generator, rows_of, stream
+from train.batches import SceneBatch, keyed_generator, rows_of, stream
 from train.shards import Record, read_shard
 
 Latents = Literal["sample", "mean"]
-Bucket = tuple[str, tuple[int, ...], tuple[int, ...]]  # kind, latent frames of each shot, (C, H, W)
+# kind, latent frames of each reference and of each shot, (C, H, W)
+Bucket = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+# roles of a scene's references and their latent frames -> how many frames of each stand before the shot
+ConditionFrames = Callable[[Sequence[str], Sequence[int | None]], list[int]]
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,16 @@ class TextDrop:
 
 @dataclass(frozen=True)
 class Window:
-    """Shots first..first+len(texts)-1 of one record; `texts` names the tensors that make each shot's context."""
+    """Shots first..first+len(texts)-1 of one record; `texts` names the tensors that make each shot's context.
+
+    `conditions` says how many latent frames of each of the scene's references come before the shots.
+    """
 
     record: Record
     scene_id: str
     first: int
     texts: tuple[tuple[str, ...], ...]
+    conditions: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -69,20 +77,23 @@ class ShardDataset:
 
     A window is `shots_per_scene` neighbouring shots with equal latent size (all of a shorter run); each of its shots
     reads [story; its prompt]. A share `single_shot_prob` of the batches holds single shots, which read their own
-    self-contained sentence. Every batch has one layout. Buckets take turns in proportion to their size, each going
-    through its windows epoch after epoch in a seeded order.
+    self-contained sentence. With `condition_frames` a window is one shot after what its scene refers to, such as a
+    condition image or the source clip of a style pair. Every batch has one layout. Buckets take turns in proportion
+    to their size, each going through its windows epoch after epoch in a seeded order.
 
     Args:
         folder: a prepared dataset (`shards/*.tar`).
         batch_size: samples per micro-batch, over all workers.
         text_length: tokens of one shot's context.
         null_text: [text_length,D] context of dropped text.
-        layout_for: the method's layout for a list of shot lengths in latent frames.
+        layout_for: the method's layout for a list of shot lengths in latent frames, and for the frames of conditions.
+        condition_frames: of a method that reads references (`Method.condition_frames`); None leaves them out.
         normalize: raw latents [B,C,F,H,W] -> the model's (`VideoCodec.normalize`).
         made_with: hashes of the VAE and the text encoder of the model to train; the dataset's must be the same.
         latents: draw from the VAE's posterior, or take its mean.
     Raises:
-        ValueError: no shard, no encoded shot, damaged shard, text that does not fit, another VAE or text encoder.
+        ValueError: no shard, no encoded shot, damaged shard, text that does not fit, another VAE or text encoder,
+            references that fit no task of the method.
     """
 
     def __init__(
@@ -92,7 +103,8 @@ class ShardDataset:
         batch_size: int,
         text_length: int,
         null_text: Tensor,
-        layout_for: LayoutFor,
+        layout_for: Callable[..., ClipLayout],
+        condition_frames: ConditionFrames | None = None,
         normalize: Callable[[Tensor], Tensor],
         made_with: tuple[str, str],
         shots_per_scene: int = 3,
@@ -103,6 +115,7 @@ class ShardDataset:
     ):
         self.folder, self.batch_size, self.text_length, self.seed = folder, batch_size, text_length, seed
         self.layout_for, self.normalize, self.latents = layout_for, normalize, latents
+        self.condition_frames = condition_frames
         self.null_text, self.text_drop = null_text, text_drop or TextDrop()
         self.shots_per_scene, self.single_shot_prob = shots_per_scene, single_shot_prob
 
@@ -120,14 +133,32 @@ class ShardDataset:
         self._turns = Turns(np.array(list(self._weights.values())))
 
     def _add(self, record: Record, scene: Scene, run: range) -> None:
+        conditions = self._conditions(record, scene, run) if self.condition_frames else ()
         count = min(self.shots_per_scene, len(run))
         together = {i: scene_texts(scene, i) for i in run}
         for first in range(run.start, run.stop - count + 1):
             texts = tuple(together[i] for i in range(first, first + count))
-            self._put("scene", Window(record, scene.scene_id, first, texts))
+            self._put("scene", Window(record, scene.scene_id, first, texts, conditions))
         for i in run:
             alone = (shot_tensor_key(i, "sentence_text"),) if scene.shots[i].sentence else together[i]
-            self._put("single", Window(record, scene.scene_id, i, (alone,)))
+            self._put("single", Window(record, scene.scene_id, i, (alone,), conditions))
+
+    def _conditions(self, record: Record, scene: Scene, run: range) -> tuple[int, ...]:
+        """Frames of each reference that stand before the scene's one shot."""
+        assert self.condition_frames is not None
+        where = f"{record.shard}: {scene.scene_id}"
+        shapes = [record.require(reference_tensor_key(i)).shape for i in range(len(scene.references))]
+        try:
+            frames = self.condition_frames([r.role for r in scene.references], [shape[1] for shape in shapes])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        shots = [i for i in range(len(scene.shots)) if latent_shape(record, i)]
+        if len(shots) != 1:
+            raise ValueError(f"{where}: its references belong to one shot, but shots {shots} are encoded; split it")
+        channels, _, *size = latent_shape(record, run.start)
+        if any((shape[0], *shape[2:]) != (channels, *size) for shape in shapes):
+            raise ValueError(f"{where}: references of latent shapes {shapes} before a shot of {(channels, *size)}")
+        return tuple(frames)
 
     def _put(self, kind: str, window: Window) -> None:
         for shot, names in zip(window.shots, window.texts, strict=True):
@@ -139,7 +170,8 @@ class ShardDataset:
                 )
         shapes = [latent_shape(window.record, shot) for shot in window.shots]
         channels, _, height, width = shapes[0]
-        self.buckets[kind, tuple(shape[1] for shape in shapes), (channels, height, width)].append(window)
+        frames = tuple(shape[1] for shape in shapes)
+        self.buckets[kind, window.conditions, frames, (channels, height, width)].append(window)
 
     def _bucket_weights(self) -> dict[Bucket, float]:
         shares = {"scene": 1.0 - self.single_shot_prob, "single": self.single_shot_prob}
@@ -170,11 +202,12 @@ class ShardDataset:
 
     def batch(self, index: int, rows: slice = slice(None)) -> SceneBatch:
         number, _ = self._turns.at(index)
-        _, frames, _ = list(self._weights)[number]
-        layout = self.layout_for(list(frames))
-        if layout.num_frames != sum(frames):
+        _, conditions, frames, _ = list(self._weights)[number]
+        layout = self.layout_for(list(frames), *([list(conditions)] if conditions else []))
+        if layout.num_frames != sum(conditions) + sum(frames):
             raise ValueError(
-                f"the method's layout has {layout.num_frames} frames for shots of {list(frames)} latent frames"
+                f"the method's layout has {layout.num_frames} frames for conditions of {list(conditions)} and shots of "
+                f"{list(frames)} latent frames"
             )
         windows = self.windows(index)[rows]
         numbers = [index * self.batch_size + row for row in rows_of(self, rows)]
@@ -184,8 +217,13 @@ class ShardDataset:
         return SceneBatch(self.normalize(latents), layout, context, [window.name for window in windows])
 
     def _latents(self, window: Window, number: int) -> Tensor:
-        """Raw latents of the window's shots, one after another: [C,F,H,W]. `number` keys the draws of this sample."""
-        shots = []
+        """Raw latents of the window's conditions and shots: [C,F,H,W]. `number` keys the draws of this sample.
+
+        Conditions are posterior means, as they are in sampling.
+        """
+        shots = [
+            window.record.read(reference_tensor_key(i))[:, :count].float() for i, count in enumerate(window.conditions)
+        ]
         for shot in window.shots:
             latent = window.record.read(shot_tensor_key(shot, "latent_mean")).float()
             if self.latents == "sample":

@@ -72,6 +72,7 @@ def train_worker(job: TrainJob, checkpoints: Checkpoints) -> LoopResult:
         text_length=model.settings.text_length,
         null_text=job.null_text,
         layout_for=method.layout_for_training,
+        condition_frames=method.condition_frames if method.reads_references else None,
         normalize=codec.normalize,
         made_with=(codec.hash, job.text_hash),
         shots_per_scene=job.shots_per_scene,

@@ -112,13 +112,19 @@ def vae_loss(vae: AutoencoderKLWan, video: Tensor, weight: Tensor, settings: Vae
     posterior = vae.encode(video).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=generator)
     latents = posterior.mean + posterior.std * noise
-    reconstruction = decode_unclamped(vae, latents)
+    loss, figures = reconstruction_loss(decode_unclamped(vae, latents), video, weight, settings.mse_weight)
+    kl = 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).mean()
+    return loss + settings.kl_weight * kl, {**figures, "kl": kl.item()}
+
+
+def reconstruction_loss(
+    reconstruction: Tensor, video: Tensor, weight: Tensor, mse_weight: float
+) -> tuple[Tensor, dict[str, float]]:
+    """Weighted L1 + mse_weight * weighted MSE of videos [B,3,T,H,W] under pixel weights [B,1,T,H,W], and its parts."""
     weight = weight / weight.mean()
     difference = reconstruction - video
     l1, mse = (weight * difference.abs()).mean(), (weight * difference.square()).mean()
-    kl = 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).mean()
-    loss = l1 + settings.mse_weight * mse + settings.kl_weight * kl
-    return loss, {"l1": l1.item(), "mse": mse.item(), "kl": kl.item()}
+    return l1 + mse_weight * mse, {"l1": l1.item(), "mse": mse.item()}
 
 
 def train_vae(

@@ -12,9 +12,8 @@ L text tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -22,23 +21,39 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from models.attention import Attend, AttentionRule, group_sizes, grouped_attention
+from models.backbones.base import Backbone, Capabilities
+from models.backbones.inputs import as_context, check_inputs, frame_groups, shared_levels
 from models.layout import ClipLayout, Segment
-from models.noise import FlowMatching
 from models.positions import PositionMode, position_ids, rope_tables
+from models.process import FlowMatching
 from models.text import TextContext
 
 __all__ = ["TextContext", "WanBackbone"]
 
 
-class WanBackbone(nn.Module):
+class WanBackbone(Backbone):
     """`transformer` is a diffusers WanTransformer3DModel for text to video; its attention processors are replaced."""
+
+    capabilities = Capabilities(
+        per_frame_levels=True,
+        position_modes=frozenset(get_args(PositionMode)),
+        attention_rules=frozenset(get_args(AttentionRule)),
+        text_per_shot=True,
+        reasons={},
+    )
+    # all linear layers of a block's two attentions and its feed-forward, as in Pusa
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
     def __init__(self, transformer: WanTransformer3DModel) -> None:
         super().__init__()
         model: Any = transformer
         config = model.config
-        if config.patch_size[0] != 1:
-            raise ValueError(f"patch_size is {config.patch_size}: a level per latent frame needs a temporal patch of 1")
+        time, self.patch, columns = config.patch_size
+        if time != 1 or self.patch != columns:
+            raise ValueError(
+                f"patch_size is {config.patch_size}: a level per latent frame needs a temporal patch of 1, and patches "
+                "must be square"
+            )
         if config.image_dim is not None or config.added_kv_proj_dim is not None:
             raise ValueError(
                 "this is an image-to-video Wan with image cross-attention; use a text-to-video one, which learns "
@@ -47,6 +62,7 @@ class WanBackbone(nn.Module):
         self.transformer = model
         self.rope_dims = (model.rope.t_dim, model.rope.h_dim, model.rope.w_dim)
         self.process = FlowMatching()
+        self.pixels_per_token = self.patch**2
         model.rope = _ClipInfo()
         model.blocks[0].register_forward_pre_hook(_frames_as_rows)
         for block in model.blocks:
@@ -75,37 +91,37 @@ class WanBackbone(nn.Module):
         Raises ValueError where x, levels, text and layout do not fit together.
         """
         batch, _, frames, height, width = x.shape
-        _, patch_h, patch_w = self.config.patch_size
         layout = layout or ClipLayout((Segment("target", frames),))
-        if isinstance(text, Tensor):
-            text = TextContext(text[:, None], torch.zeros(frames, dtype=torch.long))
-        _check(x, levels, text, layout, (patch_h, patch_w))
+        text = as_context(text, frames)
+        check_inputs(x, levels, text, layout, self.patch)
 
-        grid = (height // patch_h, width // patch_w)
+        grid = (height // self.patch, width // self.patch)
         cos, sin = _tables(layout, grid, position_mode, position_gap, self.rope_dims, x.device)
-        clip = _Clip(batch, frames, (cos, sin), group_sizes(layout), attention_rule, _frame_groups(text))
-        if levels.ndim == 2 and bool((levels == levels[:, :1]).all()):
-            levels = levels[:, 0]  # one time per sample is the plain model's own arithmetic
-        times = self.process.to_model_time(levels).flatten()  # [B] or [B*F]
+        clip = _Clip(batch, frames, (cos, sin), group_sizes(layout), attention_rule, frame_groups(text))
+        times = self.process.to_model_time(shared_levels(levels)).flatten()  # [B] or [B*F]
 
         self.transformer.rope.clip = clip
         return self.transformer(x, times, text.embeddings.flatten(0, 1), return_dict=False)[0]
 
 
-@dataclass(frozen=True, eq=False)
 class _Clip:
     """What the attention processors must know of the clip; reaches them through the blocks' `rotary_emb` argument.
 
-    As an argument it is replayed when gradient checkpointing runs a block again. A plain class rather than a tuple, so
-    that FSDP's mixed precision leaves the rotary tables in float32.
+    As an argument it is replayed when gradient checkpointing runs a block again. Neither a tuple nor a dataclass:
+    FSDP's mixed precision looks into those and would make the rotary tables bfloat16.
     """
 
-    batch: int
-    frames: int
-    rotary: tuple[Tensor, Tensor]  # [1,N,1,d] each
-    groups: tuple[int, ...]  # frames of each
-    rule: AttentionRule
-    text_frames: tuple[tuple[int, ...], ...]  # the frames that read each text group
+    def __init__(
+        self,
+        batch: int,
+        frames: int,
+        rotary: tuple[Tensor, Tensor],  # [1,N,1,d] each
+        groups: tuple[int, ...],  # frames of each
+        rule: AttentionRule,
+        text_frames: tuple[tuple[int, ...], ...],  # the frames that read each text group
+    ) -> None:
+        self.batch, self.frames, self.rotary = batch, frames, rotary
+        self.groups, self.rule, self.text_frames = groups, rule, text_frames
 
 
 class _ClipInfo(nn.Module):
@@ -230,25 +246,3 @@ def _tables(
 ) -> tuple[Tensor, Tensor]:
     cos, sin = rope_tables(position_ids(layout, grid, mode, gap), dims)
     return cos[None, :, None].to(device), sin[None, :, None].to(device)
-
-
-def _frame_groups(text: TextContext) -> tuple[tuple[int, ...], ...]:
-    reads = text.frame_text.tolist()
-    return tuple(tuple(f for f, g in enumerate(reads) if g == group) for group in range(text.embeddings.shape[1]))
-
-
-def _check(x: Tensor, levels: Tensor, text: TextContext, layout: ClipLayout, patch: tuple[int, int]) -> None:
-    batch, _, frames, height, width = x.shape
-    if tuple(levels.shape) not in ((batch,), (batch, frames)):
-        raise ValueError(f"levels have shape {tuple(levels.shape)}, expected [{batch}] or [{batch},{frames}]")
-    if layout.num_frames != frames:
-        raise ValueError(f"the layout has {layout.num_frames} latent frames, x has {frames}")
-    if height % patch[0] or width % patch[1]:
-        raise ValueError(f"latent size {height}x{width} is not a multiple of the patch size {patch[0]}x{patch[1]}")
-    groups = text.embeddings.shape[1]
-    if text.embeddings.shape[0] != batch or len(text.frame_text) != frames:
-        raise ValueError(
-            f"text is for {text.embeddings.shape[0]} samples of {len(text.frame_text)} frames, x is {batch} of {frames}"
-        )
-    if int(text.frame_text.min()) < 0 or int(text.frame_text.max()) >= groups:
-        raise ValueError(f"frame_text is {text.frame_text.tolist()}, but the text has groups 0..{groups - 1}")

@@ -9,8 +9,9 @@ from typing import Any
 from models.methods.base import Method
 from models.methods.fvdm import FVDM
 from models.methods.lct import LCT
+from models.methods.tic_ft import TICFT
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (FVDM, LCT)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (FVDM, LCT, TICFT)}
 
 
 def get_method(name: str, **params: Any) -> Method:

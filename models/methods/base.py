@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from models.backbones.base import Capabilities, require
 from models.layout import ClipLayout
 from models.noise import Density
 
@@ -23,17 +24,35 @@ class Method(ABC):
 
     name: ClassVar[str]
     tasks: ClassVar[tuple[str, ...]]  # what a trained model can be asked to do
+    reads_references: ClassVar[bool] = False  # what a scene refers to stands before its shot
+    per_frame_levels: ClassVar[bool] = True  # the frames of a shot differ in level
+    text_per_shot: ClassVar[bool] = False  # the shots of a clip read texts of their own
 
     shift: float = 3.0  # timestep shift of the training levels; Wan 2.1 uses 3 at 480p, 5 at 720p
     density: Density = "uniform"  # of the training levels, before the shift
 
     @abstractmethod
     def layout_for_training(self, shot_frames: list[int]) -> ClipLayout:
-        """The layout of a training clip whose shots have `shot_frames` latent frames."""
+        """The layout of a training clip whose shots have `shot_frames` latent frames.
+
+        A method that reads references takes `condition_frames` as well, and puts that many frames in front.
+        """
 
     @abstractmethod
     def layout_for_task(self, task: str, shot_frames: list[int], **givens: Any) -> ClipLayout:
         """The layout of a clip to sample; `givens` say what of it is known, per task. ValueError if they do not fit."""
+
+    def task_of(self, roles: Sequence[str]) -> str:
+        """The task that references of these roles (`models.scene.ReferenceRole`) ask for; ValueError if none."""
+        raise ValueError(f"method {self.name!r} reads no references, got {list(roles)}")
+
+    def condition_frames(self, roles: Sequence[str], lengths: Sequence[int | None]) -> list[int]:
+        """How many latent frames of each reference, from its first, stand before the shot.
+
+        `lengths` are the latent frames to be had, None for an image that can be shown at any length. ValueError where
+        roles or lengths do not fit a task.
+        """
+        raise ValueError(f"method {self.name!r} reads no references, got {list(roles)}")
 
     @abstractmethod
     def sample_levels(self, layout: ClipLayout, batch: int, generator: torch.Generator) -> Tensor:
@@ -43,6 +62,10 @@ class Method(ABC):
     def plan(self, layout: ClipLayout, levels: Tensor, task: str) -> Tensor:
         """The sampling plan [K+1,F] from base levels [K+1]."""
 
+    def model_levels(self, levels: Tensor) -> Tensor:
+        """The levels [B] or [B,F] that the backbone is told, which become its model time, for frames at [B,F]."""
+        return levels
+
     @abstractmethod
     def loss_weights(self, layout: ClipLayout) -> Tensor:
         """Weight of each frame in the loss, [F], summing to 1."""
@@ -50,6 +73,17 @@ class Method(ABC):
     @abstractmethod
     def backbone_kwargs(self, layout: ClipLayout) -> dict[str, Any]:
         """How the backbone sees the clip: layout, positions, attention rule."""
+
+    def check_backbone(self, capabilities: Capabilities) -> None:
+        """Raises ValueError, with the reason, when a backbone cannot do what the method asks of it."""
+        seen = self.backbone_kwargs(self.layout_for_training([2]))  # of any clip: mode and rule are the method's
+        require(
+            capabilities,
+            per_frame_levels=self.per_frame_levels,
+            position_mode=seen["position_mode"],
+            attention_rule=seen["attention_rule"],
+            text_per_shot=self.text_per_shot,
+        )
 
     def config(self) -> dict[str, Any]:
         """The parameters, such that `get_method(name, **config)` is this method again."""

@@ -29,6 +29,8 @@ from models.positions import PositionMode
 class LCT(Method):
     name: ClassVar[str] = "lct"
     tasks: ClassVar[tuple[str, ...]] = ("joint", "shot_conditioned")
+    per_frame_levels: ClassVar[bool] = False
+    text_per_shot: ClassVar[bool] = True
 
     density: Density = "logit_normal"
     shared_prob: float = 0.25  # share of samples with one level for all shots

@@ -1,4 +1,4 @@
-"""The model card of a pretrained ToyWorld model, written from what the run logged."""
+"""The model card of a pretrained ToyWorld model, written from what its runs logged."""
 
 from __future__ import annotations
 
@@ -9,30 +9,48 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipelines.toy_models.build import ToyModelsConfig
 
+STAGES = ("vae", "text_encoder", "transformer", "decoder")
+FIRST = ("loss", "hours")  # of a stage's figures, after its step
+SHAPE = "64x64 pixels, 17 frames at 8 fps"
 
-def last_figures(run_dir: Path) -> dict[str, Any]:
-    """The last line of a run's metrics.jsonl, or {} if there is none."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return json.loads(lines[-1]) if lines else {}
+
+def run_record(config: ToyModelsConfig) -> dict[str, Any]:
+    """What one run of the command leaves behind of itself: how it was started, and its stages' last figures."""
+    stages = {stage: _figures(config.run_dir / stage / "metrics.jsonl") for stage in STAGES}
+    return {"command": command(config), "stages": {stage: found for stage, found in stages.items() if found}}
 
 
 def command(config: ToyModelsConfig) -> str:
     """The command line that this config stands for: what differs from the defaults, and the number of steps."""
     plain = type(config)(steps=config.steps)
-    given = [f"{key}={value}" for key, value in vars(config).items() if value != getattr(plain, key) and key != "out"]
+    given = [
+        f"{key}={str(value).lower() if isinstance(value, bool) else value}"
+        for key, value in vars(config).items()
+        if value != getattr(plain, key) and key != "out"
+    ]
     return " ".join(["python -m pipelines.toy_models", f"steps={config.steps}", *given])
 
 
-def model_card(config: ToyModelsConfig, scores: dict[str, dict[str, float]], run_dir: Path, texts_per_clip: int) -> str:
-    """Markdown: what the model is, the command that made it, steps, time, loss and judge scores."""
-    stages = {name: last_figures(run_dir / name) for name in ("vae", "text_encoder", "transformer")}
+def _figures(path: Path) -> dict[str, float]:
+    """Last line of a metrics.jsonl without what only its reader at the time wanted, and the hours of all lines."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not lines:
+        return {}
+    rate = "step_s" if "step_s" in lines[-1] else "seconds_per_step"
+    before = [0, *(line["step"] for line in lines)]
+    hours = sum(line[rate] * (line["step"] - then) for line, then in zip(lines, before, strict=False)) / 3600
+    kept = {
+        key: value
+        for key, value in lines[-1].items()
+        if key in ("step", "loss", "accuracy", "l1", "kl") or key.startswith(("eval/loss", "eval/wrong_text"))
+    }
+    return {**kept, "hours": round(hours, 2)}
+
+
+def model_card(config: ToyModelsConfig, scores: dict[str, dict[str, float]], runs: list[dict[str, Any]]) -> str:
+    """Markdown: what the model is, the runs that made it with their steps, hours and losses, and its judge scores."""
     rows = "\n".join(
         f"| {name} | {score['value']:.3f} | {score['count']:g} |" for name, score in sorted(scores.items())
-    )
-    figures = "\n".join(
-        f"| {name} | " + ", ".join(f"{k} {v:.4g}" for k, v in line.items() if isinstance(v, int | float)) + " |"
-        for name, line in stages.items()
     )
     return f"""---
 license: apache-2.0
@@ -45,26 +63,40 @@ A small single-shot text-to-video model in the real diffusers classes (`WanTrans
 `T5EncoderModel` with the byte-level `ByT5Tokenizer`): {SHAPE}. It plays the part of a big pretrained model in
 Shotloom's demo, tests and claims. It knows ToyWorld and nothing else.
 
-Made by
+Use it with Shotloom (`shotloom sample model=FOLDER ...`) or with plain diffusers
+(`WanPipeline.from_pretrained(FOLDER)`, `max_sequence_length=256`, 64x64, 17 frames).
 
-    {command(config)}
+## How well it obeys
 
-on {config.clips} clips with {texts_per_clip} texts each; no held-out identity or (identity, action) pair among them.
-Every stage is seeded and resumes where it stopped.
-
-| stage | last logged figures |
-|---|---|
-{figures}
-
-Judge scores on {config.prompts} held-out single-shot prompts (20 steps, guidance 3):
+The judge's reading of {config.prompts} held-out single-shot prompts (20 steps, guidance 3), measured by the last
+command below when it ended. No training clip shows a held-out identity, or a held-out identity doing what it does.
 
 | metric | value | readings |
 |---|---|---|
 {rows}
 
-Use it with Shotloom (`shotloom sample model=FOLDER ...`) or with plain diffusers
-(`WanPipeline.from_pretrained(FOLDER)`, `max_sequence_length=256`, 64x64, 17 frames).
+## How it was made
+
+On {config.clips} clips with three texts each. Every stage is seeded and goes on where it stopped.
+{"".join(_run_words(run) for run in runs)}"""
+
+
+def _short(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
+
+
+def _run_words(run: dict[str, Any]) -> str:
+    rows = []
+    for stage in (stage for stage in STAGES if stage in run["stages"]):
+        line = run["stages"][stage]
+        keys = sorted(line, key=lambda key: (key != "step", key not in FIRST, key))  # shotloom.json keeps no order
+        rows.append(f"| {stage} | " + ", ".join(f"{key} {_short(line[key])}" for key in keys) + " |")
+    figures = "\n".join(rows)
+    note = f"\n{run['note']}\n" if "note" in run else ""
+    return f"""
+    {run["command"]}
+{note}
+| stage | last figures |
+|---|---|
+{figures}
 """
-
-
-SHAPE = "64x64 pixels, 17 frames at 8 fps"

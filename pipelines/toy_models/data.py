@@ -27,7 +27,7 @@ IMAGE_STEPS = 500  # the VAE first learns single frames, which show more of the 
 
 
 def vae_batch(seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """Clips [B,3,T,H,W] for VAE step `step` and pixel weights [B,1,T,H,W]: characters are small but matter most.
+    """Clips [B,3,T,H,W] for VAE step `step` and their `pixel_weights`.
 
     Two thirds of the clips are of level small, the others of level full, so that the VAE also serves later levels.
     """
@@ -43,5 +43,10 @@ def vae_batch(seed: int, step: int) -> tuple[Tensor, Tensor]:
             clip = clip[::-1].copy()
         videos.append(to_video(clip))
     video = torch.stack(videos)
+    return video, pixel_weights(video)
+
+
+def pixel_weights(video: Tensor) -> Tensor:
+    """Weights [B,1,T,H,W] of the pixels of videos [B,3,T,H,W]: characters are small but matter most."""
     away = (video - video.median(dim=-1, keepdim=True).values).abs().mean(dim=1, keepdim=True)
-    return video, 1.0 + 5.0 * (away > 0.08).float()
+    return 1.0 + 5.0 * (away > 0.08).float()

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from _bootstrap import pooled
 from _common import Goal, finish, table
-from claims import main, unsaid_sums
+from claims import main
 
 from models.tiny import build_tiny_folder
 from pipelines.demo_stages import held_out_storyboards
 from pipelines.evaluate import read_storyboard
-from toyworld.judge import unsaid_identity
+from toyworld.judge import unsaid_identity, unsaid_sums
 from toyworld.render import render_scene
 from toyworld.world import sample_scene
 
@@ -29,7 +29,7 @@ def readings() -> list:
     return found
 
 
-def test_unsaid_identity_per_scene_pools_to_the_judges_own(readings: list) -> None:
+def test_bootstrap_pools_unsaid_sums_as_the_judge_does(readings: list) -> None:
     sums = unsaid_sums(readings)
     theirs = unsaid_identity(readings)["identity_unsaid"]
     assert pooled(sums) == pytest.approx(theirs.value)

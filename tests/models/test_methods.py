@@ -7,7 +7,8 @@ import torch
 
 from models.layout import ClipLayout, Segment, shots_layout
 from models.methods import METHODS, get_method
-from models.noise import FlowMatching, base_levels, noise_plan
+from models.noise import base_levels, noise_plan
+from models.process import FlowMatching
 
 FVDM_TASKS = {
     "t2v": ({}, "TTTTT"),
@@ -19,7 +20,14 @@ FVDM_TASKS = {
     "any_frame": ({"frames": [3, 1]}, "TCTCT"),
 }
 LCT_TASKS = {"joint": ({}, "TTTTT"), "shot_conditioned": ({"given_shots": [1]}, "TTHTT")}
-LETTERS = {"condition": "C", "target": "T", "history": "H"}
+TIC_FT_TASKS = {
+    "i2v_in_context": ({"condition_frames": [4]}, "CBBBTTTTT"),
+    "multi_image": ({"condition_frames": [1, 1, 4]}, "CCCBBBTTTTT"),
+    "keyframes": ({"condition_frames": [1, 4]}, "CCBBBTTTTT"),
+    "v2v_style": ({"condition_frames": [5]}, "CCBBBTTTTT"),
+    "action_transfer": ({"condition_frames": [5, 4]}, "CCCCCCBBBTTTTT"),
+}
+LETTERS = {"condition": "C", "buffer": "B", "target": "T", "history": "H"}
 
 
 def rows():
@@ -28,10 +36,13 @@ def rows():
         yield "fvdm", task, get_method("fvdm").layout_for_task(task, [5], **givens)
     for task, (givens, _) in LCT_TASKS.items():
         yield "lct", task, get_method("lct").layout_for_task(task, [2, 1, 2], **givens)
+    for task, (givens, _) in TIC_FT_TASKS.items():
+        yield "tic_ft", task, get_method("tic_ft").layout_for_task(task, [5], **givens)
 
 
 def test_every_task_of_every_method_is_in_the_table():
-    assert set(FVDM_TASKS) == set(METHODS["fvdm"].tasks) and set(LCT_TASKS) == set(METHODS["lct"].tasks)
+    tables = {"fvdm": FVDM_TASKS, "lct": LCT_TASKS, "tic_ft": TIC_FT_TASKS}
+    assert {name: set(table) for name, table in tables.items()} == {n: set(m.tasks) for n, m in METHODS.items()}
 
 
 @pytest.mark.parametrize("task", FVDM_TASKS)
@@ -51,6 +62,14 @@ def test_lct_gives_whole_shots(task):
     assert layout.text_ids.tolist() == [0, 0, 1, 2, 2]
 
 
+@pytest.mark.parametrize("task", TIC_FT_TASKS)
+def test_tic_ft_puts_conditions_and_buffer_before_the_target(task):
+    givens, roles = TIC_FT_TASKS[task]
+    layout = get_method("tic_ft").layout_for_task(task, [5], **givens)
+    assert "".join(LETTERS[role] for role in layout.roles) == roles
+    assert layout.num_shots == 1 and set(layout.text_ids.tolist()) == {0}
+
+
 @pytest.mark.parametrize(
     ("method", "task", "shots", "givens", "message"),
     [
@@ -66,6 +85,10 @@ def test_lct_gives_whole_shots(task):
         ("lct", "joint", [3, 3], {"given_shots": [0]}, "joint takes none"),
         ("lct", "shot_conditioned", [3, 3], {}, "needs some"),
         ("lct", "shot_conditioned", [3, 3], {"given_shots": [0, 1]}, "nothing is left to generate"),
+        ("tic_ft", "i2v", [3], {"condition_frames": [4]}, "no task 'i2v'; it has i2v_in_context"),
+        ("tic_ft", "keyframes", [3], {}, "needs condition_frames"),
+        ("tic_ft", "v2v_style", [3], {"condition_frames": [3]}, "leave none clean beside a buffer of 3"),
+        ("tic_ft", "v2v_style", [3, 3], {"condition_frames": [5]}, "one shot at a time"),
     ],
 )
 def test_what_does_not_fit_a_task_is_named(method, task, shots, givens, message):
@@ -78,7 +101,7 @@ def test_methods_by_name():
         method = get_method(name)
         assert method.name == name and get_method(name, **method.config()) == method
     assert get_method("fvdm", p=0.5).config()["p"] == 0.5
-    with pytest.raises(ValueError, match="unknown method 'fdvm'; choose one of fvdm, lct"):
+    with pytest.raises(ValueError, match="unknown method 'fdvm'; choose one of fvdm, lct, tic_ft"):
         get_method("fdvm")
     with pytest.raises(ValueError, match="no parameter 'shared_probs'; did you mean 'shared_prob'"):
         get_method("lct", shared_probs=0.1)
@@ -87,9 +110,22 @@ def test_methods_by_name():
 
 
 def test_training_layouts_keep_shots_and_texts():
-    for name in METHODS:
+    for name in ("fvdm", "lct"):
         layout = get_method(name).layout_for_training([2, 1, 3])
         assert layout == shots_layout([2, 1, 3]) and layout.is_target.all()
+    assert get_method("tic_ft").layout_for_training([3]) == shots_layout([3])
+
+
+def test_only_tic_ft_reads_references_and_tells_the_backbone_one_level():
+    levels = torch.rand(2, 3)
+    for name, method in ((name, get_method(name)) for name in METHODS):
+        assert method.reads_references == (name == "tic_ft")
+        if not method.reads_references:
+            assert torch.equal(method.model_levels(levels), levels)
+            with pytest.raises(ValueError, match=f"method '{name}' reads no references"):
+                method.task_of(["image"])
+            with pytest.raises(ValueError, match=f"method '{name}' reads no references"):
+                method.condition_frames(["image"], [None])
 
 
 def test_weights_of_the_methods():
@@ -174,7 +210,7 @@ def uncovered(method, layout: ClipLayout, task: str, draws: int = 60000, toleran
     """Rows of the plan that training comes nowhere near: exact zeros must be met exactly, other levels closely."""
     plan = method.plan(layout, base_levels(6, shift=method.shift), task)[:-1]  # the model never sees the last row
     lengths = [s.stop - s.start for s in layout.shot_slices]
-    training = method.layout_for_training(lengths)
+    training = layout if method.reads_references else method.layout_for_training(lengths)
     seen = method.sample_levels(training, draws, torch.Generator().manual_seed(0))
     missing = []
     for k, row in enumerate(plan):

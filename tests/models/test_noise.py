@@ -1,6 +1,6 @@
 """Layouts, plans, training levels and loss weights: the invariants that every method rests on.
 
-Numbers in brackets are those of the shared invariants: [2] held frames, [3] plans, [4] support, [5] weights, [7] seeds,
+Numbers in brackets are those of the shared invariants: [3] plans, [4] support, [5] weights, [7] seeds,
 [10] shift.
 """
 
@@ -13,7 +13,6 @@ import torch
 
 from models.layout import ClipLayout, Segment, shots_layout
 from models.noise import (
-    FlowMatching,
     base_levels,
     diffusion_loss,
     loss_weights,
@@ -35,6 +34,10 @@ LAYOUT = ClipLayout(
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def clip(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
 
 
 def test_layout_says_what_each_frame_is():
@@ -154,63 +157,6 @@ def test_plans_refuse_what_does_not_fit(options, message):
 def test_base_levels_must_fall_to_zero(levels):
     with pytest.raises(ValueError, match="must fall"):
         noise_plan(LAYOUT, torch.tensor(levels), "uniform")
-
-
-# --- the flow process ----------------------------------------------------------------------------------------------
-
-
-def clip(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
-
-
-def test_flow_against_a_loop():
-    x0, eps, pred = (clip(2, 3, 4, 2, 2, seed=s) for s in range(3))
-    level = torch.rand(2, 4, generator=seeded(9))
-    after = level * torch.rand(2, 4, generator=seeded(10))
-    flow = FlowMatching()
-    noisy, stepped, clean = flow.add_noise(x0, eps, level), flow.step(x0, pred, level, after), None
-    clean = flow.predict_clean(noisy, flow.target(x0, eps, level), level)
-    for b in range(2):
-        for f in range(4):
-            u, v = level[b, f].double(), after[b, f].double()
-            assert torch.allclose(noisy[b, :, f], (1 - u) * x0[b, :, f] + u * eps[b, :, f], rtol=0, atol=1e-7)
-            assert torch.allclose(stepped[b, :, f], x0[b, :, f] + (v - u) * pred[b, :, f], rtol=0, atol=1e-7)
-    assert torch.allclose(clean, x0, atol=1e-7)
-    assert torch.equal(flow.target(x0, eps, level), eps - x0)
-
-
-def test_noise_has_the_stated_variance():
-    x0, eps = 2.0 * clip(1, 4, 5, 64, 64, seed=1), clip(1, 4, 5, 64, 64, seed=2)
-    level = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
-    noisy = FlowMatching().add_noise(x0, eps, level)
-    for f, u in enumerate(level.tolist()):
-        assert noisy[:, :, f].var().item() == pytest.approx((1 - u) ** 2 * 4 + u**2, rel=0.05)
-    assert torch.equal(noisy[:, :, 0], x0[:, :, 0]) and torch.equal(noisy[:, :, 4], eps[:, :, 4])
-
-
-def test_equal_levels_hold_a_frame_bit_for_bit():  # [2]
-    x = torch.randn(2, 3, 4, 2, 2, generator=seeded())
-    pred = torch.full_like(x, float("nan"))
-    level = torch.tensor([[0.0, 0.3, 1.0, 0.7]]).expand(2, -1)
-    assert torch.equal(FlowMatching().step(x, pred, level, level), x), "whatever is predicted for it"
-    moved = FlowMatching().step(x, torch.ones_like(x), level, level - torch.tensor([0.0, 0.0, 0.1, 0.0]))
-    assert torch.equal(moved[:, :, [0, 1, 3]], x[:, :, [0, 1, 3]]) and (moved[:, :, 2] != x[:, :, 2]).all()
-
-
-def test_model_time_is_float32():
-    level = torch.tensor([0.999, 0.9995, 1.0], dtype=torch.bfloat16)
-    assert FlowMatching().to_model_time(level).dtype == torch.float32
-    assert FlowMatching().to_model_time(torch.tensor([0.9985])).item() == pytest.approx(998.5)
-
-
-def test_a_level_of_the_wrong_shape_is_refused():
-    x = torch.zeros(2, 1, 3, 1, 1)
-    flow = FlowMatching()
-    for level in (torch.zeros(2), torch.zeros(2, 2), torch.zeros(3, 3), torch.zeros(1, 1, 3)):
-        with pytest.raises(ValueError, match=r"expected \[2,3\]"):
-            flow.add_noise(x, x, level)
-    for level in (torch.zeros(3), torch.zeros(2, 1), torch.zeros(2, 3), torch.tensor(0.5)):
-        flow.add_noise(x, x, level)
 
 
 # --- training levels -----------------------------------------------------------------------------------------------

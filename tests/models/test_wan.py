@@ -346,6 +346,33 @@ def test_sharded_blocks_compute_the_same(tmp_path):
         destroy_process_group()
 
 
+def test_sharded_in_bfloat16_rotary_tables_stay_float32(tmp_path):
+    """FSDP2 casts what it finds in tuples and in dataclasses, but not in a plain class."""
+    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    backbone, _ = make(torch.float32)
+    x, levels, text = inputs(torch.float32)
+    context = TextContext(text, SCENE.text_ids)
+    expected = backbone(x, levels, context, layout=SCENE)
+    tables = []
+    backbone.transformer.blocks[1].attn1.register_forward_pre_hook(lambda module, args: tables.append(args[3].rotary))
+    init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for block in backbone.transformer.blocks:
+            fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
+        fully_shard(backbone, mesh=mesh)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = backbone(x, levels, context, layout=SCENE)
+        out.float().square().sum().backward()
+    finally:
+        destroy_process_group()
+    assert 0 < (out - expected).abs().max() < 0.05 * expected.abs().max()
+    assert [table.dtype for table in tables[0]] == [torch.float32] * 2
+
+
 # --- errors --------------------------------------------------------------------------------------------------------
 
 
@@ -357,7 +384,7 @@ def test_what_does_not_fit_is_named():
     for args, message in (
         ((x, levels[:, :4], context, None), r"levels have shape \(2, 4\), expected \[2\] or \[2,6\]"),
         ((x, levels, context, shots_layout([3, 2])), "layout has 5 latent frames, x has 6"),
-        ((x[..., :3], levels, context, SCENE), "not a multiple of the patch size"),
+        ((x[..., :3], levels, context, SCENE), "4x3 is not a multiple of the model's patch or stride, 2"),
         ((x, levels, TextContext(text, SCENE.text_ids[:4]), SCENE), "text is for 2 samples of 4 frames"),
         ((x, levels, TextContext(text[:, :2], SCENE.text_ids), SCENE), r"groups 0\.\.1"),
     ):
@@ -369,3 +396,5 @@ def test_what_does_not_fit_is_named():
         WanBackbone(tiny_transformer(image_dim=8, added_kv_proj_dim=48))
     with pytest.raises(ValueError, match="temporal patch of 1"):
         WanBackbone(tiny_transformer(patch_size=(2, 2, 2)))
+    with pytest.raises(ValueError, match="patches must be square"):
+        WanBackbone(tiny_transformer(patch_size=(1, 2, 1)))

@@ -11,6 +11,7 @@ import pytest
 
 from infra.config import ConfigError, load_config
 from infra.ray_session import RaySession
+from models.scene import Reference
 from models.tiny import build_tiny_folder
 from pipelines.sample import SampleConfig, run_sample
 from pipelines.storyboards import load_storyboards
@@ -71,7 +72,7 @@ def test_one_bad_storyboard_stops_no_other_and_is_tried_again(model: Path, tmp_p
     bad = replace(BOARDS[0], name="bad", shots=[StoryboardShot("x" * 600), StoryboardShot("y")])
     config = config_for(model, tmp_path, batch_size=4)
     report = run_sample(config, [BOARDS[0], bad, BOARDS[2]])
-    assert (report.made, report.failed) == (2, 1)
+    assert (report.made, report.failed, report.exit_code) == (2, 1, 1)
     assert report.records[1]["status"] == "failed" and "shot 0" in report.records[1]["error"]
     again = run_sample(config, [BOARDS[0], bad, BOARDS[2]])
     assert (again.made, again.skipped, again.failed) == (0, 2, 1)
@@ -126,6 +127,15 @@ def test_media_paths_are_relative_to_their_file(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"shots": [{"prompt": "x", "given": "media/a.mp4"}, {"prompt": "y"}]}))
     (board,) = load_storyboards([tmp_path / "a.json"])
     assert board.name == "a" and board.shots[0].given == str(tmp_path / "media" / "a.mp4")
+
+    pair = "shots: [{sentence: x, references: [{role: source, path: media/a.mp4}]}]"
+    (tmp_path / "pair.yaml").write_text(pair)
+    (board,) = load_storyboards([tmp_path / "pair.yaml"])
+    assert board.shots[0].references == [Reference("source", str(tmp_path / "media" / "a.mp4"))]
+    for old, new, message in (("a.mp4", "b.mp4", "source: no such file"), ("role: source", "role: sauce", "role")):
+        (tmp_path / "pair.yaml").write_text(pair.replace(old, new))
+        with pytest.raises(ConfigError, match=message):
+            load_storyboards([tmp_path / "pair.yaml"])
 
 
 def test_nothing_to_do_and_clashing_names_are_errors(model: Path, tmp_path: Path) -> None:

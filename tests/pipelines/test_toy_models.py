@@ -107,16 +107,19 @@ def test_the_whole_run_in_miniature(tmp_path: Path) -> None:
 
     config = ToyModelsConfig(
         run_dir=tmp_path / "run", out=tmp_path / "model", vae_steps=2, vae_polish_steps=1, text_steps=2, clips=8,
-        steps=2, batch_size=4, width=64, layers=1, prompts=2,
+        steps=2, batch_size=4, decoder_steps=2, width=64, layers=1, prompts=2,
     )  # fmt: skip
     assert build_toy_models(config) == tmp_path / "model"
     card = (tmp_path / "model" / "README.md").read_text()
-    assert "python -m pipelines.toy_models steps=2" in card and "| colour |" in card
+    assert "python -m pipelines.toy_models steps=2" in card and "| colour |" in card and "| decoder | step" in card
     WanPipeline.from_pretrained(tmp_path / "model")
 
     onward = ToyModelsConfig(
         run_dir=tmp_path / "onward", out=tmp_path / "onward-model", start=tmp_path / "model", clips=8, steps=1,
-        batch_size=4, prompts=2,
+        batch_size=4, decoder_steps=0, prompts=2,
     )  # fmt: skip
     build_toy_models(onward)
     assert not (tmp_path / "onward" / "vae").exists()
+    card = (tmp_path / "onward-model" / "README.md").read_text()
+    assert card.index("steps=2 ") < card.index("steps=1 ")  # the card tells of both runs, in order
+    assert card.count("| transformer | step") == 2 and card.count("| vae | step") == 1

@@ -160,3 +160,30 @@ def test_two_sharded_ray_workers_do_what_this_process_does(ray_module, inputs, h
     expected, found = weights(here.model_dir), weights(result.model_dir)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_pairs_make_a_model_that_makes_shots_from_references(inputs, tmp_path):
+    from PIL import Image
+
+    from models.scene import Reference
+    from sample.generate import GenerateSettings, generate_scene
+    from sample.storyboard import Storyboard, StoryboardShot
+
+    model = load_model(inputs["model"], parts=("codec", "text"))
+    pairs = write_dataset(
+        tmp_path / "pairs", [[2]] * 4, made_with=(model.codec.hash, model.text.hash), references=[[("image", 3)]] * 4
+    )
+    options = ["method=tic_ft", "method_params.buffer_frames=2", f"dataset={pairs}", "steps=2"]
+    lora = ["lora.rank=2", "lora.merge_scale=0.75"]
+    result = train(inputs, tmp_path / "run", *options, *lora)
+    made = load_model(result.model_dir)
+    assert made.settings.method == "tic_ft" and made.settings.train["run"]["lora_scale"] == 0.75
+    assert made.settings.method_params == {
+        "shift": 1.0, "density": "logit_normal", "buffer_frames": 2, "image_frames": 1, "model_time": "scalar",
+    }  # fmt: skip
+    Image.new("RGB", (32, 32), (200, 30, 30)).save(tmp_path / "red.png")
+    board = Storyboard("one", shots=[StoryboardShot("go", references=[Reference("image", str(tmp_path / "red.png"))])])
+    frames, _ = generate_scene(made, board, GenerateSettings(steps=2), seed=0)
+    assert frames.shape == (made.settings.frames_per_shot, 32, 32, 3)
+    with pytest.raises(ValueError, match="has no task for references"):
+        train(inputs, tmp_path / "shots", "method=tic_ft")

@@ -9,26 +9,29 @@ import torch
 from torch import Tensor
 
 from models.layout import ClipLayout, Segment
-from models.noise import FlowMatching, base_levels, noise_plan
+from models.noise import base_levels, noise_plan
+from models.process import FlowMatching, Process
+from models.text import TextContext
 from sample.guidance import Guidance
 from sample.sampler import draw_noise, sample
+from tests.models.processes import PROCESSES, oracle
 
 B, C, H, W, D = 2, 3, 4, 6, 5
 STEPS = 7
 
 
 class Oracle:
-    """Knows the clean clip, and so predicts the exact velocity v = eps - x0 = (x - x0) / level."""
+    """Knows the clean clip, and so predicts exactly what a model of its process is to predict."""
 
-    def __init__(self, clean: Tensor) -> None:
+    def __init__(self, clean: Tensor, process: Process | None = None) -> None:
         self.clean = clean
+        self.process = process or FlowMatching()
         self.levels: list[Tensor] = []
 
     def __call__(self, x: Tensor, levels: Tensor, text: Tensor) -> Tensor:
         self.levels.append(levels)
-        level = levels[:, None, :, None, None]
-        clean = self.clean.repeat(len(x) // len(self.clean), 1, 1, 1, 1)
-        return torch.where(level > 0, (x - clean) / level.clamp_min(1e-9), torch.full_like(x, 7.0))
+        x = x / self.process.precondition(torch.ones_like(x), levels)  # undoes what the model's input was scaled by
+        return oracle(self.process, x, self.clean.repeat(len(x) // len(self.clean), 1, 1, 1, 1), levels)
 
 
 def layout_of(*parts: tuple[str, int]) -> ClipLayout:
@@ -59,16 +62,45 @@ def plan_of(name: str) -> tuple[ClipLayout, Tensor]:
 
 
 def run(layout: ClipLayout, plan: Tensor, clean: Tensor, **options: Any) -> Tensor:
-    options = {"generator": generators(1, 2), "given": clean, "text": torch.zeros(B, 1, 4, D), **options}
-    backbone = options.pop("backbone", None) or Oracle(clean)
-    return sample(backbone, layout, plan, options.pop("text"), shape=tuple(clean.shape), **options)
+    options = {"generator": generators(1, 2), "given": clean, **options}
+    text = options.pop("text", torch.zeros(B, 1, 4, D))
+    backbone = options.pop("backbone", None) or Oracle(clean, options.get("process"))
+    if not hasattr(backbone, "process"):
+        options.setdefault("process", FlowMatching())
+    return sample(backbone, layout, plan, text, shape=tuple(clean.shape), **options)
 
 
+@pytest.mark.parametrize("solver", ["euler", "second_order", "ancestral"])
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
 @pytest.mark.parametrize("name", PLANS)
-def test_an_oracle_recovers_its_targets_under_every_plan(name: str) -> None:
+def test_an_oracle_recovers_its_targets_under_every_plan(name: str, process: Process, solver: str) -> None:
     layout, plan = plan_of(name)
     clean = torch.randn(B, C, layout.num_frames, H, W)
-    torch.testing.assert_close(run(layout, plan, clean), clean, atol=1e-4, rtol=1e-4)
+    # what `given` holds where frames start from pure noise must not matter
+    given = torch.where((plan[0] == 1).view(-1, 1, 1), 77.0, clean)
+    result = run(layout, plan, clean, backbone=Oracle(clean, process), given=given, solver=solver)
+    torch.testing.assert_close(result, clean, atol=5e-4, rtol=1e-4)
+    held = (plan == plan[0]).all(dim=0)
+    assert torch.equal(result[:, :, held], clean[:, :, held])
+
+
+def test_solvers_differ_where_the_model_is_not_perfect_and_the_seed_decides() -> None:
+    layout, plan = plan_of("uniform")
+    clean = torch.randn(B, C, layout.num_frames, H, W)
+
+    def half(x: Tensor, levels: Tensor, text: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+    made = {
+        name: run(layout, plan, clean, backbone=half, solver=name) for name in ("euler", "second_order", "ancestral")
+    }
+    assert not torch.allclose(made["euler"], made["second_order"])
+    assert not torch.allclose(made["euler"], made["ancestral"])
+    state = torch.get_rng_state()
+    again = run(layout, plan, clean, backbone=half, solver="ancestral")
+    other = run(layout, plan, clean, backbone=half, solver="ancestral", generator=generators(1, 3))
+    assert torch.equal(made["ancestral"], again) and torch.equal(state, torch.get_rng_state())
+    assert torch.equal(other[0], again[0]) and not torch.equal(other[1], again[1])
 
 
 @pytest.mark.parametrize("name", ["hold", "hold_at_t_c", "min"])
@@ -89,6 +121,44 @@ def test_held_frames_come_back_bit_for_bit(name: str) -> None:
         noise = draw_noise(layout, tuple(clean.shape), generators(1, 2))
         noisy = FlowMatching().add_noise(clean, noise, plan[0])
         assert torch.equal(seen[0], noisy[:, :, 0]) and not torch.equal(seen[0], clean[:, :, 0])
+
+
+def test_what_the_backbone_is_told_does_not_change_what_it_reads() -> None:
+    """TIC-FT tells one time for all frames; the process scales every frame by its own level."""
+    layout, plan = plan_of("min")
+    clean = torch.randn(B, C, layout.num_frames, H, W)
+    seen = []
+
+    def backbone(x: Tensor, levels: Tensor, text: Tensor) -> Tensor:
+        seen.append((x, levels))
+        return x
+
+    for model_levels in (None, lambda levels: levels.amax(dim=1)):
+        run(layout, plan, clean, backbone=backbone, process=PROCESSES["edm"], model_levels=model_levels)
+    for k in range(STEPS):
+        (x, levels), (same_x, told) = seen[k], seen[k + STEPS]
+        assert torch.equal(levels, plan[k].expand(B, -1)) and torch.equal(told, plan[k].max().expand(B))
+        assert torch.equal(x, same_x), "what a frame is scaled by is its own level"
+
+
+def test_lengths_and_pooled_vectors_reach_every_branch() -> None:
+    layout, plan = plan_of("uniform")
+    clean, seen = torch.randn(B, C, layout.num_frames, H, W), []
+
+    def context(length: int) -> TextContext:
+        pooled, lengths = torch.randn(B, 1, 3), torch.full((B, 1), length)
+        return TextContext(torch.randn(B, 1, 4, D), torch.zeros(layout.num_frames, dtype=torch.long), lengths, pooled)
+
+    def backbone(x: Tensor, levels: Tensor, text: TextContext) -> Tensor:
+        seen.append(text)
+        return x
+
+    text, null = context(3), context(1)
+    options = {"guidance": Guidance([("text", 3.0)]), "null": {"text": null}}
+    run(layout, plan, clean, backbone=backbone, text=text, **options)
+    for name in ("embeddings", "lengths", "pooled"):
+        expected = torch.cat([getattr(null, name), getattr(text, name)])  # the branch that drops the text comes first
+        assert torch.equal(getattr(seen[0], name), expected), name
 
 
 def test_the_backbone_sees_the_plan_row_by_row() -> None:

@@ -279,6 +279,13 @@ def test_unsaid_identity_tells_memory_from_obedience():
         assert kept[trait].value < 0.15 < 0.5 < lost[trait].value
 
 
+def test_what_nobody_can_read_has_no_memory_and_one_scene_alone_no_score():
+    scenes = scenes_of("small", 3)
+    blank = [read_scene(np.zeros_like(render_scene(s, 64)[0]), s.cuts, s) for s in scenes]
+    assert unsaid_identity(blank)["identity_unsaid"].value == 1.0
+    assert unsaid_identity([read_scene(render_scene(scenes[0], 64)[0], scenes[0].cuts, scenes[0])]) == {}
+
+
 def test_unsaid_stripes_and_landmarks_are_measured():
     scenes = [s for s in (sample_scene("medium", index=k, num_shots=2) for k in range(120))
               if s.characters[0].pattern == "striped" and s.places[0].landmark == "tree"][:6]  # fmt: skip

@@ -129,7 +129,8 @@ def test_bf16_stays_near_fp32_with_fp32_master_weights(cache, tmp_path):
 
 
 def test_activation_checkpointing_keeps_names_and_numbers(cache, tmp_path):
-    plain, checkpointed = tiny_backbone(), prepare(tiny_backbone(), Parallel(), activation_checkpointing=True)
+    plain = prepare(tiny_backbone(), Parallel())
+    checkpointed = prepare(tiny_backbone(), Parallel(), activation_checkpointing=True)
     source = cache(METHOD.layout_for_training)
     short = replace(SETTINGS, steps=2)
     a = run_loop(plain, METHOD, source, short, tmp_path / "a")
@@ -178,7 +179,7 @@ def test_figures_are_means_over_the_window(cache, tmp_path):
 
 def test_logged_loss_is_the_loss_of_the_models_package(cache, tmp_path):
     train(cache, tmp_path, replace(SETTINGS, steps=1, log_every=1))
-    from models.noise import FlowMatching
+    from models.process import FlowMatching
     from train.loop import draw
 
     batch, process = cache(METHOD.layout_for_training).batch(0), FlowMatching()

@@ -12,7 +12,18 @@ import webdataset
 from safetensors.torch import save
 
 from models.backbones.wan import WanBackbone
-from models.scene import STORY_TEXT, EncodedSpan, LatentSource, Scene, Shot, Source, link_shots, shot_tensor_key
+from models.scene import (
+    STORY_TEXT,
+    EncodedSpan,
+    LatentSource,
+    Reference,
+    Scene,
+    Shot,
+    Source,
+    link_shots,
+    reference_tensor_key,
+    shot_tensor_key,
+)
 from models.tiny import LATENT_CHANNELS, TEXT_DIM, tiny_transformer
 
 CHANNELS, SIZE, TEXT_LENGTH = LATENT_CHANNELS, 4, 12
@@ -29,8 +40,12 @@ def write_dataset(
     seed: int = 0,
     per_shard: int = 2,
     made_with: tuple[str, str] = ("vae", "text"),
+    references: Sequence[Sequence[tuple[str, int]]] = (),
 ) -> Path:
-    """Write scenes given as latent frames per shot (0 = not encoded). Shot i of scene n is filled around 10 n + i."""
+    """Write scenes given as latent frames per shot (0 = not encoded). Shot i of scene n is filled around 10 n + i.
+
+    `references` are (role, latent frames) per scene; frame f of reference r of scene n is -(10 n + r) - f/8.
+    """
     (folder / "shards").mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
     pattern = str(folder / "shards" / "scenes-%06d.tar")
@@ -38,6 +53,10 @@ def write_dataset(
         for number, frames in enumerate(scenes):
             scene, tensors = make_scene(number, frames, generator)
             scene.latents = LatentSource(*made_with, "float16")
+            for r, (role, count) in enumerate(references[number] if references else ()):
+                scene.references.append(Reference(role, f"{number}-{r}"))
+                filled = -(10.0 * number + r) - torch.arange(count).view(1, -1, 1, 1) / 8
+                tensors[reference_tensor_key(r)] = filled.expand(CHANNELS, -1, SIZE, SIZE).half().contiguous()
             writer.write({"__key__": scene.scene_id, "json": scene.to_json().encode(), "safetensors": save(tensors)})
     return folder
 

@@ -1,0 +1,100 @@
+"""What all backbones have in common, and what each can do.
+
+Capabilities are declared, so that a wrong pairing of method and backbone is refused before anything runs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
+from torch import Tensor, nn
+
+from models.attention import AttentionRule
+from models.layout import ClipLayout
+from models.positions import PositionMode
+from models.process import Process
+from models.text import TextContext
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """`reasons` says why not, by what is missing: a position mode, an attention rule, or the name of a field."""
+
+    per_frame_levels: bool  # any level for any latent frame
+    position_modes: frozenset[str]
+    attention_rules: frozenset[str]
+    text_per_shot: bool
+    reasons: dict[str, str]
+
+
+def require(
+    capabilities: Capabilities,
+    *,
+    per_frame_levels: bool = False,
+    position_mode: str | None = None,
+    attention_rule: str | None = None,
+    text_per_shot: bool = False,
+) -> None:
+    """Raises ValueError with the reason when the backbone lacks something of what is asked for."""
+    for field, asked in (("per_frame_levels", per_frame_levels), ("text_per_shot", text_per_shot)):
+        if asked and not getattr(capabilities, field):
+            raise ValueError(f"this backbone has no {field}: {capabilities.reasons.get(field, 'not supported')}")
+    for field, choice, choices in (
+        ("position_mode", position_mode, capabilities.position_modes),
+        ("attention_rule", attention_rule, capabilities.attention_rules),
+    ):
+        if choice is not None and choice not in choices:
+            reason = capabilities.reasons.get(choice, "unknown here")
+            raise ValueError(f"{field} is {choice!r}: {reason}; this backbone has {', '.join(sorted(choices))}")
+
+
+class Backbone(nn.Module, ABC):
+    """A diffusers model, its parameters and state-dict keys unchanged, as training and sampling see it."""
+
+    capabilities: Capabilities
+    lora_targets: tuple[str, ...]  # names of the linear layers that low-rank updates are for; () = none
+    process: Process  # what the weights were trained with
+    pixels_per_token: int  # latent pixels, over time and space, that make one token
+
+    @property
+    @abstractmethod
+    def config(self) -> Any:
+        """The configuration of the diffusers model."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What texts are given in: the smallest type among the weights, because some of them stay in float32."""
+        return min({parameter.dtype for parameter in self.parameters()}, key=lambda dtype: dtype.itemsize)
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Attend by a diffusers attention backend ("native", "_native_math", "flash", ...) in this backbone alone.
+
+        The diffusers method of this name would also make it the default of every other model in the process.
+        Raises ValueError for a name that diffusers does not know.
+        """
+        name = AttentionBackendName(backend)
+        for module in self.modules():
+            processor: Any = getattr(module, "processor", None)
+            if hasattr(processor, "_attention_backend"):
+                processor._attention_backend = name
+
+    @abstractmethod
+    def forward(
+        self,
+        x: Tensor,  # [B,C,F,H,W], noisy latents as `process.precondition` scales them
+        levels: Tensor,  # [B] or [B,F], in [0, 1]
+        text: TextContext | Tensor,  # or [B,L,D], one context for the whole clip
+        *,
+        layout: ClipLayout | None = None,  # None: one shot
+        position_mode: PositionMode = "contiguous",
+        position_gap: int = 4,  # latent frames
+        attention_rule: AttentionRule = "full",
+    ) -> Tensor:
+        """What the process has the model predict, [B,C,F,H,W].
+
+        Raises ValueError where x, levels, text and layout do not fit together, and for what the model cannot do.
+        """

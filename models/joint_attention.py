@@ -1,0 +1,171 @@
+"""Attention over the text and the video tokens of a clip together (MMDiT), without ever building an N x N mask.
+
+B batch, F frames of tokens, n tokens per frame, T texts, L tokens per text, d width of a head.
+
+The clip falls into *units*, inside which everything may be related: the whole clip under the rule "full", a shot under
+"group_causal", a frame under "same_frame". Every unit has its own copy of each text that its frames read, so that its
+text tokens see what its frames see, and no more. The rule says which frames that is. Which texts it is depends on
+whether texts have positions: where they have (LCT 2503.10589, interleaved positions), all texts of the units that are
+seen; where they have none, a frame sees the text that it reads and no other, because nothing else could tell it which
+of several texts is its own.
+
+Text may be padded. Padding is cut off, and only where the samples of a batch differ in length is the rest of it masked,
+as keys [B,1,1,K].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.attention import Attend, AttentionRule, sdpa
+
+
+@dataclass(frozen=True)
+class JointPart:
+    """These texts and these frames attend, in one call, to those texts and those frames."""
+
+    texts: slice
+    frames: tuple[int, ...]
+    key_texts: slice
+    key_frames: slice
+
+
+@dataclass(frozen=True)
+class JointPlan:
+    """T text copies, in the order of their tokens, and who attends to whom; every token is in exactly one part."""
+
+    text_groups: tuple[int, ...]  # the text group that each is a copy of
+    text_frames: tuple[tuple[int, ...], ...]  # the frames that read each
+    parts: tuple[JointPart, ...]
+    back: tuple[int, ...]  # where each frame stands in the parts' order
+    alone: bool  # the parts are equally large and see themselves only
+
+
+def joint_plan(
+    shots: Sequence[int],  # frames of each shot
+    reads: Sequence[int],  # the text group that each frame reads, F of them
+    rule: AttentionRule,
+    texts_have_positions: bool = False,
+) -> JointPlan:
+    """The plan of a clip. A text that no frame reads has no copy, and so costs nothing."""
+    frames = sum(shots)
+    if len(reads) != frames:
+        raise ValueError(f"{len(reads)} frames read a text, the shots {list(shots)} have {frames}")
+    shot_of = [shot for shot, size in enumerate(shots) for _ in range(size)]
+    units = {"full": [0] * frames, "group_causal": shot_of, "same_frame": list(range(frames))}
+    if rule not in units:
+        raise ValueError(f"unknown attention rule {rule!r}; choose one of {', '.join(get_args(AttentionRule))}")
+    unit_of = units[rule]
+    readers: dict[tuple[int, int], list[int]] = {}  # (unit, text group) -> frames; in the order of the units
+    for frame, (unit, group) in enumerate(zip(unit_of, reads, strict=True)):
+        readers.setdefault((unit, group), []).append(frame)
+
+    text_frames = tuple(map(tuple, readers.values()))
+    parts = []
+    for unit in range(unit_of[-1] + 1):
+        own = [frame for frame in range(frames) if unit_of[frame] == unit]
+        texts = [i for i, (of, _) in enumerate(readers) if of == unit]
+        key_frames = slice(0 if rule == "group_causal" else own[0], own[-1] + 1)
+        if texts_have_positions:
+            text_slice = slice(texts[0], texts[-1] + 1)
+            key_texts = slice(0 if rule == "group_causal" else texts[0], texts[-1] + 1)
+            parts.append(JointPart(text_slice, tuple(own), key_texts, key_frames))
+        else:
+            for i in texts:
+                parts.append(JointPart(slice(i, i + 1), text_frames[i], slice(i, i + 1), key_frames))
+    groups = tuple(group for _, group in readers)
+    order = [frame for part in parts for frame in part.frames]
+    back = tuple(sorted(range(frames), key=order.__getitem__))
+    return JointPlan(groups, text_frames, tuple(parts), back, rule == "same_frame")
+
+
+@dataclass(frozen=True, eq=False)
+class TextPadding:
+    """Which tokens of padded text copies are valid."""
+
+    longest: tuple[int, ...]  # most valid tokens of each copy over the batch
+    differs: tuple[bool, ...]  # do the samples of the batch differ in it?
+    valid: Tensor  # bool [B,T,L]
+
+
+def text_padding(lengths: Sequence[Sequence[int]], valid: Tensor) -> TextPadding | None:
+    """From the number of valid tokens of every sample's T text copies, B rows of T; None where all L are valid."""
+    if all(length == valid.shape[2] for row in lengths for length in row):
+        return None
+    per_copy = list(zip(*lengths, strict=True))
+    return TextPadding(tuple(map(max, per_copy)), tuple(len(set(row)) > 1 for row in per_copy), valid)
+
+
+def joint_attention(
+    q: Tensor,  # [B,T*L+F*n,heads,d]: the tokens of all text copies, then those of all frames
+    k: Tensor,
+    v: Tensor,
+    text_tokens: int,  # T*L
+    plan: JointPlan,
+    attend: Attend = sdpa,
+    padding: TextPadding | None = None,  # None: all text tokens are valid
+) -> Tensor:
+    """Attention under a plan, exact, one dense call per part; [B,T*L+F*n,heads,d].
+
+    What a part does not see never enters its arithmetic. Parts that see themselves only are one call, as a batch.
+    What comes out for a padding token means nothing.
+    """
+    if len(plan.parts) == 1 and padding is None:
+        return attend(q, k, v)  # all see all
+    texts, frames = len(plan.text_groups), len(plan.back)
+
+    def split(x: Tensor) -> tuple[Tensor, Tensor]:  # [B,T,L,heads,d] and [B,F,n,heads,d]
+        return x[:, :text_tokens].unflatten(1, (texts, -1)), x[:, text_tokens:].unflatten(1, (frames, -1))
+
+    (q_text, q_video), (k_text, k_video), (v_text, v_video) = split(q), split(k), split(v)
+    if plan.alone:
+        folded = [
+            torch.cat(pair, dim=2).flatten(0, 1)  # [B*F,L+n,heads,d]
+            for pair in ((q_text, q_video), (k_text, k_video), (v_text, v_video))
+        ]
+        mask = () if padding is None else (_key_mask([padding.valid.flatten(0, 1)], folded[1]),)
+        out = attend(*folded, *mask).unflatten(0, (-1, frames))
+        return torch.cat([x.flatten(1, 2) for x in out.split([q_text.shape[2], q_video.shape[2]], dim=2)], dim=1)
+
+    length = q_text.shape[2]
+    longest = (length,) * texts if padding is None else padding.longest
+    text_outs, video_outs = [], []
+    for part in plan.parts:
+        video = _take(q_video, part.frames)
+        query = _join(q_text, part.texts, longest, video)
+        key = _join(k_text, part.key_texts, longest, k_video[:, part.key_frames])
+        value = _join(v_text, part.key_texts, longest, v_video[:, part.key_frames])
+        if padding is not None and any(padding.differs[part.key_texts]):
+            seen = range(texts)[part.key_texts]
+            out = attend(query, key, value, _key_mask([padding.valid[:, i, : longest[i]] for i in seen], key))
+        else:
+            out = attend(query, key, value)
+        *text_out, video_out = out.split([*longest[part.texts], video.shape[1] * video.shape[2]], dim=1)
+        text_outs += [F.pad(x, (0, 0, 0, 0, 0, length - x.shape[1])) for x in text_out]
+        video_outs.append(video_out.unflatten(1, (len(part.frames), -1)))
+    return torch.cat([*text_outs, _take(torch.cat(video_outs, dim=1), plan.back).flatten(1, 2)], dim=1)
+
+
+def _join(text: Tensor, texts: slice, longest: tuple[int, ...], video: Tensor) -> Tensor:
+    """The valid tokens of some texts of [B,T,L,heads,d], then the frames [B,F,n,heads,d]."""
+    parts = [text[:, i, : longest[i]] for i in range(text.shape[1])[texts]]
+    return torch.cat([*parts, video.flatten(1, 2)], dim=1)
+
+
+def _key_mask(valid: list[Tensor], key: Tensor) -> Tensor:
+    """[B,1,1,K] for keys [B,K,heads,d] that are text tokens, of which `valid` [B,L] each are, and then video."""
+    text = torch.cat(valid, dim=1)
+    return F.pad(text, (0, key.shape[1] - text.shape[1]), value=True)[:, None, None]
+
+
+def _take(x: Tensor, frames: tuple[int, ...]) -> Tensor:
+    """Frames of x [B,F,...]; a view where they are an unbroken run."""
+    if frames == tuple(range(frames[0], frames[0] + len(frames))):
+        return x[:, frames[0] : frames[0] + len(frames)]
+    return x[:, torch.tensor(frames, device=x.device)]

@@ -1,0 +1,123 @@
+"""What all backbones have in common: what they declare, and how they are wrapped, wrongly paired and given texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from models.backbones.base import Backbone
+from models.backbones.cogvideox import CogVideoXBackbone
+from models.backbones.hunyuan import HunyuanVideoBackbone
+from models.backbones.latte import LatteBackbone
+from models.backbones.svd import SVDBackbone
+from models.backbones.wan import WanBackbone
+from models.methods import get_method
+from models.modules.lora import inject_lora, load_lora, save_lora
+from models.text import TextContext, stack_samples
+from models.tiny import tiny_transformer
+from models.tiny_cogvideox import tiny_cogvideox
+from models.tiny_hunyuan import tiny_hunyuan
+from models.tiny_latte import tiny_latte
+from models.tiny_svd import tiny_svd
+from tests.models.processes import PROCESSES
+
+LATTE, COGVIDEOX = PROCESSES["vp epsilon"], PROCESSES["vp v, no signal at 1"]
+BACKBONES: dict[str, Callable[[], Backbone]] = {
+    "wan": lambda: WanBackbone(tiny_transformer()),
+    "hunyuan": lambda: HunyuanVideoBackbone(tiny_hunyuan()),
+    "cogvideox-2b": lambda: CogVideoXBackbone(tiny_cogvideox(version="2b"), COGVIDEOX),
+    "cogvideox-5b": lambda: CogVideoXBackbone(tiny_cogvideox(version="5b"), COGVIDEOX),
+    "cogvideox-1.5": lambda: CogVideoXBackbone(tiny_cogvideox(version="1.5"), COGVIDEOX),
+    "latte": lambda: LatteBackbone(tiny_latte(), LATTE),
+    "svd": lambda: SVDBackbone(tiny_svd(), PROCESSES["edm"]),
+}
+PIXELS = {"wan": 4, "hunyuan": 4, "cogvideox-2b": 4, "cogvideox-5b": 4, "cogvideox-1.5": 8, "latte": 4, "svd": 1}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_what_a_backbone_declares(name):
+    backbone = BACKBONES[name]()
+    assert backbone.pixels_per_token == PIXELS[name]
+    assert backbone.dtype == torch.float32
+    layers = [layer for layer, _ in backbone.named_modules()]
+    assert all(any(layer.endswith(f".{target}") for layer in layers) for target in backbone.lora_targets)
+    assert {"contiguous"} <= backbone.capabilities.position_modes and {"full"} <= backbone.capabilities.attention_rules
+
+
+def test_the_type_of_texts_is_that_of_most_weights():
+    """A Wan in bfloat16 keeps its time embedding in float32."""
+    backbone = WanBackbone(tiny_transformer().to(torch.bfloat16))
+    backbone.transformer.condition_embedder.time_embedder.float()
+    assert backbone.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["latte", "svd"])
+def test_a_lora_that_diffusers_cannot_read_is_refused(name, tmp_path):
+    backbone = BACKBONES[name]()
+    for attempt in (
+        lambda: inject_lora(backbone, rank=2, alpha=2, targets=["to_q"]),
+        lambda: save_lora(backbone, tmp_path),
+        lambda: load_lora(backbone, tmp_path),
+    ):
+        with pytest.raises(ValueError, match="diffusers reads no LoRA for this model"):
+            attempt()
+    assert all(parameter.requires_grad for parameter in backbone.parameters()), "nothing is frozen"
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("method", ["fvdm", "lct", "tic_ft"])
+def test_wrong_pairings_are_refused_with_the_reason(method, name):
+    reasons = {
+        ("fvdm", "cogvideox-1.5"): "no per_frame_levels: CogVideoX 1.5 joins 2 latent frames",
+        ("tic_ft", "cogvideox-1.5"): "no per_frame_levels: CogVideoX 1.5 joins 2 latent frames",
+        ("lct", "svd"): "position_mode is 'time_gap': SVD's temporal convolutions",
+    }
+    capabilities = BACKBONES[name]().capabilities
+    if reason := reasons.get((method, name)):
+        with pytest.raises(ValueError, match=reason):
+            get_method(method).check_backbone(capabilities)
+    else:
+        get_method(method).check_backbone(capabilities)
+
+
+def test_a_methods_parameters_count_in_the_pairing():
+    diagonal = get_method("lct", position_mode="diagonal")
+    diagonal.check_backbone(BACKBONES["cogvideox-5b"]().capabilities)
+    for name in ("cogvideox-2b", "latte"):
+        with pytest.raises(ValueError, match="position_mode is 'diagonal'"):
+            diagonal.check_backbone(BACKBONES[name]().capabilities)
+
+
+# --- texts ---------------------------------------------------------------------------------------------------------
+
+
+def context(samples: int, **changes) -> TextContext:
+    fields = {
+        "embeddings": torch.randn(samples, 2, 5, 8),
+        "frame_text": torch.tensor([0, 1, 1]),
+        "lengths": torch.randint(1, 6, (samples, 2)),
+        "pooled": torch.randn(samples, 2, 4),
+    }
+    return TextContext(**fields | changes)
+
+
+def test_a_text_keeps_its_lengths_and_pooled_vectors():
+    text = context(3)
+    turned = text.samples([-1, 0, 1])
+    for name in ("embeddings", "lengths", "pooled"):
+        assert torch.equal(getattr(turned, name), getattr(text, name).roll(1, 0)), name
+        halves = stack_samples([text.samples([0]), text.samples([1, 2])])
+        assert torch.equal(getattr(halves, name), getattr(text, name)), name
+    low = text.to(torch.device("cpu"), torch.bfloat16)
+    assert low.embeddings.dtype == low.pooled.dtype == torch.bfloat16 and torch.equal(low.lengths, text.lengths)
+    assert all(torch.equal(one.frame_text, text.frame_text) for one in (turned, halves, low))
+    bare = context(2, lengths=None, pooled=None)
+    for one in (bare.samples([1, 0]), bare.to(torch.device("cpu")), stack_samples([bare, bare])):
+        assert one.lengths is None and one.pooled is None
+
+
+def test_texts_with_and_without_pooled_vectors_do_not_stack():
+    with pytest.raises(ValueError, match="some texts have pooled, some have not"):
+        stack_samples([context(1), context(1, pooled=None)])

@@ -1,0 +1,113 @@
+"""Media a sidecar refers to: encoded alone, in order, at training size; and what cannot be used is said by name."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load
+
+from models.methods import get_method
+from models.scene import Reference, Scene
+from models.tiny import build_tiny_folder
+from preprocess.encode import Encoder, to_video
+from preprocess.outcome import Failed
+from preprocess.parts import part_path, part_samples
+from preprocess.references import STILL_FRAMES, read_reference
+from preprocess.settings import PrepareSettings
+from preprocess.sources import list_sources
+from preprocess.unit import Part, prepare_video
+from sample.video_io import fit_frames, read_image
+from toyworld.pairs import render_reference, sample_pair, write_pair
+
+SETTINGS = PrepareSettings(height=32, width=32, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    build_tiny_folder(path)
+    return Encoder.from_folder(path)
+
+
+def prepare(videos: Path, encoder: Encoder) -> Part:
+    return prepare_video(list_sources([videos]).files[0], SETTINGS, encoder, videos.parent / "parts")
+
+
+def sample_of(videos: Path, part: Part) -> tuple[Scene, dict[str, torch.Tensor]]:
+    ((_, files),) = part_samples(part_path(videos.parent / "parts", part.source["video_id"]))
+    return Scene.from_json(files["json"]), load(files["safetensors"])
+
+
+@pytest.mark.parametrize("task", ["multi_image", "v2v_style"])
+def test_a_pair_becomes_a_scene_with_the_latents_of_its_references(task: str, tmp_path: Path, encoder: Encoder) -> None:
+    pair = sample_pair(task, index=3)  # type: ignore[arg-type]
+    write_pair(pair, tmp_path, size=64)
+    part = prepare(tmp_path / "videos", encoder)
+    assert part.source["status"] == "written", part.source["reason"]
+    scene, tensors = sample_of(tmp_path / "videos", part)
+    assert [one.role for one in scene.references] == [one.role for one in pair.references]
+    assert (scene.story, scene.shots[0].prompt) != ("", "") and scene.captions.backend == "sidecar"
+    roles, lengths = [one.role for one in scene.references], []
+    for i, one in enumerate(pair.references):
+        latents = tensors[f"r{i:03d}.latent_mean"]
+        lengths.append(latents.shape[1])
+        pixels = fit_frames(render_reference(one, 64), 32, 32)
+        still = pixels.repeat(STILL_FRAMES, 0) if len(pixels) == 1 else pixels
+        expected = encoder.codec.encode(to_video([still]))[0][0]
+        assert latents.shape == expected.shape
+        error = (latents - expected).abs().mean() / expected.std()
+        assert error < (1e-3 if len(pixels) == 1 else 0.2), "a clip comes through H.264, an image does not"
+    assert sum(get_method("tic_ft").condition_frames(roles, lengths)) == 5, (
+        "1 and 1 + 3 frames of two images, or a clip of 5"
+    )
+
+
+def test_other_references_make_other_latents_though_the_pictures_stay(tmp_path: Path, encoder: Encoder) -> None:
+    write_pair(sample_pair("i2v_in_context", index=3), tmp_path, size=64)
+    first = sample_of(tmp_path / "videos", prepare(tmp_path / "videos", encoder))[1]
+    (image,) = (tmp_path / "references").glob("*.png")
+    Image.fromarray(np.full((64, 64, 3), 9, np.uint8)).save(image)
+    second = sample_of(tmp_path / "videos", prepare(tmp_path / "videos", encoder))[1]
+    assert torch.equal(first["s000.latent_mean"], second["s000.latent_mean"])
+    assert not torch.equal(first["r000.latent_mean"], second["r000.latent_mean"])
+
+
+def test_images_cover_the_training_size_and_clips_are_one_shot(tmp_path: Path) -> None:
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, 20:40] = 250
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    frames = read_reference(Reference("image", "wide.png"), tmp_path, SETTINGS)
+    assert frames.shape == (STILL_FRAMES, 32, 32, 3) and (frames > 200).all(), "the middle, at full height"
+    noise = np.random.default_rng(0).integers(0, 256, (50, 37, 3), dtype=np.uint8)
+    turned = Image.fromarray(noise)
+    turned.getexif()[0x0112] = 6  # orientation: a quarter turn
+    turned.save(tmp_path / "turned.png", exif=turned.getexif())
+    frames = read_reference(Reference("image", "turned.png"), tmp_path, SETTINGS)
+    sampled = fit_frames(read_image(tmp_path / "turned.png")[None], 32, 32)
+    assert np.array_equal(frames[:1], sampled), "training and sampling see the same pixels"
+    assert np.array_equal(read_image(tmp_path / "turned.png"), np.rot90(noise, -1))
+    (tmp_path / "text.png").write_text("not an image")
+    for role, name, message in (
+        ("image", "none.png", "reference none.png: no such file"),
+        ("image", "text.png", "reference text.png is no readable image"),
+    ):
+        with pytest.raises(Failed, match=message):
+            read_reference(Reference(role, name), tmp_path, SETTINGS)  # type: ignore[arg-type]
+
+
+def test_a_reference_that_is_missing_sets_the_video_aside_by_name(tmp_path: Path, encoder: Encoder) -> None:
+    files = write_pair(sample_pair("i2v_in_context", index=3), tmp_path, size=64).target
+    captions = json.loads(files.captions.read_text())
+    os.unlink(next((tmp_path / "references").glob("*.png")))
+    part = prepare(tmp_path / "videos", encoder)
+    assert part.source["status"] == "failed" and "no such file beside the captions" in part.source["reason"]
+    captions["references"][0]["role"] = "face"
+    files.captions.write_text(json.dumps(captions))
+    part = prepare(tmp_path / "videos", encoder)
+    assert part.source["status"] == "failed" and "references[0].role is 'face'" in part.source["reason"]

@@ -1,0 +1,103 @@
+"""The loop over every backbone that needs nothing but texts, each with the process of its weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from models.methods import get_method
+from models.process import EDM
+from models.tiny_hunyuan import POOLED_DIM
+from tests.models.test_backbones import BACKBONES
+from tests.train.tiny import tiny_backbone
+from train.batches import LatentCache, SceneBatch, keyed_generator
+from train.evaluate import HeldOutLoss
+from train.loop import LoopSettings, draw, frame_weights, run_loop
+from train.metrics import read
+from train.parallel import Parallel, block_names, prepare, trainable
+
+METHOD = get_method("fvdm")
+SETTINGS = LoopSettings(steps=2, log_every=1, warmup_steps=0)
+BLOCKS = {
+    "wan": {"WanTransformerBlock": 2},
+    "hunyuan": {
+        "HunyuanVideoTransformerBlock": 2,
+        "HunyuanVideoSingleTransformerBlock": 2,
+        "HunyuanVideoPatchEmbed": 1,
+        "HunyuanVideoTokenRefiner": 1,
+    },
+    "cogvideox-2b": {"CogVideoXBlock": 2, "CogVideoXPatchEmbed": 1},
+    "latte": {"BasicTransformerBlock": 4},
+    "svd": {"SpatioTemporalResBlock": 8, "TransformerSpatioTemporalModel": 4},
+}
+
+
+class Pooled:
+    """Adds a pooled vector and a length to each text of a source, as a HunyuanVideo's texts have them."""
+
+    def __init__(self, source: LatentCache) -> None:
+        self.source, self.batch_size = source, source.batch_size
+
+    def identity(self):
+        return self.source.identity()
+
+    def batch(self, index: int, rows: slice = slice(None)) -> SceneBatch:
+        batch = self.source.batch(index, rows)
+        pooled = torch.randn(len(batch.keys), 1, POOLED_DIM, generator=keyed_generator("pooled", index))
+        text = replace(batch.text, pooled=pooled, lengths=torch.full((len(batch.keys), 1), 4))
+        return replace(batch, text=text)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_are_found_and_wrapping_keeps_parameter_names(name):
+    backbone = BACKBONES[name]()
+    assert Counter(type(backbone.get_submodule(block)).__name__ for block in block_names(backbone)) == BLOCKS[name]
+    names = list(trainable(backbone))
+    prepare(backbone, Parallel(), activation_checkpointing=True)
+    assert list(trainable(backbone)) == names
+
+
+@pytest.mark.parametrize("name", ["hunyuan", "cogvideox-2b", "cogvideox-5b", "latte"])
+def test_the_loop_trains_it_on_the_loss_of_its_process(cache, tmp_path, name):
+    source = cache(METHOD.layout_for_training)
+    source = Pooled(source) if name == "hunyuan" else source
+    backbone = prepare(BACKBONES[name](), Parallel(), activation_checkpointing=True)
+    evaluate = HeldOutLoss(source, METHOD, batches=1, levels=(0.95,))
+    run_loop(backbone, METHOD, source, replace(SETTINGS, evaluate_every=2), tmp_path, evaluate=evaluate)
+    lines = read(tmp_path / "metrics.jsonl")
+    assert lines[0]["tokens_per_s"] == pytest.approx(3 * 4 * lines[0]["samples_per_s"], rel=1e-4)
+    assert lines[1]["eval/loss/0.95"] > 0 and lines[1]["eval/wrong_text/0.95"] > 0
+
+    batch, plain = source.batch(0), BACKBONES[name]()
+    levels, noise = draw(METHOD, batch, SETTINGS.seed, 0)
+    noisy = plain.process.add_noise(batch.latents, noise, levels)
+    prediction = plain(noisy, levels, batch.text, layout=batch.layout)
+    errors = (prediction - plain.process.target(batch.latents, noise, levels)).square().mean(dim=(1, 3, 4))
+    expected = (errors * frame_weights(METHOD, batch, levels)).sum(dim=1).mean()
+    assert lines[0]["loss"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_one_model_time_leaves_what_each_frame_is_scaled_by(cache, tmp_path):
+    """The process scales every frame by its own level, whatever the method tells the backbone."""
+    method, backbone, seen = get_method("tic_ft"), tiny_backbone(), []
+    backbone.process = EDM(0.002, 80.0)
+    backbone.register_forward_pre_hook(lambda _, args: seen.append(args[:2]))
+    monotone = cache(METHOD.layout_for_training)
+    batch = monotone.batch(0)
+    levels, noise = torch.rand(4, 3), torch.randn(batch.latents.shape)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.loop.draw", lambda *_: (levels, noise))
+        run_loop(backbone, method, monotone, replace(SETTINGS, steps=1), tmp_path)
+    x, told = seen[0]
+    assert torch.equal(told, levels.amax(dim=1))
+    noisy = backbone.process.add_noise(batch.latents, noise, levels)
+    assert torch.equal(x, backbone.process.precondition(noisy, levels))
+
+
+def test_a_wrong_pairing_is_refused_before_the_first_batch(tmp_path):
+    with pytest.raises(ValueError, match="no per_frame_levels: CogVideoX 1.5"):
+        run_loop(BACKBONES["cogvideox-1.5"](), METHOD, None, SETTINGS, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
