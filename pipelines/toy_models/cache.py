@@ -14,7 +14,7 @@ from models.text import TextEncoder
 from pipelines.toy_models.data import SIZE, to_video
 from toyworld.render import render_shot
 from toyworld.text import sentence, shot_prompt, story
-from toyworld.vocabulary import LevelName, Split
+from toyworld.vocabulary import LEVELS, LevelName, Split
 from toyworld.world import ToyScene, sample_scene, single_shot
 from train.batches import write_cache
 
@@ -25,10 +25,12 @@ def cache_clip(level: LevelName, split: Split, seed: int, index: int) -> tuple[T
     """One shot of a scene of 1 to 9 shots, alone, and its texts: each a tuple of strings encoded one by one.
 
     Shots come from whole scenes so that the model also knows the story form of a prompt: characters that the shot does
-    not show, and a number of shots that is not one.
+    not show, and a number of shots that is not one. Casts are large, or hardly any clip would show two characters at
+    once and the model would not learn which of them has which colour and shape.
     """
-    scene = sample_scene(level, seed=seed, index=index, split=split)
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, index, 11])))
+    cast = 1 + int(rng.integers(LEVELS[level].max_characters, size=2).max())
+    scene = sample_scene(level, seed=seed, index=index, split=split, num_characters=cast)
     chosen = int(rng.integers(len(scene.shots)))
     alone = single_shot(scene, chosen)
     texts = [(sentence(alone, 0, rng),), (sentence(alone, 0, rng),), (story(scene), shot_prompt(scene, chosen, rng))]
