@@ -21,7 +21,7 @@ from _bootstrap import Difference, paired_bootstrap
 from _common import Goal
 
 from infra.config import ConfigError, knob, load_config
-from pipelines.demo import DemoConfig
+from pipelines.demo_types import DemoConfig
 
 SCENE_METRICS = ("identity_said", "place_agreement", "colour", "shape", "place", "style", "action", "legibility")
 
@@ -105,7 +105,7 @@ def _finetune(claim: LctDemoClaim) -> Path:
     """A model made as the demo makes it; kept in `out` and taken up again by the next run with the same keys."""
     from infra.ray_session import ray_session
     from pipelines import demo_stages as work
-    from pipelines.demo import Stage
+    from pipelines.demo_types import Stage
 
     demo = claim.demo
     folder = claim.out / f"model-{demo.count}-videos-{demo.steps}-steps-seed-{demo.seed}"

@@ -13,8 +13,8 @@ from pipelines.report_media import scene_sheet, take, video_uri
 
 if TYPE_CHECKING:
     from models.scene import Scene
-    from pipelines.demo import DemoResult
     from pipelines.demo_stages import Prepared, Served, Takes
+    from pipelines.demo_types import DemoResult
     from pipelines.report import Take
 
 SHEETS = 6  # scenes with a contact sheet

@@ -13,7 +13,7 @@ from infra.log import progress
 
 if TYPE_CHECKING:
     from models.scene import Scene
-    from pipelines.demo import DemoConfig, Stage
+    from pipelines.demo_types import DemoConfig, Stage
     from pipelines.train import TrainConfig
     from preprocess.report import PrepareReport
     from sample.storyboard import Storyboard

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from infra.knobs import knob, required
 
 if TYPE_CHECKING:
-    from sample.server import ServerSettings
+    from sample.server_settings import ServerSettings
 
 APP = "shotloom"
 
@@ -105,7 +105,7 @@ def server_settings(config: ServeConfig) -> ServerSettings:
     from models.folder import load_settings
     from sample.api import VideoService
     from sample.generate import largest_scene, starts_from_image
-    from sample.server import ServerSettings
+    from sample.server_settings import ServerSettings
     from sample.video_io import enlarge
 
     described = load_settings(config.model)

@@ -26,7 +26,7 @@ from sample.video_io import enlarge, write_video
 if TYPE_CHECKING:
     import numpy as np
 
-    from sample.server import ServerSettings
+    from sample.server_settings import ServerSettings
 
 log = logging.getLogger("ray.serve")
 

@@ -3,7 +3,8 @@
 import sys
 
 from infra.config import ConfigError, load_config
-from pipelines.toy_models.build import ToyModelsConfig, build_toy_models
+from pipelines.toy_models.build import build_toy_models
+from pipelines.toy_models.settings import ToyModelsConfig
 
 if __name__ == "__main__":
     try:

@@ -7,7 +7,6 @@ diffusers model folder that plays the part of a big pretrained single-shot text-
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
-from infra.config import knob
 from infra.log import get_logger
 from infra.storage import atomic_write_text
 from models.backbones.wan import WanBackbone
@@ -23,14 +21,14 @@ from models.codecs import VideoCodec
 from models.folder import Model, ModelSettings, load_model, save_model
 from models.methods import get_method
 from models.text import TextEncoder, null_text
-from pipelines.shipped import SHIPPED_WAN
 from pipelines.toy_models.cache import build_cache
 from pipelines.toy_models.card import model_card, run_record
 from pipelines.toy_models.data import SIZE, vae_batch
 from pipelines.toy_models.denoised import denoised_source
 from pipelines.toy_models.measure import held_out_scores
+from pipelines.toy_models.settings import ToyModelsConfig
 from pipelines.toy_models.texts import SLOTS, text_batch
-from toyworld.vocabulary import FPS, SHOT_FRAMES, LevelName
+from toyworld.vocabulary import FPS, SHOT_FRAMES
 from train.batches import LatentCache
 from train.decoder import DecoderSettings, train_decoder
 from train.evaluate import HeldOutLoss
@@ -43,29 +41,6 @@ LATENT_CHANNELS = 8
 TEXT_LENGTH = 256  # bytes; the longest story of level small with its shot prompt takes about 210
 JUDGE_EVERY = 3_000  # steps of the transformer
 LEVEL_SHIFT = 3.0  # shape and motion are decided at high noise, which unshifted levels hardly visit
-
-
-@dataclass(kw_only=True)
-class ToyModelsConfig:
-    """What `make toy-models` trains."""
-
-    level: LevelName = knob("small", "ToyWorld level of the clips")
-    seed: int = knob(0, "seed of worlds, weights and noise")
-    run_dir: Path = knob(Path("runs/toy-models"), "snapshots, latents and logs; start again here to resume")
-    out: Path = knob(SHIPPED_WAN, "model folder to write")
-    start: Path | None = knob(None, "model folder to go on from, in a new run_dir; null = random weights")
-    vae_steps: int = knob(2_600, "steps of the VAE")
-    vae_polish_steps: int = knob(1_600, "further steps of its decoder alone")
-    text_steps: int = knob(2_200, "steps of the text encoder")
-    clips: int = knob(10_000, "training clips, each with three texts")
-    steps: int = knob(19_000, "steps of the transformer")
-    batch_size: int = knob(16, "clips per step of the transformer")
-    decoder_steps: int = knob(900, "steps of the decoder on latents that the transformer has denoised")
-    learning_rate: float = knob(1e-3, "peak learning rate of the transformer; cosine to a tenth")
-    width: int = knob(192, "width of the transformer; heads are 32 wide")
-    layers: int = knob(6, "blocks of the transformer")
-    compile: bool = knob(False, "torch.compile the transformer's blocks (needs a C++ compiler); twice as fast")
-    prompts: int = knob(64, "held-out prompts that the judge scores at the end")
 
 
 def build_toy_models(config: ToyModelsConfig) -> Path:
@@ -108,8 +83,8 @@ def build_toy_models(config: ToyModelsConfig) -> Path:
 
     loop = LoopSettings(
         steps=config.steps, learning_rate=config.learning_rate, warmup_steps=200, lr_schedule="cosine",
-        weight_decay=0.01, ema_decay=0.9985, precision="bf16", seed=config.seed, checkpoint_every=500, log_every=50,
-        evaluate_every=500,
+        weight_decay=0.01, ema_decay=0.9985, precision=config.precision, seed=config.seed, checkpoint_every=500,
+        log_every=50, evaluate_every=500,
     )  # fmt: skip
     prepare(backbone, Parallel(), compile_blocks=config.compile)
     result = run_loop(

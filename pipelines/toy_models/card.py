@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from pipelines.toy_models.build import ToyModelsConfig
+from pipelines.toy_models.settings import ToyModelsConfig
 
 STAGES = ("vae", "text_encoder", "transformer", "decoder")
 FIRST = ("loss", "hours")  # of a stage's figures, after its step

@@ -14,8 +14,9 @@ import pytest
 
 from models.scene import EncodedSpan, Scene, Shot, Source, link_shots
 from models.tiny import build_tiny_folder
-from pipelines.demo import MARKER, DemoConfig, DemoResult, run_demo
+from pipelines.demo import MARKER, run_demo
 from pipelines.demo_stages import footage_storyboards, held_out_storyboards, storyboards
+from pipelines.demo_types import DemoConfig, DemoResult
 from sample.video_io import read_video, write_video
 
 

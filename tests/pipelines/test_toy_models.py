@@ -103,7 +103,8 @@ def test_text_encoder_learns_and_resumes(tmp_path: Path) -> None:
 def test_the_whole_run_in_miniature(tmp_path: Path) -> None:
     from diffusers import WanPipeline
 
-    from pipelines.toy_models.build import ToyModelsConfig, build_toy_models
+    from pipelines.toy_models.build import build_toy_models
+    from pipelines.toy_models.settings import ToyModelsConfig
 
     config = ToyModelsConfig(
         run_dir=tmp_path / "run", out=tmp_path / "model", vae_steps=2, vae_polish_steps=1, text_steps=2, clips=8,

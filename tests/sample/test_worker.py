@@ -13,7 +13,7 @@ import pytest
 from models.tiny import build_tiny_folder
 from pipelines.serve import ServeConfig, server_settings
 from sample.api import parse_request
-from sample.server import ServerSettings
+from sample.server_settings import ServerSettings
 from sample.video_io import read_video
 from sample.worker import VideoSampler
 
