@@ -30,8 +30,6 @@ class ToyModelsConfig:
     learning_rate: float = knob(1e-3, "peak learning rate of the transformer; cosine to a tenth")
     width: int = knob(192, "width of the transformer; heads are 32 wide")
     layers: int = knob(6, "blocks of the transformer")
-    precision: Literal["fp32", "bf16"] = knob(
-        "fp32", "bf16 pays on cores that calculate in it (avx512_bf16, amx)"
-    )
+    precision: Literal["fp32", "bf16"] = knob("fp32", "bf16 pays on cores that calculate in it (avx512_bf16, amx)")
     compile: bool = knob(False, "torch.compile the transformer's blocks (needs a C++ compiler); twice as fast")
     prompts: int = knob(64, "held-out prompts that the judge scores at the end")
