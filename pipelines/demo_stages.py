@@ -134,7 +134,8 @@ def train_config(config: DemoConfig, dataset: Path, run_dir: Path) -> TrainConfi
         learning_rate=config.learning_rate,
         warmup_steps=min(30, config.steps),
         lr_schedule="cosine",
-        checkpoint_every=0,
+        compile=config.compile,
+        checkpoint_every=500 if config.steps > 500 else 0,  # a short run is over before one pays
         log_every=max(1, config.steps // 60),
         seed=config.seed,
     )
