@@ -58,7 +58,7 @@ class HunyuanVideoBackbone(Backbone):
         attention_rules=frozenset(get_args(AttentionRule)),
         text_per_shot=True,
         reasons={
-            "kv_cache": "HunyuanVideo joins text and frames in one attention, whose keys Shotloom does not keep; use Wan"
+            "kv_cache": "HunyuanVideo joins text and frames in one attention; Shotloom does not keep its keys; use Wan"
         },
     )
     # the linear layers of all attentions (the token refiner's, too) and of the double-stream blocks' feed-forwards
