@@ -1,9 +1,9 @@
 """Storyboards to frames: words and given media in, uint8 videos out, for any method a model folder names.
 
-A scene is made as one clip whose shots see one another (LCT, 2503.10589), a shot with references as one clip that
-begins with them and ends with what is kept (TIC-FT, 2506.00996), or with `independent=True` shot by shot
-from the same texts and the same start noise, which is the baseline that a scene model has to beat. Every shot is
-decoded alone, as it was encoded in training.
+A scene is made as one clip whose shots see one another, or shot by shot behind a cache of earlier ones (LCT,
+2503.10589); a shot with references as one clip that begins with them and ends with what is kept (TIC-FT, 2506.00996;
+LCT's compositions); or with `independent=True` shot by shot from the same texts and the same start noise, which is the
+baseline that a scene model has to beat. Every shot is decoded alone, as it was encoded in training.
 """
 
 from __future__ import annotations
@@ -24,8 +24,16 @@ from models.scene import IMAGE_ROLES
 from models.solvers import SolverName
 from models.text import TextContext, pack_text
 from sample.guidance import Guidance
+from sample.rollout import RolloutShot, rollout
 from sample.sampler import Callback, sample
-from sample.storyboard import Storyboard, StoryboardError, StoryboardShot, derive_seed
+from sample.storyboard import (
+    MAX_HISTORY,
+    Storyboard,
+    StoryboardError,
+    StoryboardShot,
+    Task,
+    derive_seed,
+)
 from sample.video_io import fit_frames, read_image, read_video
 
 if TYPE_CHECKING:
@@ -44,10 +52,14 @@ class GenerateSettings:
     guidance: float = 5.0  # classifier-free guidance scale of the text; 1 is none
     text: Literal["scene", "sentence"] = "scene"  # a shot reads [story; prompt], or its self-contained sentence
     solver: SolverName = "euler"
+    task: Task = "auto"  # of storyboards that name none
+    history: int = MAX_HISTORY  # how many earlier shots a shot sees that is made after them, where nothing else is said
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps={self.steps}; give at least 1")
+        if not 1 <= self.history <= MAX_HISTORY:
+            raise ValueError(f"history={self.history}; a shot sees 1 to {MAX_HISTORY} earlier shots")
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,8 @@ def generate_scenes(
         raise ValueError(f"a batch needs storyboards of one shape, got {len(shapes)}: {sorted(shapes)}")
 
     first = storyboards[0]  # stands for all where only the shape matters
+    task = first.task or settings.task
+    first.check_sequence(task)
     media = [_load_media(first, index, model) for index in range(len(first.shots))]
     method = get_method(model.settings.method, **model.settings.method_params)
     references = _load_references(first, method, model)
