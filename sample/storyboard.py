@@ -104,6 +104,8 @@ class Storyboard:
         if chosen is None:
             return
         where = f"storyboard {self.name!r}, shot {index}: history={chosen}"
+        if self.shots[index].given:
+            raise StoryboardError(f"{where}; a given shot is not made, so it sees none", f"shots.{index}.history")
         if not set(chosen) <= set(range(index)) or len(set(chosen)) != len(chosen):
             known = f"0 to {index - 1}, each once" if index else "none before the first"
             raise StoryboardError(f"{where}; give numbers of earlier shots: {known}", f"shots.{index}.history")
