@@ -106,8 +106,13 @@ def test_a_batch_of_scenes_and_its_progress(causal: Model) -> None:
     settings = causal.settings
     shapes = {
         scene_shape(board, settings)
-        for board in (BOARD, replace(BOARD, history=2), replace(BOARD, task="extension"), with_shot(BOARD, 2, history=[1]))
-    }  # fmt: skip
+        for board in (
+            BOARD,
+            replace(BOARD, history=2),
+            replace(BOARD, task="extension"),
+            with_shot(BOARD, 2, history=[1]),
+        )
+    }
     assert len(shapes) == 4 and scene_shape(other, settings) in shapes
     with pytest.raises(ValueError, match="storyboards of one shape, got 2"):
         generate_scenes(causal, [BOARD, replace(other, history=2)], SETTINGS, [3, 4])
