@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from infra.knobs import knob, required
+from models.scene import MAX_HISTORY
 
 if TYPE_CHECKING:
     from models.folder import Model
@@ -39,7 +40,7 @@ class SampleConfig:
         "of storyboards that name none: auto = all shots at once; autoregressive = one after another, each seeing "
         "earlier ones; extension = likewise, as one shot that goes on",
     )
-    history: int = knob(8, "how many earlier shots a shot sees that is made after them, 1 to 8")
+    history: int = knob(MAX_HISTORY, "how many earlier shots a shot sees that is made after them, 1 to 8")
     steps: int = knob(30, "denoising steps")
     guidance: float = knob(5.0, "classifier-free guidance scale of the text; 1 = none")
     solver: Literal["euler", "second_order", "ancestral"] = knob("euler", "how frames move between noise levels")
@@ -55,8 +56,8 @@ class SampleConfig:
         for name, least in (("batch_size", 1), ("num_workers", 0), ("steps", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}; give at least {least}")
-        if not 1 <= self.history <= 8:
-            raise ValueError(f"history={self.history}; a shot sees 1 to 8 earlier shots")
+        if not 1 <= self.history <= MAX_HISTORY:
+            raise ValueError(f"history={self.history}; a shot sees 1 to {MAX_HISTORY} earlier shots")
         if self.independent and self.task != "auto":
             raise ValueError(f"task={self.task} with independent=true: shots made by themselves see no others")
 

@@ -21,20 +21,13 @@ from models.backbones.base import require
 from models.layout import ClipLayout, drop_frames, shots_layout
 from models.methods import get_method
 from models.noise import base_levels
-from models.scene import IMAGE_ROLES
+from models.scene import IMAGE_ROLES, MAX_HISTORY
 from models.solvers import SolverName
 from models.text import TextContext, pack_text
 from sample.guidance import Guidance
 from sample.rollout import RolloutShot, rollout
 from sample.sampler import Callback, sample
-from sample.storyboard import (
-    MAX_HISTORY,
-    Storyboard,
-    StoryboardError,
-    StoryboardShot,
-    Task,
-    derive_seed,
-)
+from sample.storyboard import Storyboard, StoryboardError, StoryboardShot, Task, derive_seed
 from sample.video_io import fit_frames, read_image, read_video
 
 if TYPE_CHECKING:

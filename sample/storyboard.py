@@ -8,12 +8,11 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from models.scene import CUT_MARKER, Reference
+from models.scene import CUT_MARKER, MAX_HISTORY, Reference
 
 # auto: all shots at once, as their media ask. autoregressive: one after another, each seeing earlier ones (LCT).
 # extension: likewise, as one shot that goes on.
 Task = Literal["auto", "autoregressive", "extension"]
-MAX_HISTORY = 8  # earlier shots that a shot sees
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 

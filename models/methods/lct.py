@@ -26,8 +26,8 @@ from models.layout import ClipLayout, Segment, shots_layout
 from models.methods.base import Method, check_indices
 from models.noise import Density, loss_weights, noise_plan, sample_levels
 from models.positions import PositionMode
+from models.scene import MAX_HISTORY
 
-MAX_HISTORY = 8  # earlier shots that one shot sees; training scenes have up to nine shots
 SEQUENTIAL_TASKS = ("autoregressive", "extension")  # one shot after another
 IMAGES_OF = ("portrait", "place")  # what a composition is made of: who, and where
 
@@ -53,7 +53,6 @@ class LCT(Method):
             raise ValueError(
                 "lct: context_level is 0 but clean_prob is 0, so clean shots are never trained; raise one of them"
             )
-
         if self.attention_rule not in ("full", "group_causal"):
             raise ValueError(f"lct: attention_rule is {self.attention_rule!r}; choose full or group_causal")
         if not 0 <= self.single_frame_prob <= 1:
