@@ -53,7 +53,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def grouped_attention(
     q: Tensor,  # [B,N,heads,d]
-    k: Tensor,
+    k: Tensor,  # [B,P+N,heads,d]: P tokens of earlier groups come first (group_causal)
     v: Tensor,
     sizes: tuple[int, ...],  # frames of each group, from `group_sizes`; plain numbers, so that compiling sees them
     rule: AttentionRule,
@@ -68,6 +68,9 @@ def grouped_attention(
     batch, tokens, frames = q.shape[0], q.shape[1], sum(sizes)
     if tokens % frames:
         raise ValueError(f"{tokens} tokens do not divide evenly over {frames} frames (groups of {list(sizes)})")
+    past = k.shape[1] - tokens
+    if past and rule != "group_causal":
+        raise ValueError(f"attention rule {rule!r} with {past} tokens of earlier groups: use group_causal")
     if rule == "full":
         return attend(q, k, v)
     if rule == "same_frame":
@@ -79,6 +82,6 @@ def grouped_attention(
     outs, start = [], 0
     for size in sizes:
         end = start + size * per_frame
-        outs.append(attend(q[:, start:end], k[:, :end], v[:, :end]))
+        outs.append(attend(q[:, start:end], k[:, : past + end], v[:, : past + end]))
         start = end
     return torch.cat(outs, dim=1)

@@ -28,6 +28,8 @@ ReferenceRole = Literal[ImageRole, "source", "action"]  # the last two are clips
 VERSION = 1
 IMAGE_ROLES: tuple[ImageRole, ...] = get_args(ImageRole)
 STORY_TEXT = "text.story"
+CUT_MARKER = "[SHOT CUT]"  # begins the prompt of a shot that a cut leads to (LCT); a shot that goes on has none
+MAX_HISTORY = 8  # earlier shots that one shot is made to see (LCT, whose training scenes have up to nine shots)
 SHOT_TENSORS = (
     "latent_mean", "latent_logvar", "first_mean", "first_logvar", "last_mean", "last_logvar", "text", "sentence_text",
 )  # fmt: skip

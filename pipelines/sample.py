@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from infra.knobs import knob, required
+from models.scene import MAX_HISTORY
 
 if TYPE_CHECKING:
     from models.folder import Model
@@ -34,6 +35,12 @@ class SampleConfig:
     seed: int = knob(0, "of storyboards without a seed of their own; each name gets its own noise from it")
     independent: bool = knob(False, "make every shot by itself: the single-shot baseline")
     text: Literal["scene", "sentence"] = knob("scene", "a shot reads its story and prompt, or its lone sentence")
+    task: Literal["auto", "autoregressive", "extension"] = knob(
+        "auto",
+        "of storyboards that name none: auto = all shots at once; autoregressive = one after another, each seeing "
+        "earlier ones; extension = likewise, as one shot that goes on",
+    )
+    history: int = knob(MAX_HISTORY, "how many earlier shots a shot sees that is made after them, 1 to 8")
     steps: int = knob(30, "denoising steps")
     guidance: float = knob(5.0, "classifier-free guidance scale of the text; 1 = none")
     solver: Literal["euler", "second_order", "ancestral"] = knob("euler", "how frames move between noise levels")
@@ -49,6 +56,10 @@ class SampleConfig:
         for name, least in (("batch_size", 1), ("num_workers", 0), ("steps", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}; give at least {least}")
+        if not 1 <= self.history <= MAX_HISTORY:
+            raise ValueError(f"history={self.history}; a shot sees 1 to {MAX_HISTORY} earlier shots")
+        if self.independent and self.task != "auto":
+            raise ValueError(f"task={self.task} with independent=true: shots made by themselves see no others")
 
 
 @dataclass(frozen=True)
@@ -80,12 +91,13 @@ def run_sample(
     """Make every storyboard of the files and of `storyboards`; one that fails is recorded and stops no other.
 
     `on_video` gets each record as its video is finished or has failed. Raises ConfigError for unreadable storyboard
-    files and ValueError for an unusable model folder, before anything is made.
+    files and ValueError for an unusable model folder or a task that is not the model's, before anything is made.
     """
     from infra.log import progress
     from infra.storage import atomic_write_text
     from models.folder import load_model
     from pipelines.storyboards import load_storyboards
+    from sample.generate import check_task
 
     started = time.monotonic()
     paths = [config.storyboards] if isinstance(config.storyboards, Path) else config.storyboards
@@ -97,6 +109,7 @@ def run_sample(
         raise ValueError(f"storyboard names must differ, they become file names: {sorted(names)}")
     config.out.mkdir(parents=True, exist_ok=True)
     described = load_model(config.model, parts=()).settings
+    check_task(config.task, described)
     weights = folder_fingerprint(config.model)
     jobs = {board.name: _Job.of(board, config, weights) for board in boards}
     records = {name: record for name, job in jobs.items() if (record := job.finished(config.out)) is not None}
@@ -158,7 +171,7 @@ class _Job:
 def generate_settings(config: SampleConfig) -> GenerateSettings:
     from sample.generate import GenerateSettings
 
-    return GenerateSettings(config.steps, config.guidance, config.text, config.solver)
+    return GenerateSettings(config.steps, config.guidance, config.text, config.solver, config.task, config.history)
 
 
 def folder_fingerprint(folder: Path) -> str:

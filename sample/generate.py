@@ -1,9 +1,9 @@
 """Storyboards to frames: words and given media in, uint8 videos out, for any method a model folder names.
 
-A scene is made as one clip whose shots see one another (LCT, 2503.10589), a shot with references as one clip that
-begins with them and ends with what is kept (TIC-FT, 2506.00996), or with `independent=True` shot by shot
-from the same texts and the same start noise, which is the baseline that a scene model has to beat. Every shot is
-decoded alone, as it was encoded in training.
+A scene is made as one clip whose shots see one another, or shot by shot behind a cache of earlier ones (LCT,
+2503.10589); a shot with references as one clip that begins with them and ends with what is kept (TIC-FT, 2506.00996;
+LCT's compositions); or with `independent=True` shot by shot from the same texts and the same start noise, which is the
+baseline that a scene model has to beat. Every shot is decoded alone, as it was encoded in training.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.layout import ClipLayout, drop_frames
+from models.backbones.base import require
+from models.layout import ClipLayout, drop_frames, shots_layout
 from models.methods import get_method
 from models.noise import base_levels
-from models.scene import IMAGE_ROLES
+from models.scene import IMAGE_ROLES, MAX_HISTORY
 from models.solvers import SolverName
 from models.text import TextContext, pack_text
 from sample.guidance import Guidance
+from sample.rollout import RolloutShot, rollout
 from sample.sampler import Callback, sample
-from sample.storyboard import Storyboard, StoryboardError, StoryboardShot, derive_seed
+from sample.storyboard import Storyboard, StoryboardError, StoryboardShot, Task, derive_seed
 from sample.video_io import fit_frames, read_image, read_video
 
 if TYPE_CHECKING:
@@ -44,10 +46,14 @@ class GenerateSettings:
     guidance: float = 5.0  # classifier-free guidance scale of the text; 1 is none
     text: Literal["scene", "sentence"] = "scene"  # a shot reads [story; prompt], or its self-contained sentence
     solver: SolverName = "euler"
+    task: Task = "auto"  # of storyboards that name none
+    history: int = MAX_HISTORY  # how many earlier shots a shot sees that is made after them, where nothing else is said
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps={self.steps}; give at least 1")
+        if not 1 <= self.history <= MAX_HISTORY:
+            raise ValueError(f"history={self.history}; a shot sees 1 to {MAX_HISTORY} earlier shots")
 
 
 @dataclass(frozen=True)
@@ -92,9 +98,14 @@ def generate_scenes(
         return _generate_shots_alone(model, storyboards, settings, seeds, callback)
     shapes = {scene_shape(board, model.settings) for board in storyboards}
     if len(shapes) != 1:
-        raise ValueError(f"a batch needs storyboards of one shape, got {len(shapes)}: {sorted(shapes)}")
+        raise ValueError(f"a batch needs storyboards of one shape, got {len(shapes)}: {sorted(map(str, shapes))}")
 
     first = storyboards[0]  # stands for all where only the shape matters
+    sequence = first.task or settings.task
+    for board in storyboards:
+        board.check_sequence(sequence)
+    if sequence != "auto":
+        return _generate_in_turn(model, storyboards, settings, seeds, sequence, callback)
     media = [_load_media(first, index, model) for index in range(len(first.shots))]
     method = get_method(model.settings.method, **model.settings.method_params)
     references = _load_references(first, method, model)
@@ -107,7 +118,9 @@ def generate_scenes(
         method.plan(layout, levels, task).to(text.embeddings.device),
         text,
         shape=(len(storyboards), model.codec.latent_channels, layout.num_frames, *_latent_size(model)),
-        generator=[shot_generators(board, seed) for board, seed in zip(storyboards, seeds, strict=True)],
+        generator=[
+            shot_generators(board, seed, len(references)) for board, seed in zip(storyboards, seeds, strict=True)
+        ],
         given=_encode_media(media, references, layout, model, len(storyboards)),
         guidance=Guidance([("text", settings.guidance)]),
         null={"text": null},
@@ -121,12 +134,13 @@ def generate_scenes(
 
 
 def scene_shape(storyboard: Storyboard, described: ModelSettings) -> tuple[tuple[Any, ...], ...]:
-    """What storyboards of one batch share: the length of each shot and the media it is given."""
-    return tuple(
+    """What storyboards of one batch share: how they are made, the length of each shot and what it is given and sees."""
+    return (storyboard.task, storyboard.history), *(
         (
             shot.frames or described.frames_per_shot,
             shot.given,
             shot.first_frame,
+            None if shot.history is None else tuple(shot.history),
             *((one.role, one.path) for one in shot.references),
         )
         for shot in storyboard.shots
@@ -143,12 +157,76 @@ def starts_from_image(described: ModelSettings) -> bool:
     return "i2v" in get_method(described.method, **described.method_params).tasks
 
 
-def shot_generators(storyboard: Storyboard, seed: int) -> list[torch.Generator]:
-    """One CPU generator per shot, so that a shot's noise depends on its seed and on nothing else in the run."""
-    return [
-        torch.Generator().manual_seed(derive_seed(seed, index) if shot.seed is None else shot.seed)
-        for index, shot in enumerate(storyboard.shots)
+def check_task(task: Task, described: ModelSettings) -> None:
+    """Raises ValueError, with the reason, where a model of these settings does not make shots as `task` says."""
+    if task != "auto":
+        try:
+            get_method(described.method, **described.method_params).layout_for_task(task, [1])
+        except ValueError as error:
+            raise ValueError(f"task={task}: {error}") from error
+
+
+def shot_generators(storyboard: Storyboard, seed: int, references: int = 0) -> list[torch.Generator]:
+    """One CPU generator per shot, so that a shot's noise depends on its seed and on nothing else in the run.
+
+    Those of references that are groups of their own come after those of the shots.
+    """
+    seeds = [derive_seed(seed, i) if shot.seed is None else shot.seed for i, shot in enumerate(storyboard.shots)]
+    seeds += [derive_seed(seed, "reference", i) for i in range(references)]
+    return [torch.Generator().manual_seed(one) for one in seeds]
+
+
+def _generate_in_turn(
+    model: Model,
+    storyboards: Sequence[Storyboard],
+    settings: GenerateSettings,
+    seeds: Sequence[int],
+    task: Task,
+    callback: Callback | None,
+) -> list[Clip]:
+    """Every shot behind those before it that it sees. Each is decoded as soon as it is made."""
+    first = storyboards[0]
+    try:
+        check_task(task, model.settings)
+        require(model.backbone.capabilities, kv_cache=True)
+    except ValueError as error:
+        raise StoryboardError(f"storyboard {first.name!r}: {error}", "task") from error
+    media = [_load_media(first, index, model) for index in range(len(first.shots))]
+    frames = _shot_frames(first, media, model)
+    layout = shots_layout(frames)
+    text, null = _encode_texts(storyboards, layout, model, settings.text)
+    known = _encode_media(media, [], layout, model, len(storyboards))
+    generators = [shot_generators(board, seed) for board, seed in zip(storyboards, seeds, strict=True)]
+    shots = [
+        RolloutShot(
+            frames[index],
+            text.embeddings[:, index],
+            null.embeddings[:, index],
+            [own[index] for own in generators],
+            history,
+            known[:, :, own_frames] if known is not None and media[index] is not None else None,
+        )
+        for index, (history, own_frames) in enumerate(
+            zip(first.histories(settings.history), layout.shot_slices, strict=True)
+        )
     ]
+    made = rollout(
+        model.backbone,
+        get_method(model.settings.method, **model.settings.method_params),
+        task,
+        shots,
+        base_levels(settings.steps, shift=model.settings.level_shift),
+        size=(model.codec.latent_channels, *_latent_size(model)),
+        guidance=Guidance([("text", settings.guidance)]),
+        solver=settings.solver,
+        callback=callback,
+    )
+    clips: list[list[np.ndarray]] = [[] for _ in storyboards]
+    for pixels, latents in zip(media, made, strict=True):
+        for clip, one in zip(clips, latents, strict=True):
+            clip.append(_decode(one, model) if pixels is None else pixels)
+    joined = [_join(clip) for clip in clips]
+    return [replace(clip, cuts=[]) for clip in joined] if task == "extension" else joined
 
 
 def _generate_shots_alone(
@@ -160,7 +238,12 @@ def _generate_shots_alone(
 ) -> list[Clip]:
     """Every shot a clip of its own, with its scene's text and its own start noise; equal shapes share a batch."""
     boards = [
-        replace(board, shots=[replace(shot, seed=derive_seed(seed, index) if shot.seed is None else shot.seed)])
+        replace(
+            board,
+            task="auto",
+            history=None,
+            shots=[replace(shot, seed=derive_seed(seed, index) if shot.seed is None else shot.seed, history=None)],
+        )
         for board, seed in zip(storyboards, seeds, strict=True)
         for index, shot in enumerate(board.shots)
     ]
@@ -259,12 +342,21 @@ def _layout(
             f"{', '.join(method.tasks)}){hint}",
             f"shots.{index}.{field}",
         )
+    latent_frames = _shot_frames(storyboard, media, model)
+    try:
+        return method.layout_for_task(task, latent_frames, **({"given_shots": given} if given else {})), task
+    except ValueError as error:
+        index = given[-1] if given else 0
+        raise StoryboardError(f"{_where(storyboard, index)}: {error}", f"shots.{index}.given") from error
+
+
+def _shot_frames(storyboard: Storyboard, media: list[np.ndarray | None], model: Model) -> list[int]:
+    """Latent frames of each shot; a given one is as long as its file."""
     lengths = [
         len(pixels) if shot.given and pixels is not None else shot.frames or model.settings.frames_per_shot
-        for shot, pixels in zip(shots, media, strict=True)
+        for shot, pixels in zip(storyboard.shots, media, strict=True)
     ]
-    latent_frames = [model.codec.num_latent_frames(length) for length in lengths]
-    return method.layout_for_task(task, latent_frames, **({"given_shots": given} if given else {})), task
+    return [model.codec.num_latent_frames(length) for length in lengths]
 
 
 def _encode_texts(
@@ -310,8 +402,8 @@ def _encode_media(
     media: list[np.ndarray | None], references: list[np.ndarray], layout: ClipLayout, model: Model, batch: int
 ) -> Tensor | None:
     """Normalised latents [B, C, F, H, W] of the given frames, each shot or reference encoded alone; zero elsewhere."""
-    starts = [frames.start for frames in layout.shot_slices]
-    clips = [(start, pixels) for start, pixels in zip(starts, media, strict=True) if pixels is not None]
+    starts = [] if references else [frames.start for frames in layout.shot_slices]  # references go with no media
+    clips = [(start, pixels) for start, pixels in zip(starts, media, strict=False) if pixels is not None]
     at = 0
     for pixels in references:
         clips.append((at, pixels))
@@ -339,9 +431,14 @@ def _to_clip(
         if shot.given and pixels is not None:
             shots.append(pixels)
         else:
-            video = model.codec.decode(latents[None, :, frames])[0].float()  # [3, T, H, W]
-            shots.append(((video.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy())
+            shots.append(_decode(latents[:, frames], model))
     return _join(shots)
+
+
+def _decode(latents: Tensor, model: Model) -> np.ndarray:
+    """Frames uint8 [T, H, W, 3] of one shot's latents [C, F, H, W]."""
+    video = model.codec.decode(latents[None])[0].float()  # [3, T, H, W]
+    return ((video.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
 
 
 def _join(shots: list[np.ndarray]) -> Clip:

@@ -6,9 +6,13 @@ import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from models.scene import Reference
+from models.scene import CUT_MARKER, MAX_HISTORY, Reference
+
+# auto: all shots at once, as their media ask. autoregressive: one after another, each seeing earlier ones (LCT).
+# extension: likewise, as one shot that goes on.
+Task = Literal["auto", "autoregressive", "extension"]
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -32,6 +36,7 @@ class StoryboardShot:
     given: str = ""  # path of an image or video that is this shot: the model sees it, does not make it
     first_frame: str = ""  # path of an image that this shot starts from
     references: list[Reference] = field(default_factory=list)  # seen before the shot, and no part of it
+    history: list[int] | None = None  # the earlier shots that this one sees, counted from 0; None: the storyboard's
 
 
 @dataclass
@@ -43,6 +48,8 @@ class Storyboard:
     shots: list[StoryboardShot] = field(default_factory=list)
     negative: str = ""  # what the null branch of guidance reads instead of an empty text
     seed: int | None = None  # None: derived from the run's seed and the name
+    task: Task | None = None  # None: the run's
+    history: int | None = None  # how many earlier shots a shot sees, the nearest ones; None: the run's
 
     def validate(self, *, temporal_stride: int = 4, max_shots: int | None = None) -> None:
         """Raise StoryboardError at the first thing wrong."""
@@ -80,10 +87,69 @@ class Storyboard:
                     f"{where}: references stand before a shot that is made whole; leave given and first_frame out",
                     f"shots.{index}.references",
                 )
+            self._validate_history(index)
+        if self.history is not None and not 1 <= self.history <= MAX_HISTORY:
+            raise StoryboardError(
+                f"storyboard {self.name!r}: history={self.history}; a shot sees 1 to {MAX_HISTORY} earlier shots",
+                "history",
+            )
         if all(shot.given for shot in self.shots):
             raise StoryboardError(
                 f"storyboard {self.name!r}: every shot is given, so there is nothing to make", "shots"
             )
+
+    def _validate_history(self, index: int) -> None:
+        chosen = self.shots[index].history
+        if chosen is None:
+            return
+        where = f"storyboard {self.name!r}, shot {index}: history={chosen}"
+        if self.shots[index].given:
+            raise StoryboardError(f"{where}; a given shot is not made, so it sees none", f"shots.{index}.history")
+        if not set(chosen) <= set(range(index)) or len(set(chosen)) != len(chosen):
+            known = f"0 to {index - 1}, each once" if index else "none before the first"
+            raise StoryboardError(f"{where}; give numbers of earlier shots: {known}", f"shots.{index}.history")
+        if len(chosen) > MAX_HISTORY:
+            raise StoryboardError(f"{where}; a shot sees at most {MAX_HISTORY}", f"shots.{index}.history")
+
+    def check_sequence(self, task: Task) -> None:
+        """Raise StoryboardError where the storyboard does not fit how its shots are made: see `Task`."""
+        if task == "auto":
+            fields = [("history", self.history)]
+            fields += [(f"shots.{index}.history", shot.history) for index, shot in enumerate(self.shots)]
+            for name, value in fields:
+                if value is not None:
+                    raise StoryboardError(
+                        f"storyboard {self.name!r}: {name}={value} is for shots made one after another; set task to "
+                        "autoregressive or extension, or leave it out",
+                        name,
+                    )
+            return
+        for index, shot in enumerate(self.shots):
+            where = f"storyboard {self.name!r}, shot {index}"
+            for name in ("references", "first_frame"):
+                if getattr(shot, name):
+                    raise StoryboardError(
+                        f"{where}: {name} does not go with task {task}; give an image or a video as a shot of its own "
+                        "(`given`)",
+                        f"shots.{index}.{name}",
+                    )
+            if task == "extension" and index and CUT_MARKER in shot.prompt:
+                raise StoryboardError(
+                    f"{where}: prompt has {CUT_MARKER!r}, but task extension goes on without a cut; say what happens "
+                    "next, or use task autoregressive",
+                    f"shots.{index}.prompt",
+                )
+
+    def histories(self, nearest: int) -> list[tuple[int, ...]]:
+        """The earlier shots that each shot sees, in the order of the scene unless the shot says another.
+
+        `nearest` is how many of those before it a shot sees where neither it nor the storyboard says.
+        """
+        count = nearest if self.history is None else self.history
+        return [
+            tuple(range(max(0, index - count), index)) if shot.history is None else tuple(shot.history)
+            for index, shot in enumerate(self.shots)
+        ]
 
     def media(self) -> list[str]:
         """Paths of all images and videos that the shots name."""

@@ -91,6 +91,7 @@ class ShardDataset:
         normalize: raw latents [B,C,F,H,W] -> the model's (`VideoCodec.normalize`).
         made_with: hashes of the VAE and the text encoder of the model to train; the dataset's must be the same.
         latents: draw from the VAE's posterior, or take its mean.
+        single_frame_prob: share of shots of which a batch holds only the first or the last frame, encoded alone (LCT).
     Raises:
         ValueError: no shard, no encoded shot, damaged shard, text that does not fit, another VAE or text encoder,
             references that fit no task of the method.
@@ -111,6 +112,7 @@ class ShardDataset:
         single_shot_prob: float = 0.0,
         text_drop: TextDrop | None = None,
         latents: Latents = "sample",
+        single_frame_prob: float = 0.0,
         seed: int = 0,
     ):
         self.folder, self.batch_size, self.text_length, self.seed = folder, batch_size, text_length, seed
@@ -118,6 +120,7 @@ class ShardDataset:
         self.condition_frames = condition_frames
         self.null_text, self.text_drop = null_text, text_drop or TextDrop()
         self.shots_per_scene, self.single_shot_prob = shots_per_scene, single_shot_prob
+        self.single_frame_prob = single_frame_prob
 
         shards = sorted((folder / "shards").glob("*.tar"))
         if not shards:
@@ -168,6 +171,10 @@ class ShardDataset:
                     f"{window.record.shard}: {window.scene_id} shot {shot}: its texts have {lengths} tokens, the model "
                     f"reads {self.text_length} in all; prepare the videos again with shorter captions"
                 )
+        if self.single_frame_prob:
+            for name in ("first_mean", "last_mean"):
+                for shot in window.shots:
+                    window.record.require(shot_tensor_key(shot, name))
         shapes = [latent_shape(window.record, shot) for shot in window.shots]
         channels, _, height, width = shapes[0]
         frames = tuple(shape[1] for shape in shapes)
@@ -203,6 +210,7 @@ class ShardDataset:
     def batch(self, index: int, rows: slice = slice(None)) -> SceneBatch:
         number, _ = self._turns.at(index)
         _, conditions, frames, _ = list(self._weights)[number]
+        frames = self._single_frames(index, frames)
         layout = self.layout_for(list(frames), *([list(conditions)] if conditions else []))
         if layout.num_frames != sum(conditions) + sum(frames):
             raise ValueError(
@@ -211,23 +219,35 @@ class ShardDataset:
             )
         windows = self.windows(index)[rows]
         numbers = [index * self.batch_size + row for row in rows_of(self, rows)]
-        latents = torch.stack([self._latents(window, n) for window, n in zip(windows, numbers, strict=True)])
+        latents = torch.stack([self._latents(window, frames, n) for window, n in zip(windows, numbers, strict=True)])
         text = torch.stack([self._text(window, n) for window, n in zip(windows, numbers, strict=True)])
         context = TextContext(text, layout.text_ids)
         return SceneBatch(self.normalize(latents), layout, context, [window.name for window in windows])
 
-    def _latents(self, window: Window, number: int) -> Tensor:
+    def _single_frames(self, index: int, frames: tuple[int, ...]) -> tuple[int, ...]:
+        """The latent frames of each shot in micro-batch `index`, whose samples have one layout: all, or one."""
+        if not self.single_frame_prob:
+            return frames
+        draws = torch.rand(len(frames), generator=keyed_generator(self.seed, "single_frame", index))
+        return tuple(1 if draw < self.single_frame_prob else n for draw, n in zip(draws.tolist(), frames, strict=True))
+
+    def _latents(self, window: Window, frames: tuple[int, ...], number: int) -> Tensor:
         """Raw latents of the window's conditions and shots: [C,F,H,W]. `number` keys the draws of this sample.
 
-        Conditions are posterior means, as they are in sampling.
+        Conditions are posterior means, as they are in sampling. A shot that is to have one of its frames only is that
+        frame encoded alone: cut out of the shot's latents it would know the frames before it.
         """
         shots = [
             window.record.read(reference_tensor_key(i))[:, :count].float() for i, count in enumerate(window.conditions)
         ]
-        for shot in window.shots:
-            latent = window.record.read(shot_tensor_key(shot, "latent_mean")).float()
+        for shot, count in zip(window.shots, frames, strict=True):
+            tensor = "latent"
+            if count < latent_shape(window.record, shot)[1]:
+                first = torch.rand((), generator=keyed_generator(self.seed, "which_frame", number, shot)) < 0.5
+                tensor = "first" if first else "last"
+            latent = window.record.read(shot_tensor_key(shot, f"{tensor}_mean")).float()
             if self.latents == "sample":
-                logvar = window.record.read(shot_tensor_key(shot, "latent_logvar")).float()
+                logvar = window.record.read(shot_tensor_key(shot, f"{tensor}_logvar")).float()
                 noise = torch.randn(latent.shape, generator=keyed_generator(self.seed, "posterior", number, shot))
                 latent = latent + torch.exp(0.5 * logvar) * noise
             shots.append(latent)

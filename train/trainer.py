@@ -79,6 +79,7 @@ def train_worker(job: TrainJob, checkpoints: Checkpoints) -> LoopResult:
         single_shot_prob=job.single_shot_prob,
         text_drop=job.text_drop,
         latents=job.latents,
+        single_frame_prob=method.single_frame_share(),
         seed=job.loop.seed,
     )
     if job.lora:

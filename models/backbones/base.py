@@ -29,6 +29,7 @@ class Capabilities:
     attention_rules: frozenset[str]
     text_per_shot: bool
     reasons: dict[str, str]
+    kv_cache: bool = False  # shots of the past can be kept (models/kv_cache.py) instead of run again
 
 
 def require(
@@ -38,9 +39,14 @@ def require(
     position_mode: str | None = None,
     attention_rule: str | None = None,
     text_per_shot: bool = False,
+    kv_cache: bool = False,
 ) -> None:
     """Raises ValueError with the reason when the backbone lacks something of what is asked for."""
-    for field, asked in (("per_frame_levels", per_frame_levels), ("text_per_shot", text_per_shot)):
+    for field, asked in (
+        ("per_frame_levels", per_frame_levels),
+        ("text_per_shot", text_per_shot),
+        ("kv_cache", kv_cache),
+    ):
         if asked and not getattr(capabilities, field):
             raise ValueError(f"this backbone has no {field}: {capabilities.reasons.get(field, 'not supported')}")
     for field, choice, choices in (

@@ -151,7 +151,10 @@ class CogVideoXBackbone(Backbone):
 
 
 def _capabilities(pair: int, rotary: bool) -> Capabilities:
-    modes, reasons = set(get_args(PositionMode)), {}
+    modes = set(get_args(PositionMode))
+    reasons = {
+        "kv_cache": "CogVideoX joins texts and frames in one attention, whose keys Shotloom does not keep; use Wan"
+    }
     if not rotary:
         modes.remove("diagonal")
         reasons["diagonal"] = (

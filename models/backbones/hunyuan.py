@@ -57,7 +57,9 @@ class HunyuanVideoBackbone(Backbone):
         position_modes=frozenset(get_args(PositionMode)),
         attention_rules=frozenset(get_args(AttentionRule)),
         text_per_shot=True,
-        reasons={},
+        reasons={
+            "kv_cache": "HunyuanVideo joins text and frames in one attention; Shotloom does not keep its keys; use Wan"
+        },
     )
     # the linear layers of all attentions (the token refiner's, too) and of the double-stream blocks' feed-forwards
     lora_targets = (

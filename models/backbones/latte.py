@@ -37,7 +37,8 @@ CAPABILITIES = Capabilities(
     text_per_shot=True,
     reasons={
         "diagonal": "Latte adds one absolute table to the patch grid of all frames, which was never trained off its "
-        "place, and its temporal attention joins equal places only, so shots cannot move apart in space"
+        "place, and its temporal attention joins equal places only, so shots cannot move apart in space",
+        "kv_cache": "Latte joins frames in attention over time alone, whose keys Shotloom does not keep; use Wan",
     },
 )
 

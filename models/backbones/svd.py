@@ -43,6 +43,7 @@ CAPABILITIES = Capabilities(
         "diagonal": "SVD has no positions in space: its convolutions know neighbours only",
         "group_causal": "SVD's temporal convolutions and the group norms over all frames carry the future into the "
         "past, whatever its attention does",
+        "kv_cache": "what SVD makes of an earlier shot depends on the later ones (see group_causal)",
     },
 )
 

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from models.attention import Attend, AttentionRule, group_sizes, grouped_attention
 from models.backbones.base import Backbone, Capabilities
 from models.backbones.inputs import as_context, check_inputs, frame_groups, shared_levels
-from models.layout import ClipLayout, Segment
+from models.kv_cache import KeysValues, KVCache
+from models.layout import ClipLayout, Segment, shots_layout
 from models.positions import PositionMode, position_ids, rope_tables
 from models.process import FlowMatching
 from models.text import TextContext
@@ -40,6 +41,7 @@ class WanBackbone(Backbone):
         attention_rules=frozenset(get_args(AttentionRule)),
         text_per_shot=True,
         reasons={},
+        kv_cache=True,
     )
     # all linear layers of a block's two attentions and its feed-forward, as in Pusa
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
@@ -65,9 +67,9 @@ class WanBackbone(Backbone):
         self.pixels_per_token = self.patch**2
         model.rope = _ClipInfo()
         model.blocks[0].register_forward_pre_hook(_frames_as_rows)
-        for block in model.blocks:
+        for layer, block in enumerate(model.blocks):
             text_attention = _TextAttention()
-            block.attn1.set_processor(_VideoAttention(text_attention))
+            block.attn1.set_processor(_VideoAttention(text_attention, layer))
             block.attn2.set_processor(text_attention)
 
     @property
@@ -84,11 +86,14 @@ class WanBackbone(Backbone):
         position_mode: PositionMode = "contiguous",
         position_gap: int = 4,
         attention_rule: AttentionRule = "full",
+        cache: KVCache | None = None,  # shots that come before those of x
+        append: bool = False,  # keep the shots of x, as they are here, in the cache
     ) -> Tensor:
         """The predicted velocity, [B,C,F,H,W].
 
         With equal levels, one text and no layout this is, bit for bit, the diffusers model at timestep 1000 * level.
-        Raises ValueError where x, levels, text and layout do not fit together.
+        With a cache it is what the same model says of x behind the shots that the cache holds.
+        Raises ValueError where x, levels, text, layout and cache do not fit together.
         """
         batch, _, frames, height, width = x.shape
         layout = layout or ClipLayout((Segment("target", frames),))
@@ -96,12 +101,30 @@ class WanBackbone(Backbone):
         check_inputs(x, levels, text, layout, self.patch)
 
         grid = (height // self.patch, width // self.patch)
-        cos, sin = _tables(layout, grid, position_mode, position_gap, self.rope_dims, x.device)
-        clip = _Clip(batch, frames, (cos, sin), group_sizes(layout), attention_rule, frame_groups(text))
+        sizes, seen = group_sizes(layout), layout
+        if cache is None and append:
+            raise ValueError("append=True without a cache to append to")
+        if cache is not None:
+            if attention_rule != "group_causal":
+                raise ValueError(
+                    f"attention_rule is {attention_rule!r} with a cache: only under group_causal do earlier shots stay "
+                    "what they were when they were kept"
+                )
+            cache.check(batch, (position_mode, position_gap, grid))
+            seen = shots_layout([*cache.sizes, *sizes])
+        cos, sin = _tables(seen, grid, position_mode, position_gap, self.rope_dims, x.device)
+        own = frames * grid[0] * grid[1]  # tokens
+        clip = _Clip(
+            batch, frames, (cos[:, -own:], sin[:, -own:]), sizes, attention_rule, frame_groups(text), cache, append
+        )
         times = self.process.to_model_time(shared_levels(levels)).flatten()  # [B] or [B*F]
 
         self.transformer.rope.clip = clip
-        return self.transformer(x, times, text.embeddings.flatten(0, 1), return_dict=False)[0]
+        out = self.transformer(x, times, text.embeddings.flatten(0, 1), return_dict=False)[0]
+        if cache is not None and append:
+            kept = [clip.kept[layer] for layer in range(len(self.transformer.blocks))]
+            cache.append(kept, sizes, (position_mode, position_gap, grid))
+        return out
 
 
 class _Clip:
@@ -119,9 +142,13 @@ class _Clip:
         groups: tuple[int, ...],  # frames of each
         rule: AttentionRule,
         text_frames: tuple[tuple[int, ...], ...],  # the frames that read each text group
+        cache: KVCache | None = None,
+        append: bool = False,
     ) -> None:
         self.batch, self.frames, self.rotary = batch, frames, rotary
         self.groups, self.rule, self.text_frames = groups, rule, text_frames
+        self.cache, self.append = cache, append
+        self.kept: dict[int, KeysValues] = {}  # per layer; the cache gets them when all layers have run
 
 
 class _ClipInfo(nn.Module):
@@ -148,8 +175,8 @@ class _Processor:
 class _VideoAttention(_Processor):
     """Self-attention over the clip: [B,N,D] or [B*F,n,D], in and out."""
 
-    def __init__(self, text_attention: _TextAttention) -> None:
-        self.text_attention = text_attention
+    def __init__(self, text_attention: _TextAttention, layer: int) -> None:
+        self.text_attention, self.layer = text_attention, layer
 
     def __call__(
         self,
@@ -167,6 +194,10 @@ class _VideoAttention(_Processor):
         query = _rotate(attn.norm_q(attn.to_q(hidden)).unflatten(2, (attn.heads, -1)), clip.rotary)
         key = _rotate(attn.norm_k(attn.to_k(hidden)).unflatten(2, (attn.heads, -1)), clip.rotary)
         value = attn.to_v(hidden).unflatten(2, (attn.heads, -1))
+        if clip.append:
+            clip.kept[self.layer] = key.detach(), value.detach()
+        if clip.cache is not None:
+            key, value = clip.cache.prepend(self.layer, key, value)
         attend = partial(dispatch_attention_fn, backend=self._attention_backend, parallel_config=self._parallel_config)
         out = grouped_attention(query, key, value, clip.groups, clip.rule, attend).flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](out)).reshape(hidden_states.shape)

@@ -24,7 +24,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     tasks: ClassVar[tuple[str, ...]]  # what a trained model can be asked to do
-    reads_references: ClassVar[bool] = False  # what a scene refers to stands before its shot
+    reads_references: ClassVar[bool] = False  # what a scene refers to stands before its shot, in training, too
     per_frame_levels: ClassVar[bool] = True  # the frames of a shot differ in level
     text_per_shot: ClassVar[bool] = False  # the shots of a clip read texts of their own
 
@@ -53,6 +53,10 @@ class Method(ABC):
         roles or lengths do not fit a task.
         """
         raise ValueError(f"method {self.name!r} reads no references, got {list(roles)}")
+
+    def single_frame_share(self) -> float:
+        """Share of a training clip's shots that are replaced by one of their frames."""
+        return 0.0
 
     @abstractmethod
     def sample_levels(self, layout: ClipLayout, batch: int, generator: torch.Generator) -> Tensor:

@@ -2,10 +2,12 @@
 
 Guo et al., "Long Context Tuning for Video Generation", 2503.10589. All tokens of all shots attend to one another;
 positions tell the shots apart; every shot draws its own training level (asynchronous timesteps), so that one model
-makes all shots together, or some given the others. The Wan form: text reaches a shot through cross-attention to
-[story ; its own prompt], and a gap in time separates the shots ("diagonal" is the paper's layout, which a base model
-without text positions needs more tuning for). Departures: a share of samples gets one level for all shots, because
-joint sampling has equal levels, which independent draws never hit.
+makes all shots together, or some given the others. A short second stage (`attention_rule="group_causal"`, started from
+such a model) lets a shot see itself and earlier shots only: shots are then made one after another, their history at a
+low level behind a KV cache. The Wan form: text reaches a shot through cross-attention to [story ; its own prompt], so
+that no group of the global prompt's own is needed, and a gap in time separates the shots ("diagonal" is the paper's
+layout, which a base model without text positions needs more tuning for). Departures: a share of samples gets one level
+for all shots, because joint sampling has equal levels, which independent draws never hit.
 
 F latent frames, S shots.
 """
@@ -14,21 +16,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from models.backbones.base import Capabilities, require
 from models.layout import ClipLayout, Segment, shots_layout
 from models.methods.base import Method, check_indices
 from models.noise import Density, loss_weights, noise_plan, sample_levels
 from models.positions import PositionMode
+from models.scene import MAX_HISTORY
+
+SEQUENTIAL_TASKS = ("autoregressive", "extension")  # one shot after another
+IMAGES_OF = ("portrait", "place")  # what a composition is made of: who, and where
 
 
 @dataclass(frozen=True)
 class LCT(Method):
     name: ClassVar[str] = "lct"
-    tasks: ClassVar[tuple[str, ...]] = ("joint", "shot_conditioned")
+    tasks: ClassVar[tuple[str, ...]] = ("joint", "shot_conditioned", "composition", *SEQUENTIAL_TASKS)
     per_frame_levels: ClassVar[bool] = False
     text_per_shot: ClassVar[bool] = True
 
@@ -38,29 +45,87 @@ class LCT(Method):
     context_level: float = 0.1  # t_c: level at which given shots are seen; the paper uses 0.1 to 0.5
     position_mode: PositionMode = "time_gap"
     position_gap: int = 4  # empty time steps between shots, in latent frames
+    attention_rule: Literal["full", "group_causal"] = "full"  # group_causal: a shot sees itself and earlier ones
+    single_frame_prob: float = 0.0  # share of training shots that become one of their frames: images as shots
 
     def __post_init__(self) -> None:
         if self.context_level == 0 and self.clean_prob == 0:
             raise ValueError(
                 "lct: context_level is 0 but clean_prob is 0, so clean shots are never trained; raise one of them"
             )
+        if self.attention_rule not in ("full", "group_causal"):
+            raise ValueError(f"lct: attention_rule is {self.attention_rule!r}; choose full or group_causal")
+        if not 0 <= self.single_frame_prob <= 1:
+            raise ValueError(f"lct: single_frame_prob is {self.single_frame_prob}, expected a probability")
 
     def layout_for_training(self, shot_frames: list[int]) -> ClipLayout:
         return shots_layout(shot_frames)
 
     def layout_for_task(  # type: ignore[override]  # each method names its own givens
-        self, task: str, shot_frames: list[int], *, given_shots: Sequence[int] = ()
+        self,
+        task: str,
+        shot_frames: list[int],
+        *,
+        given_shots: Sequence[int] = (),
+        condition_frames: Sequence[int] = (),
     ) -> ClipLayout:
-        """joint: all shots are made. shot_conditioned: those in `given_shots` are known (a shot may be one image)."""
+        """What of a clip is made.
+
+        joint: all shots. shot_conditioned: those not in `given_shots` (a shot may be one image).
+        autoregressive: the last shot; all before it are its history, at most 8. extension: the same; the last shot
+        goes on where the one before ends, which its text says.
+        composition: one shot behind images of who and where, single-frame groups of `condition_frames` latent frames.
+        """
         self.check_task(task)
         if (task == "shot_conditioned") != bool(given_shots):
             raise ValueError(
-                f"task {task!r} with given_shots={list(given_shots)}: shot_conditioned needs some, joint takes none"
+                f"task {task!r} with given_shots={list(given_shots)}: shot_conditioned needs some, the others take none"
             )
-        given = check_indices("given_shots", given_shots, len(shot_frames), "shots")
+        if (task == "composition") != bool(condition_frames):
+            raise ValueError(
+                f"task {task!r} with condition_frames={list(condition_frames)}: composition needs some, the others "
+                "take none"
+            )
+        if task == "composition":
+            return _composition(shot_frames, condition_frames)
+        if task in SEQUENTIAL_TASKS:
+            self._check_sequence(task, len(shot_frames) - 1)
+            given = tuple(range(len(shot_frames) - 1))
+        else:
+            given = check_indices("given_shots", given_shots, len(shot_frames), "shots")
+        if self.attention_rule == "group_causal" and given and given[-1] == len(shot_frames) - 1:
+            raise ValueError(
+                f"given_shots is {list(given)}: the last one comes after all that is made, and this model's shots see "
+                "earlier ones only (attention_rule group_causal)"
+            )
         return ClipLayout(
             tuple(Segment("history" if i in given else "target", frames, i, i) for i, frames in enumerate(shot_frames))
         )
+
+    def _check_sequence(self, task: str, history: int) -> None:
+        if self.attention_rule != "group_causal":
+            raise ValueError(
+                f"task {task!r} needs a model of attention_rule group_causal, this one's is {self.attention_rule}: in "
+                "it, earlier shots depend on later ones; train it on with method_params.attention_rule=group_causal"
+            )
+        if history > MAX_HISTORY:
+            raise ValueError(f"a history of {history} shots; a shot sees at most {MAX_HISTORY}")
+
+    def task_of(self, roles: Sequence[str]) -> str:
+        if not roles or (other := [role for role in roles if role not in IMAGES_OF]):
+            raise ValueError(
+                f"method 'lct' composes a shot of images with roles {' and '.join(IMAGES_OF)}, got {other or 'none'}"
+            )
+        return "composition"
+
+    def condition_frames(self, roles: Sequence[str], lengths: Sequence[int | None]) -> list[int]:
+        self.task_of(roles)
+        if len(roles) > MAX_HISTORY:
+            raise ValueError(f"{len(roles)} images; a shot sees at most {MAX_HISTORY}")
+        return [1] * len(roles)
+
+    def single_frame_share(self) -> float:
+        return self.single_frame_prob
 
     def sample_levels(self, layout: ClipLayout, batch: int, generator: torch.Generator) -> Tensor:
         return sample_levels(
@@ -80,5 +145,20 @@ class LCT(Method):
             "layout": layout,
             "position_mode": self.position_mode,
             "position_gap": self.position_gap,
-            "attention_rule": "full",
+            "attention_rule": self.attention_rule,
         }
+
+    def check_backbone(self, capabilities: Capabilities) -> None:
+        super().check_backbone(capabilities)
+        if self.attention_rule == "group_causal":  # which is there for the cache
+            require(capabilities, kv_cache=True)
+
+
+def _composition(shot_frames: Sequence[int], condition_frames: Sequence[int]) -> ClipLayout:
+    """Images, each a group, before one shot, whose text all read. The shot is number 0, with or without images."""
+    if len(shot_frames) != 1:
+        raise ValueError(f"composition makes one shot at a time, got {len(shot_frames)}")
+    if set(condition_frames) != {1}:
+        raise ValueError(f"condition_frames is {list(condition_frames)}: a composition has images of one frame each")
+    images = [Segment("history", 1, shot_id=1 + i) for i in range(len(condition_frames))]
+    return ClipLayout((*images, Segment("target", shot_frames[0], shot_id=0)))

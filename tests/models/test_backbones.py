@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from models.backbones.base import Backbone
+from models.backbones.base import Backbone, require
 from models.backbones.cogvideox import CogVideoXBackbone
 from models.backbones.hunyuan import HunyuanVideoBackbone
 from models.backbones.latte import LatteBackbone
@@ -88,6 +88,22 @@ def test_a_methods_parameters_count_in_the_pairing():
     for name in ("cogvideox-2b", "latte"):
         with pytest.raises(ValueError, match="position_mode is 'diagonal'"):
             diagonal.check_backbone(BACKBONES[name]().capabilities)
+
+
+def test_only_wan_carries_the_causal_stage():
+    causal = get_method("lct", attention_rule="group_causal", position_mode="contiguous")
+    causal.check_backbone(BACKBONES["wan"]().capabilities)
+    reasons = {
+        "hunyuan": "no kv_cache: HunyuanVideo joins text and frames",
+        "cogvideox-5b": "no kv_cache: CogVideoX joins texts and frames",
+        "latte": "no kv_cache: Latte joins frames in attention over time",
+        "svd": "attention_rule is 'group_causal': SVD's temporal convolutions",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(ValueError, match=reason):
+            causal.check_backbone(BACKBONES[name]().capabilities)
+    with pytest.raises(ValueError, match="no kv_cache: what SVD makes of an earlier shot"):
+        require(SVDBackbone.capabilities, kv_cache=True)
 
 
 # --- texts ---------------------------------------------------------------------------------------------------------

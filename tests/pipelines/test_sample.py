@@ -145,3 +145,39 @@ def test_nothing_to_do_and_clashing_names_are_errors(model: Path, tmp_path: Path
         run_sample(config_for(model, tmp_path), [BOARDS[0], BOARDS[0]])
     with pytest.raises(FileNotFoundError, match="not a model folder"):
         run_sample(config_for(tmp_path / "nowhere", tmp_path), BOARDS)
+
+
+def test_task_and_history_come_from_the_storyboard_or_the_run(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "walk.yaml"
+    text = "task: {}\nhistory: 2\nshots: [{{prompt: One goes.}}, {{prompt: One comes., history: [0]}}]\n"
+    file.write_text(text.format("autoregressive"))
+    (board,) = load_storyboards([file])
+    assert (board.task, board.history, board.shots[1].history) == ("autoregressive", 2, [0])
+    file.write_text(text.format("autoregresive"))
+    with pytest.raises(ConfigError, match=r"(?s)walk\.yaml.*task.*autoregressive"):
+        load_storyboards([file])
+    file.write_text("history: 9\nshots: [{prompt: One goes.}]\n")
+    with pytest.raises(ConfigError, match=r"walk\.yaml: .*history=9; a shot sees 1 to 8"):
+        load_storyboards([file])
+
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="task=autoregressive: .*group_causal, this one's is full"):
+        run_sample(config_for(model, out, task="autoregressive"), BOARDS)
+    assert not list(out.glob("*.json")), "refused before anything is made"
+    report = run_sample(config_for(model, out), [replace(BOARDS[0], task="extension")])
+    assert report.failed == 1 and "this one's is full" in report.records[0]["error"]
+    for changes, word in (
+        ({"history": 0}, "history=0; a shot sees 1 to 8"),
+        ({"task": "extension", "independent": True}, "task=extension with independent=true"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            config_for(model, out, **changes)
+
+    causal = tmp_path / "causal"
+    build_tiny_folder(causal, method="lct", method_params={"attention_rule": "group_causal"})
+    boards = [replace(BOARDS[0], name="cut"), replace(BOARDS[0], name="on", task="extension")]
+    config = config_for(causal, out, task="autoregressive", history=1)
+    report = run_sample(config, boards)
+    assert (report.made, report.failed) == (2, 0) and [record["cuts"] for record in report.records] == [[5], []]
+    assert run_sample(config, boards).skipped == 2
+    assert run_sample(replace(config, history=2), boards).made == 2, "another history is another video"

@@ -128,7 +128,9 @@ def test_what_the_model_cannot_make_of_its_references_is_refused(model: Model, r
     refuse(replace(two, shots=two.shots * 2), "independent=true")
     assert len(generate_scene(model, replace(two, shots=two.shots * 2), SETTINGS, 0, independent=True)[1]) == 1
     plain = build_tiny_folder(root / "lct", method="lct", text_length=48)
-    refuse(board(root, "image:a.png"), "method 'lct' reads no references", plain)
+    refuse(board(root, "image:a.png"), "method 'lct' composes a shot of images with roles portrait and place", plain)
+    fvdm = build_tiny_folder(root / "fvdm", method="fvdm", text_length=48)
+    refuse(board(root, "image:a.png"), "method 'fvdm' reads no references", fvdm)
 
 
 def test_what_the_method_offers(model: Model) -> None:

@@ -115,6 +115,42 @@ def test_posterior_is_sampled_with_its_deviation(dataset):
     assert (drawn - mean).std().item() == pytest.approx(np.exp(-2.0), rel=0.15)
 
 
+def test_a_share_of_the_shots_is_one_of_their_frames_encoded_alone(dataset):
+    folder = dataset([[2, 2, 1]] * 4)
+    data = open_dataset(folder, batch_size=8, normalize=lambda x: x, single_frame_prob=0.3)
+    kept, firsts = Counter(), Counter()
+    for index in range(60):
+        batch = data.batch(index)
+        sizes = [frames.stop - frames.start for frames in batch.layout.shot_slices]
+        assert sizes[2] == 1 and batch.latents.shape[2] == sum(sizes), "one layout for the whole batch"
+        for shot, frames in enumerate(batch.layout.shot_slices[:2]):
+            kept[sizes[shot]] += 1
+            if sizes[shot] == 1:
+                values = batch.latents[:, 0, frames.start, 0, 0] - shot
+                assert set(values.tolist()) <= {0.25, 0.75}
+                firsts.update(values.tolist())
+            else:
+                scenes = torch.tensor([int(key[5:8]) for key in batch.keys])
+                assert (batch.latents[:, 0, frames, 0, 0] - 10 * scenes[:, None] - shot).abs().max() < 0.2
+        again = [data.batch(index, slice(0, 3)), data.batch(index, slice(3, 8))]
+        assert torch.equal(torch.cat([part.latents for part in again]), batch.latents)
+    assert kept[1] / kept.total() == pytest.approx(0.3, abs=0.1)
+    assert firsts[0.25] / firsts.total() == pytest.approx(0.5, abs=0.1)
+    drawn = open_dataset(folder, batch_size=8, normalize=lambda x: x, single_frame_prob=1.0, latents="sample").batch(0)
+    assert drawn.latents.shape[2] == 3 and 0.05 < (drawn.latents[:, :, 0] - 0.5).abs().std() < 0.5
+    plain = open_dataset(folder, batch_size=8, normalize=lambda x: x)
+    assert plain.batch(0).latents.shape[2] == 5 and plain.identity() == data.identity(), "the method names the share"
+
+
+def test_frames_encoded_alone_are_asked_for_at_once(dataset, tmp_path):
+    folder = dataset([[2, 2]])
+    shard = folder / "shards" / "scenes-000000.tar"
+    shard.write_bytes(shard.read_bytes().replace(b"s001.last_mean", b"s001.lost_mean"))
+    open_dataset(folder)
+    with pytest.raises(ValueError, match=r"scenes-000000\.tar: scene000 has no tensor s001\.last_mean"):
+        open_dataset(folder, single_frame_prob=0.1)
+
+
 def test_turns_keep_to_their_shares():
     turns = Turns(np.array([0.5, 0.3, 0.2]))
     order = [turns.at(i) for i in range(1000)]

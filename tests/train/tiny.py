@@ -77,6 +77,9 @@ def make_scene(number: int, frames: Sequence[int], generator: torch.Generator) -
             noise = torch.randn(shape, generator=generator)
             tensors[shot_tensor_key(i, "latent_mean")] = (10.0 * number + i + 0.01 * noise).half()
             tensors[shot_tensor_key(i, "latent_logvar")] = torch.full(shape, -4.0).half()
+            for name, value in (("first", 0.25), ("last", 0.75)):  # encoded alone: neither is a slice of the shot
+                tensors[shot_tensor_key(i, f"{name}_mean")] = torch.full((CHANNELS, 1, SIZE, SIZE), value + i).half()
+                tensors[shot_tensor_key(i, f"{name}_logvar")] = torch.full((CHANNELS, 1, SIZE, SIZE), -4.0).half()
     scene_id = f"scene{number:03d}"
     source = Source(f"{scene_id}.mp4", "0" * 64, 1)
     total = 40 * len(frames)
