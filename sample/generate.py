@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -101,6 +102,7 @@ def generate_scenes(
     layout, task = _layout(method, first, media, references, model)
     levels = base_levels(settings.steps, shift=model.settings.level_shift)
     text, null = _encode_texts(storyboards, layout, model, settings.text)
+    given = _encode_media(media, references, layout, model, len(storyboards))
     latents = sample(
         model.backbone,
         layout,
@@ -108,10 +110,12 @@ def generate_scenes(
         text,
         shape=(len(storyboards), model.codec.latent_channels, layout.num_frames, *_latent_size(model)),
         generator=[shot_generators(board, seed) for board, seed in zip(storyboards, seeds, strict=True)],
-        given=_encode_media(media, references, layout, model, len(storyboards)),
+        given=given,
         guidance=Guidance([("text", settings.guidance)]),
         null={"text": null},
         model_levels=method.model_levels,
+        conditions={} if given is None else method.conditions(given.to(text.embeddings), layout),
+        prepare=partial(method.prepare, model.backbone, layout),
         solver=settings.solver,
         callback=callback,
         **method.backbone_kwargs(layout),
@@ -140,7 +144,7 @@ def largest_scene(described: ModelSettings) -> int:
 
 def starts_from_image(described: ModelSettings) -> bool:
     """Whether a shot can start from a given first frame."""
-    return "i2v" in get_method(described.method, **described.method_params).tasks
+    return not {"i2v", "tvp"}.isdisjoint(get_method(described.method, **described.method_params).tasks)
 
 
 def shot_generators(storyboard: Storyboard, seed: int) -> list[torch.Generator]:
@@ -192,15 +196,17 @@ def _load_media(storyboard: Storyboard, index: int, model: Model) -> np.ndarray 
     field, path = ("given", shot.given) if shot.given else ("first_frame", shot.first_frame)
     if not path:
         return None
+    stride = model.codec.temporal_stride
+    method = get_method(model.settings.method, **model.settings.method_params)
+    start = stride * (method.first_frames - 1) + 1  # video frames that a shot starts from
     try:
-        if shot.first_frame or Path(path).suffix.lower() in IMAGE_SUFFIXES:
-            frames = read_image(path)[None]
-        else:
-            frames = read_video(path)[0]
+        image = Path(path).suffix.lower() in IMAGE_SUFFIXES
+        frames = read_image(path)[None] if image or (shot.first_frame and start == 1) else read_video(path)[0]
+        if shot.first_frame and len(frames) < start:
+            raise ValueError(f"holds {len(frames)} frames, but this model starts from {start}; give a longer video")
     except ValueError as error:
         raise StoryboardError(f"{_where(storyboard, index)}: {field}: {error}", f"shots.{index}.{field}") from error
-    longest = shot.frames or model.settings.frames_per_shot
-    stride = model.codec.temporal_stride
+    longest = start if shot.first_frame else shot.frames or model.settings.frames_per_shot
     frames = frames[: (min(len(frames), longest) - 1) // stride * stride + 1]
     return fit_frames(frames, model.settings.height, model.settings.width)
 
@@ -249,8 +255,9 @@ def _layout(
     given = [index for index, shot in enumerate(shots) if shot.given]
     started = [index for index, shot in enumerate(shots) if shot.first_frame]
     many = len(shots) > 1
-    task = "shot_conditioned" if given else "i2v" if started else "joint" if "joint" in method.tasks else "t2v"
-    if task not in method.tasks or (many and task in ("i2v", "t2v")):
+    start = "tvp" if "tvp" in method.tasks and "i2v" not in method.tasks else "i2v"
+    task = "shot_conditioned" if given else start if started else "joint" if "joint" in method.tasks else "t2v"
+    if task not in method.tasks or (many and task in (start, "t2v")):
         index, field = (given[0], "given") if given else (started[0], "first_frame") if started else (0, "prompt")
         hint = "; independent=true makes every shot by itself" if many and not given else ""
         raise StoryboardError(

@@ -124,12 +124,14 @@ def run_loop(
             first = ((step - 1) * settings.accumulate + part) * source.batch_size + rows.start
             levels, noise = draw(method, batch, settings.seed, first)
             weights = frame_weights(method, batch, levels)
+            conditions = given_conditions(method, batch, settings.seed, first)
             noisy = process.precondition(process.add_noise(batch.latents, noise, levels), levels)
             target = process.target(batch.latents, noise, levels)
             sync_gradients(backbone, on=part == settings.accumulate - 1)
             with parallel.autocast(settings.precision):
                 told = method.model_levels(levels)
-                prediction = backbone(noisy, told, batch.text, **method.backbone_kwargs(batch.layout))
+                prepared = method.prepare(backbone, batch.layout, batch.text, conditions)
+                prediction = backbone(noisy, told, batch.text, **prepared, **method.backbone_kwargs(batch.layout))
             errors = (prediction.float() - target).square().mean(dim=(1, 3, 4))  # [B,F]
             loss = (errors * weights * process.loss_weight(levels)).sum(dim=1).mean() / settings.accumulate
             loss.backward()
@@ -202,6 +204,17 @@ def draw(method: Method, batch: SceneBatch, seed: int, first: int) -> tuple[Tens
     levels = [method.sample_levels(batch.layout, 1, keyed_generator(seed, "levels", n)) for n in numbers]
     noise = [torch.randn(batch.latents.shape[1:], generator=keyed_generator(seed, "noise", n)) for n in numbers]
     return torch.cat(levels).to(batch.latents.device), torch.stack(noise).to(batch.latents.device)
+
+
+def given_conditions(method: Method, batch: SceneBatch, seed: int, first: int) -> dict[str, Tensor]:
+    """The method's conditions of a batch, all zeros in the samples that lose them; keyed like `draw`."""
+    conditions = method.conditions(batch.latents, batch.layout)
+    numbers = range(first, first + len(batch.latents))
+    for name, share in method.drops.items():
+        draws = [torch.rand((), generator=keyed_generator(seed, "condition", name, n)) for n in numbers]
+        kept = (torch.stack(draws) >= share).to(conditions[name])
+        conditions[name] = conditions[name] * kept.view(-1, *[1] * (conditions[name].ndim - 1))
+    return conditions
 
 
 def frame_weights(method: Method, batch: SceneBatch, levels: Tensor) -> Tensor:

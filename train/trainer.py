@@ -83,6 +83,7 @@ def train_worker(job: TrainJob, checkpoints: Checkpoints) -> LoopResult:
     )
     if job.lora:
         inject_lora(backbone, job.lora.rank, job.lora.alpha, job.lora.targets, seed=job.loop.seed)
+    method.attach(backbone, seed=job.loop.seed)
     prepare(
         backbone,
         parallel,

@@ -21,7 +21,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from models.attention import Attend, AttentionRule, group_sizes, grouped_attention
-from models.backbones.base import Backbone, Capabilities
+from models.backbones.base import Backbone, Capabilities, LayerBranch
 from models.backbones.inputs import as_context, check_inputs, frame_groups, shared_levels
 from models.layout import ClipLayout, Segment
 from models.positions import PositionMode, position_ids, rope_tables
@@ -40,6 +40,7 @@ class WanBackbone(Backbone):
         attention_rules=frozenset(get_args(AttentionRule)),
         text_per_shot=True,
         reasons={},
+        layer_branch=True,
     )
     # all linear layers of a block's two attentions and its feed-forward, as in Pusa
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
@@ -64,10 +65,11 @@ class WanBackbone(Backbone):
         self.process = FlowMatching()
         self.pixels_per_token = self.patch**2
         model.rope = _ClipInfo()
+        model.condition_embedder.register_forward_hook(model.rope.keep_time)
         model.blocks[0].register_forward_pre_hook(_frames_as_rows)
-        for block in model.blocks:
+        for layer, block in enumerate(model.blocks):
             text_attention = _TextAttention()
-            block.attn1.set_processor(_VideoAttention(text_attention))
+            block.attn1.set_processor(_VideoAttention(text_attention, layer))
             block.attn2.set_processor(text_attention)
 
     @property
@@ -84,6 +86,7 @@ class WanBackbone(Backbone):
         position_mode: PositionMode = "contiguous",
         position_gap: int = 4,
         attention_rule: AttentionRule = "full",
+        branch: LayerBranch | None = None,  # what conditioning modules add to each layer
     ) -> Tensor:
         """The predicted velocity, [B,C,F,H,W].
 
@@ -98,6 +101,7 @@ class WanBackbone(Backbone):
         grid = (height // self.patch, width // self.patch)
         cos, sin = _tables(layout, grid, position_mode, position_gap, self.rope_dims, x.device)
         clip = _Clip(batch, frames, (cos, sin), group_sizes(layout), attention_rule, frame_groups(text))
+        clip.branch = branch
         times = self.process.to_model_time(shared_levels(levels)).flatten()  # [B] or [B*F]
 
         self.transformer.rope.clip = clip
@@ -122,6 +126,21 @@ class _Clip:
     ) -> None:
         self.batch, self.frames, self.rotary = batch, frames, rotary
         self.groups, self.rule, self.text_frames = groups, rule, text_frames
+        self.branch: LayerBranch | None = None
+        self.time: Tensor | None = None  # [B,D] or [B*F,D], embedded; known once the model has read its times
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """x [B,M,heads,d] by the positions of the clip's first M tokens."""
+        cos, sin = self.rotary
+        return _rotate(x, (cos[:, : x.shape[1]], sin[:, : x.shape[1]]))
+
+    def branch_of(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """What the branch adds to a layer whose self-attention reads `hidden` [B,N,D]: [B,N,D] or None."""
+        if self.branch is None:
+            return None
+        assert self.time is not None
+        added = self.branch(layer, hidden.unflatten(1, (self.frames, -1)), self.time, self.rotate)
+        return None if added is None else added.flatten(1, 2)
 
 
 class _ClipInfo(nn.Module):
@@ -131,6 +150,10 @@ class _ClipInfo(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> _Clip:
         return self.clip
+
+    def keep_time(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        """After the model has embedded its times: the embedding, for the branches of this clip."""
+        self.clip.time = output[0]
 
 
 def _frames_as_rows(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -148,8 +171,8 @@ class _Processor:
 class _VideoAttention(_Processor):
     """Self-attention over the clip: [B,N,D] or [B*F,n,D], in and out."""
 
-    def __init__(self, text_attention: _TextAttention) -> None:
-        self.text_attention = text_attention
+    def __init__(self, text_attention: _TextAttention, layer: int) -> None:
+        self.text_attention, self.layer = text_attention, layer
 
     def __call__(
         self,
@@ -164,6 +187,8 @@ class _VideoAttention(_Processor):
         # a block runs its self-attention first, also when it is recomputed: its text attention sees the same clip
         self.text_attention.clip = clip
         hidden = hidden_states.reshape(clip.batch, -1, hidden_states.shape[-1])  # [B,N,D]
+        # a branch beside self-attention is added by text attention, whose output the block adds without a gate
+        self.text_attention.added = clip.branch_of(self.layer, hidden)
         query = _rotate(attn.norm_q(attn.to_q(hidden)).unflatten(2, (attn.heads, -1)), clip.rotary)
         key = _rotate(attn.norm_k(attn.to_k(hidden)).unflatten(2, (attn.heads, -1)), clip.rotary)
         value = attn.to_v(hidden).unflatten(2, (attn.heads, -1))
@@ -176,6 +201,7 @@ class _TextAttention(_Processor):
     """Cross-attention of each frame to its own text: [B,N,D] or [B*F,n,D] reads [B*G,L,D]."""
 
     clip: _Clip
+    added: Tensor | None = None  # [B,N,D]
 
     def __call__(
         self,
@@ -194,7 +220,9 @@ class _TextAttention(_Processor):
         attend = partial(dispatch_attention_fn, backend=self._attention_backend)
         out = text_attention(query, key, value, clip.text_frames, attend)
         out = out.reshape(hidden_states.shape).type_as(query)
-        return attn.to_out[1](attn.to_out[0](out))
+        out = attn.to_out[1](attn.to_out[0](out))
+        added, self.added = self.added, None
+        return out if added is None else out + added.reshape(out.shape).type_as(out)
 
 
 def text_attention(
