@@ -134,7 +134,8 @@ def _load_conditioner(
     try:
         backbone.conditioner.load_state_dict(load_file(file))
     except RuntimeError as error:
-        raise ValueError(f"{file}: {error}; method_params of {SETTINGS_FILE} do not fit it") from error
+        first = str(error).splitlines()[1].strip()
+        raise ValueError(f"{file} does not fit the method_params of {SETTINGS_FILE}: {first}") from error
     backbone.conditioner.to(device, dtype).eval()
 
 

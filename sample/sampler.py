@@ -63,9 +63,10 @@ def sample(
     others = dict(conditions or {})
     null = {name: torch.zeros_like(value) for name, value in others.items()} | dict(null or {})
     stacked = _stack_branches(guidance, {"text": text, **others}, null)
-    inputs: dict[str, Any] = {"text": stacked.pop("text")}
+    text_rows = stacked.pop("text")
+    seen: dict[str, Any] = {"text": text_rows} | backbone_kwargs
     if prepare is not None:
-        inputs |= prepare(inputs["text"], stacked)  # type: ignore[arg-type]  # all others are tensors
+        seen |= prepare(text_rows, stacked)  # type: ignore[arg-type]  # all others are tensors
     elif stacked:
         raise ValueError(
             f"conditions {sorted(stacked)} are given, but no `prepare` says what the backbone does of them"
@@ -82,7 +83,7 @@ def sample(
         levels = plan[k].expand(branches * shape[0], -1)  # [branches * B, F]
         scaled = process.precondition(x, plan[k]).to(dtype)
         told = levels if model_levels is None else model_levels(levels)
-        predictions = backbone(torch.cat([scaled] * branches), told, **inputs, **backbone_kwargs)
+        predictions = backbone(torch.cat([scaled] * branches), told, **seen)
         prediction = guidance.combine(predictions.float().chunk(branches))
         x = stepper.step(x, prediction, plan[k], plan[k + 1])
         if callback is not None:
