@@ -31,6 +31,7 @@ class StoryboardShot:
     seed: int | None = None  # None: derived from the storyboard's seed and the shot's index
     given: str = ""  # path of an image or video that is this shot: the model sees it, does not make it
     first_frame: str = ""  # path of an image (of a video, for models told so) that this shot starts from
+    states: list[str] = field(default_factory=list)  # for aid: what it goes through, in order; empty = predicted
     references: list[Reference] = field(default_factory=list)  # seen before the shot, and no part of it
 
 

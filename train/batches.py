@@ -36,10 +36,13 @@ class SceneBatch:
     layout: ClipLayout
     text: TextContext
     keys: list[str]
+    states: Tensor | None = None  # [B,S,L,D], predicted states in order of time; zeros are padding
+    given_lost: Tensor | None = None  # bool [B]: samples that lose their given frames; None: none does
 
     def to(self, device: torch.device) -> SceneBatch:
-        text = self.text.to(device, non_blocking=True)
-        return replace(self, latents=self.latents.to(device, non_blocking=True), text=text)
+        moved = {"latents": self.latents, "states": self.states, "given_lost": self.given_lost}
+        on = {name: t.to(device, non_blocking=True) for name, t in moved.items() if t is not None}
+        return replace(self, text=self.text.to(device, non_blocking=True), **on)  # type: ignore[arg-type]
 
 
 class BatchSource(Protocol):

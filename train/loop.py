@@ -92,7 +92,7 @@ def run_loop(
     parallel, process = parallel or Parallel(), backbone.process
     checkpoints = checkpoints or Checkpoints(run_dir / "checkpoints", settings.keep_checkpoints)
     parameters = trainable(backbone)
-    optimizer = make_optimizer(parameters, settings.learning_rate, settings.weight_decay)
+    optimizer = make_optimizer(parameters, settings.learning_rate, settings.weight_decay, method.rate_scale)
     ema = EMA(parameters, settings.ema_decay)
     identity = {
         "seed": settings.seed,
@@ -183,7 +183,7 @@ def run_loop(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, settings: LoopSettings, step: int) -> float:
-    """Set and return the rate of 0-based `step`."""
+    """Set and return the rate of 0-based `step`; each group has it times its own scale."""
     rate = learning_rate_at(
         step,
         peak=settings.learning_rate,
@@ -192,7 +192,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, settings: LoopSettings, 
         schedule=settings.lr_schedule,
     )
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["rate_scale"]
     return rate
 
 
@@ -215,7 +215,9 @@ def given_conditions(method: Method, batch: SceneBatch, seed: int, first: int) -
         draws = [torch.rand((), generator=keyed_generator(seed, "condition", name, n)) for n in numbers]
         kept = (torch.stack(draws) >= share).to(conditions[name])
         conditions[name] = conditions[name] * kept.view(-1, *[1] * (conditions[name].ndim - 1))
-    return conditions
+    if batch.given_lost is not None and "given" in conditions:
+        conditions["given"] = conditions["given"] * ~batch.given_lost.view(-1, 1, 1, 1, 1)
+    return conditions if batch.states is None else conditions | {"states": batch.states}
 
 
 def frame_weights(method: Method, batch: SceneBatch, levels: Tensor) -> Tensor:

@@ -82,6 +82,10 @@ class AID(Method):
     def guided(self) -> Mapping[str, tuple[str, ...]]:
         return {"image": ("given",), "text": ("text", "states") if self.most_states else ("text",)}
 
+    @property
+    def puts_given_back(self) -> bool:
+        return self.image == "concat"
+
     def layout_for_training(self, shot_frames: list[int]) -> ClipLayout:
         """One shot; held frames are its condition, else all of it is made."""
         if len(shot_frames) != 1:

@@ -90,6 +90,11 @@ class Method(ABC):
         """The conditions that guidance has scales for, in the order in which they nest, and what goes with each."""
         return {"text": ("text",)}
 
+    @property
+    def puts_given_back(self) -> bool:
+        """Whether given frames that are made anew with the rest are shown as they were given."""
+        return False
+
     def rate_scale(self, parameter: str) -> float:
         """Learning rate of a parameter of the backbone, times that of the run."""
         return 1.0
