@@ -72,7 +72,7 @@ def read_states(answer: str) -> list[str]:
             value = json.loads(found[0])
         except ValueError:
             value = None
-        if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
             return [one.strip() for one in value if one.strip()]
     lines = [re.sub(r"^\s*(?:[-*]|\(?\d+[.):])\s*", "", line).strip() for line in answer.splitlines()]
     states = [line for line in lines if line and not line.startswith(("```", "[", "]", "{", "}"))]

@@ -44,7 +44,9 @@ def write_tiny_llava(folder: Path) -> None:
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlavaForConditionalGeneration(LlavaConfig(vision, text, image_token_index=image, image_seq_length=4))
+        model = LlavaForConditionalGeneration(
+            LlavaConfig(vision_config=vision, text_config=text, image_token_index=image, image_seq_length=4)
+        )
     model.save_pretrained(folder)
     pixels = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     LlavaProcessor(
