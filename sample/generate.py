@@ -102,19 +102,20 @@ def generate_scenes(
     layout, task = _layout(method, first, media, references, model)
     levels = base_levels(settings.steps, shift=model.settings.level_shift)
     text, null = _encode_texts(storyboards, layout, model, settings.text)
+    shape = (len(storyboards), model.codec.latent_channels, layout.num_frames, *_latent_size(model))
     given = _encode_media(media, references, layout, model, len(storyboards))
     latents = sample(
         model.backbone,
         layout,
         method.plan(layout, levels, task).to(text.embeddings.device),
         text,
-        shape=(len(storyboards), model.codec.latent_channels, layout.num_frames, *_latent_size(model)),
+        shape=shape,
         generator=[shot_generators(board, seed) for board, seed in zip(storyboards, seeds, strict=True)],
         given=given,
         guidance=Guidance([("text", settings.guidance)]),
         null={"text": null},
         model_levels=method.model_levels,
-        conditions={} if given is None else method.conditions(given.to(text.embeddings), layout),
+        conditions=method.conditions((torch.zeros(shape) if given is None else given).to(text.embeddings), layout),
         prepare=partial(method.prepare, model.backbone, layout),
         solver=settings.solver,
         callback=callback,

@@ -36,10 +36,12 @@ class SceneBatch:
     layout: ClipLayout
     text: TextContext
     keys: list[str]
+    labels: Tensor | None = None  # long [B]: the class of each sample, where the source knows classes
 
     def to(self, device: torch.device) -> SceneBatch:
         text = self.text.to(device, non_blocking=True)
-        return replace(self, latents=self.latents.to(device, non_blocking=True), text=text)
+        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
+        return replace(self, latents=self.latents.to(device, non_blocking=True), text=text, labels=labels)
 
 
 class BatchSource(Protocol):
@@ -95,7 +97,7 @@ def prefetch(source: BatchSource, rows: slice, first: int, last: int, ahead: int
 
 
 class LatentCache:
-    """Single-shot clips of one shape with a bank of texts, held in memory.
+    """Single-shot clips of one shape with a bank of texts, held in memory. A clip's text is its class, too.
 
     Args:
         paths: files written by `write_cache`, in the order that fixes the sample numbers.
@@ -157,8 +159,9 @@ class LatentCache:
         text = torch.where(drop[:, None, None], self.null_text, text)
         context = TextContext(text[:, None], torch.zeros(self.layout.num_frames, dtype=torch.long))
         return SceneBatch(
-            self.latents[numbers].float(), self.layout, context, [f"clip-{n:06d}" for n in numbers.tolist()]
-        )
+            self.latents[numbers].float(), self.layout, context, [f"clip-{n:06d}" for n in numbers.tolist()],
+            self.text_ids[numbers],
+        )  # fmt: skip
 
 
 def write_cache(path: Path, latents: Tensor, texts: Sequence[Tensor], text_ids: Tensor) -> None:
