@@ -32,9 +32,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     with torch.no_grad():  # untrained output layers are small; larger ones let differences show in the pixels
         model.backbone.transformer.proj_out.weight.mul_(8)
     model.backbone.transformer.save_pretrained(folder / "base" / "transformer")
-    made_with = (model.codec.hash, model.text.hash)
+    made_with = encoders(folder / "base")
     dataset = write_dataset(folder / "dataset", [[2], [3], [2], [2], [3]], made_with=made_with)
     return {"model": folder / "base", "dataset": dataset}
+
+
+def encoders(folder: Path) -> tuple[str, str]:
+    model = load_model(folder, parts=("codec", "text"))
+    return model.codec.hash, model.text.hash
 
 
 def train(inputs: dict[str, Path], run_dir: Path, *overrides: str) -> TrainResult:
@@ -104,7 +109,7 @@ def test_without_a_first_frame_it_is_refused(trained):
 
 
 def test_several_given_latent_frames_come_from_a_video(inputs, images, tmp_path):
-    dataset = write_dataset(tmp_path / "longer", [[3], [3]], made_with=_made_with(inputs))
+    dataset = write_dataset(tmp_path / "longer", [[3], [3]], made_with=encoders(inputs["model"]))
     params = SMALL.replace("{", "{given_frames: 2, adapter: no_frame_text, ")
     result = train(inputs, tmp_path / "run", params, f"dataset={dataset}")
     model = load_model(result.model_dir)
@@ -114,11 +119,6 @@ def test_several_given_latent_frames_come_from_a_video(inputs, images, tmp_path)
     board.shots[0].first_frame = images["a"]
     with pytest.raises(StoryboardError, match="holds 1 frames, but this model starts from 5"):
         generate_scene(model, board, GenerateSettings(steps=1), 0)
-
-
-def _made_with(inputs: dict[str, Path]) -> tuple[str, str]:
-    model = load_model(inputs["model"], parts=("codec", "text"))
-    return model.codec.hash, model.text.hash
 
 
 def test_without_modules_it_is_a_lora_with_the_given_frames_held(inputs, images, tmp_path):
