@@ -52,7 +52,9 @@ class TrainConfig:
     run_dir: Path = required("folder of this run; started again on the same folder, a run goes on where it was")
     method: str = knob("lct", "fvdm, lct, tic_ft, fca or aid")
     method_params: dict[str, Any] = knob({}, "parameters of the method; empty = its defaults")
-    shots_per_scene: int = knob(3, "neighbouring shots per sample; tic_ft always takes one, after its references")
+    shots_per_scene: int = knob(
+        3, "neighbouring shots per sample; fca takes 1, tic_ft always takes one, after its references"
+    )
     single_shot_prob: float = knob(0.25, "share of batches made of single shots")
     latents: Literal["sample", "mean"] = knob("sample", "draw latents from the VAE's posterior, or take its mean")
     text_drop: TextDropConfig = knob(TextDropConfig, "texts left out in training")

@@ -110,6 +110,7 @@ def generate_scenes(
     levels = base_levels(settings.steps, shift=model.settings.level_shift)
     text, null = _encode_texts(storyboards, layout, model, settings.text)
     read = _encode_states(storyboards, media, method, model, states)
+    shape = (len(storyboards), model.codec.latent_channels, layout.num_frames, *_latent_size(model))
     given = _encode_media(media, references, layout, model, len(storyboards))
     scales = {"text": settings.guidance, "image": settings.image_guidance}
     latents = sample(
@@ -117,15 +118,14 @@ def generate_scenes(
         layout,
         method.plan(layout, levels, task).to(text.embeddings.device),
         text,
-        shape=(len(storyboards), model.codec.latent_channels, layout.num_frames, *_latent_size(model)),
+        shape=shape,
         generator=[shot_generators(board, seed) for board, seed in zip(storyboards, seeds, strict=True)],
         given=given,
         guidance=Guidance([(name, scales[name]) for name in method.guided], method.guided),
         null={"text": null} | {name: value for name, (_, value) in read.items()},
         model_levels=method.model_levels,
-        conditions={}
-        if given is None
-        else method.conditions(given.to(text.embeddings), layout) | {name: value for name, (value, _) in read.items()},
+        conditions=method.conditions((torch.zeros(shape) if given is None else given).to(text.embeddings), layout)
+        | {name: value for name, (value, _) in read.items()},
         prepare=partial(method.prepare, model.backbone, layout),
         solver=settings.solver,
         callback=callback,

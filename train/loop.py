@@ -130,9 +130,9 @@ def run_loop(
             sync_gradients(backbone, on=part == settings.accumulate - 1)
             with parallel.autocast(settings.precision):
                 told = method.model_levels(levels)
-                prepared = method.prepare(backbone, batch.layout, batch.text, conditions)
-                seen = {"text": batch.text} | prepared | method.backbone_kwargs(batch.layout)
-                prediction = backbone(noisy, told, **seen)
+                prepared = {"text": batch.text} | method.prepare(backbone, batch.layout, batch.text, conditions)
+                text = prepared.pop("text")
+                prediction = backbone(noisy, told, text, **prepared, **method.backbone_kwargs(batch.layout))
             errors = (prediction.float() - target).square().mean(dim=(1, 3, 4))  # [B,F]
             loss = (errors * weights * process.loss_weight(levels)).sum(dim=1).mean() / settings.accumulate
             loss.backward()
@@ -209,7 +209,7 @@ def draw(method: Method, batch: SceneBatch, seed: int, first: int) -> tuple[Tens
 
 def given_conditions(method: Method, batch: SceneBatch, seed: int, first: int) -> dict[str, Tensor]:
     """The method's conditions of a batch, all zeros in the samples that lose them; keyed like `draw`."""
-    conditions = method.conditions(batch.latents, batch.layout)
+    conditions = method.conditions(batch.latents, batch.layout, batch.labels)
     numbers = range(first, first + len(batch.latents))
     for name, share in method.drops.items():
         draws = [torch.rand((), generator=keyed_generator(seed, "condition", name, n)) for n in numbers]

@@ -247,7 +247,7 @@ class ShardDataset:
             states = torch.stack([self._states(window, n) for window, n in zip(windows, numbers, strict=True)])
         if self.given_frames:
             given_lost = torch.tensor([self._lost(n) in ("given", "both") for n in numbers])
-        return SceneBatch(self.normalize(latents), layout, context, keys, states, given_lost)
+        return SceneBatch(self.normalize(latents), layout, context, keys, states=states, given_lost=given_lost)
 
     def _latents(self, window: Window, number: int) -> Tensor:
         """Raw latents of the window's conditions and shots: [C,F,H,W]. `number` keys the draws of this sample.

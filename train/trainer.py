@@ -76,7 +76,7 @@ def train_worker(job: TrainJob, checkpoints: Checkpoints) -> LoopResult:
         normalize=codec.normalize,
         made_with=(codec.hash, job.text_hash),
         most_states=method.most_states,
-        given_frames=method.first_frames if "tvp" in method.tasks else 0,
+        given_frames=method.first_frames if "image" in method.guided else 0,
         shots_per_scene=job.shots_per_scene,
         single_shot_prob=job.single_shot_prob,
         text_drop=job.text_drop,

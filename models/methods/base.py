@@ -61,7 +61,7 @@ class Method(ABC):
 
     @abstractmethod
     def plan(self, layout: ClipLayout, levels: Tensor, task: str) -> Tensor:
-        """The sampling plan [K+1,F] from base levels [K+1]."""
+        """The sampling plan [K+1,F] from base levels [K+1]; a method may take further options, named per task."""
 
     def model_levels(self, levels: Tensor) -> Tensor:
         """The levels [B] or [B,F] that the backbone is told, which become its model time, for frames at [B,F]."""
@@ -104,10 +104,10 @@ class Method(ABC):
         """Share of the training samples that lose each of the `conditions`."""
         return {}
 
-    def conditions(self, clean: Tensor, layout: ClipLayout) -> dict[str, Tensor]:
-        """What the model is told of given frames beside the noisy clip, [B,...] by name; a lost one is all zeros.
+    def conditions(self, clean: Tensor, layout: ClipLayout, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """What the model is told beside the noisy clip and its text, [B,...] by name; a lost one is all zeros.
 
-        `clean` [B,C,F,H,W] holds the latents; in sampling those of given frames only.
+        `clean` [B,C,F,H,W] holds the latents, in sampling those of given frames only; `labels` [B] classes, if any.
         """
         return {}
 
@@ -120,7 +120,7 @@ class Method(ABC):
     ) -> dict[str, Any]:
         """Further arguments of the backbone, from text and conditions: made once per sample, not in every step.
 
-        A "text" among them is read in the place of `text`.
+        "text" among them stands in for the text.
         """
         return {}
 

@@ -141,7 +141,7 @@ class FCA(Method):
         backbone.requires_grad_(False)
         backbone.conditioner = adapter.requires_grad_(True)
 
-    def conditions(self, clean: Tensor, layout: ClipLayout) -> dict[str, Tensor]:
+    def conditions(self, clean: Tensor, layout: ClipLayout, labels: Tensor | None = None) -> dict[str, Tensor]:
         return {} if self.adapter == "none" else {"given": clean[:, :, : self.given_frames]}
 
     def prepare(
