@@ -169,7 +169,7 @@ class AID(Method):
     def rate_scale(self, parameter: str) -> float:
         return 1.0 if parameter.startswith("conditioner.") else self.cross_attention_rate
 
-    def conditions(self, clean: Tensor, layout: ClipLayout) -> dict[str, Tensor]:
+    def conditions(self, clean: Tensor, layout: ClipLayout, labels: Tensor | None = None) -> dict[str, Tensor]:
         """given [B,C+1,K,H,W]: latents, and a last channel of ones."""
         given = clean[:, :, : self.given_frames]
         return {"given": torch.cat([given, torch.ones_like(given[:, :1])], dim=1)}
