@@ -64,13 +64,13 @@ def sample(
     null = {name: torch.zeros_like(value) for name, value in others.items()} | dict(null or {})
     stacked = _stack_branches(guidance, {"text": text, **others}, null)
     text_rows = stacked.pop("text")
+    seen: dict[str, Any] = {"text": text_rows} | backbone_kwargs
     if prepare is not None:
-        backbone_kwargs |= prepare(text_rows, stacked)  # type: ignore[arg-type]  # all others are tensors
+        seen |= prepare(text_rows, stacked)  # type: ignore[arg-type]  # all others are tensors
     elif stacked:
         raise ValueError(
             f"conditions {sorted(stacked)} are given, but no `prepare` says what the backbone does of them"
         )
-    text_rows = backbone_kwargs.pop("text", text_rows)
     noise = draw_noise(layout, shape, generator).to(plan.device)
     source = torch.zeros_like(noise) if given is None else given.to(noise)
     from_nothing = (plan[0] == 1).view(-1, 1, 1)  # [F, 1, 1]
@@ -83,7 +83,7 @@ def sample(
         levels = plan[k].expand(branches * shape[0], -1)  # [branches * B, F]
         scaled = process.precondition(x, plan[k]).to(dtype)
         told = levels if model_levels is None else model_levels(levels)
-        predictions = backbone(torch.cat([scaled] * branches), told, text_rows, **backbone_kwargs)
+        predictions = backbone(torch.cat([scaled] * branches), told, **seen)
         prediction = guidance.combine(predictions.float().chunk(branches))
         x = stepper.step(x, prediction, plan[k], plan[k + 1])
         if callback is not None:
