@@ -67,7 +67,7 @@ def plan_table(layout: ClipLayout, plan: Tensor) -> str:
     count = len(plan)
     lines = [
         "frame " + " ".join(f"{frame:>5}" for frame in range(layout.num_frames)),
-        "role  " + " ".join(f"{role[:5]:>5}" for role in layout.roles),
+        "role  " + " ".join(f"{role[:4]:>5}" for role in layout.roles),
         "shot  " + " ".join(f"{shot:>5}" for shot in layout.shot_ids.tolist()),
     ]
     for row, levels in enumerate(plan.tolist()):

@@ -71,7 +71,6 @@ def sample(
         raise ValueError(
             f"conditions {sorted(stacked)} are given, but no `prepare` says what the backbone does of them"
         )
-    text_rows = backbone_kwargs.pop("text", text_rows)
     noise = draw_noise(layout, shape, generator).to(plan.device)
     source = torch.zeros_like(noise) if given is None else given.to(noise)
     from_nothing = (plan[0] == 1).view(-1, 1, 1)  # [F, 1, 1]

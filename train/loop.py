@@ -130,9 +130,9 @@ def run_loop(
             sync_gradients(backbone, on=part == settings.accumulate - 1)
             with parallel.autocast(settings.precision):
                 told = method.model_levels(levels)
-                prepared = {"text": batch.text} | method.prepare(backbone, batch.layout, batch.text, conditions)
-                text = prepared.pop("text")
-                prediction = backbone(noisy, told, text, **prepared, **method.backbone_kwargs(batch.layout))
+                prepared = method.prepare(backbone, batch.layout, batch.text, conditions)
+                seen = {"text": batch.text} | prepared | method.backbone_kwargs(batch.layout)
+                prediction = backbone(noisy, told, **seen)
             errors = (prediction.float() - target).square().mean(dim=(1, 3, 4))  # [B,F]
             loss = (errors * weights * process.loss_weight(levels)).sum(dim=1).mean() / settings.accumulate
             loss.backward()

@@ -120,7 +120,7 @@ class Method(ABC):
     ) -> dict[str, Any]:
         """Further arguments of the backbone, from text and conditions: made once per sample, not in every step.
 
-        "text" among them stands in for the text.
+        A "text" among them is read in the place of `text`.
         """
         return {}
 

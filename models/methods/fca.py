@@ -6,7 +6,8 @@ alone, and text made for each frame. The whole clip is denoised at one level, th
 as the model remakes them, and the loss is on them, too (`loss_on_given`).
 
 Where the paper does not say: the given frames are dropped in a share `drop_given` of the training samples (their
-latents are zero), the text in a share that the data decide; the null branch of guidance keeps the given frames.
+latents are zero), the text in a share that the data decide; the null branch of guidance keeps the given frames, and
+reads them beside the null text, as training does where the text is dropped.
 `adapter` holds the ablations: "no_frame_text" is without the frame-wise text modules; "none" has no modules, for low
 rank updates, and knows the given frames by their being held clean in the clip, without loss.
 

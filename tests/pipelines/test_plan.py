@@ -29,7 +29,7 @@ def test_every_task_has_a_plan_without_being_told_more(method: str, task: str) -
     assert len(lines) == 3 + len(plan) and lines[-1].split()[0] == "end"
     printed = [[float(level) for level in line.split()[1:]] for line in lines[3:]]
     assert np.abs(np.array(printed) - plan.numpy()).max() <= 5e-4
-    assert lines[1].split()[1:] == [role[:5] for role in layout.roles]
+    assert lines[1].split()[1:] == [role[:4] for role in layout.roles]
 
 
 def test_the_table_is_printed_with_what_it_was_told() -> None:
@@ -38,7 +38,7 @@ def test_the_table_is_printed_with_what_it_was_told() -> None:
     assert done.output.splitlines() == [
         "fvdm diagonal: 4 steps x 4 latent frames, levels before each step",
         "frame     0     1     2     3",
-        "role  condi targe targe targe",
+        "role   cond  targ  targ  targ",
         "shot      0     0     0     0",
         "   0  0.000 1.000 1.000 1.000",
         "   1  0.000 0.500 1.000 1.000",
