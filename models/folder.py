@@ -1,6 +1,7 @@
 """Model folders: the diffusers layout, which plain `WanPipeline.from_pretrained` reads, plus `shotloom.json`.
 
 model_index.json  transformer/  vae/  text_encoder/  tokenizer/  scheduler/  shotloom.json
+conditioner/  a method's own modules, where it has some (FCA); plain diffusers leaves them out
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from typing import Any, Literal, get_args
 import diffusers
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
 
 from models.backbones.wan import WanBackbone
 from models.codecs import VideoCodec
+from models.methods import get_method
 from models.records import RecordError, decode
 from models.text import TextEncoder
 
 Part = Literal["backbone", "codec", "text"]
 SETTINGS_FILE = "shotloom.json"
 INDEX_FILE = "model_index.json"
+CONDITIONER_FILE = Path("conditioner") / "model.safetensors"
 # the folders of each part, and of what no part owns
 PART_FOLDERS: dict[Part, tuple[str, ...]] = {
     "backbone": ("transformer",),
@@ -111,11 +115,28 @@ def load_model(
             path / "transformer", torch_dtype=dtype, local_files_only=True, use_safetensors=True
         )
         backbone = WanBackbone(loaded.to(device)).eval()
+        if (path / CONDITIONER_FILE).is_file():
+            _load_conditioner(backbone, path / CONDITIONER_FILE, settings, device, dtype)
     if "codec" in parts:
         codec = VideoCodec.from_folder(path, device)
     if "text" in parts:
         text = TextEncoder.from_folder(path, settings.text_length, device, dtype)
     return Model(backbone, codec, text, settings)
+
+
+def _load_conditioner(
+    backbone: WanBackbone, file: Path, settings: ModelSettings, device: torch.device | str, dtype: torch.dtype
+) -> None:
+    """Give the backbone the modules of the folder's method with the weights of `file`."""
+    get_method(settings.method, **settings.method_params).attach(backbone)
+    if backbone.conditioner is None:
+        raise ValueError(f"{file}: weights of conditioning modules, but method {settings.method!r} has none")
+    try:
+        backbone.conditioner.load_state_dict(load_file(file))
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise ValueError(f"{file} does not fit the method_params of {SETTINGS_FILE}: {first}") from error
+    backbone.conditioner.to(device, dtype).eval()
 
 
 def load_settings(path: Path | str) -> ModelSettings:
@@ -159,6 +180,10 @@ def save_model(
             raise ValueError("the backbone still has LoRA layers: merge_lora it first, or save_lora them on their own")
         transformer.save_pretrained(temporary / "transformer")
         index["transformer"] = ["diffusers", "WanTransformer3DModel"]
+        if model.backbone.conditioner is not None:
+            weights = {name: w.contiguous() for name, w in model.backbone.conditioner.state_dict().items()}
+            (temporary / CONDITIONER_FILE).parent.mkdir()
+            save_file(weights, temporary / CONDITIONER_FILE)
     if model.has("codec"):
         model.codec.vae.save_pretrained(temporary / "vae")
         index["vae"] = ["diffusers", "AutoencoderKLWan"]
@@ -177,6 +202,8 @@ def save_model(
             for name in PART_FOLDERS[part]:
                 shutil.copytree(source / name, temporary / name)
                 index[name] = source_index[name]
+            if part == "backbone" and (source / CONDITIONER_FILE).is_file():
+                shutil.copytree(source / CONDITIONER_FILE.parent, temporary / CONDITIONER_FILE.parent)
     scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=settings.level_shift)
     scheduler.save_pretrained(temporary / "scheduler")
     (temporary / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -7,9 +7,10 @@ scene lie next to it under the names that `shot_tensor_key` and `STORY_TEXT` giv
     s000.first_mean / .first_logvar, .last_*        [C,1,H,W]  first and last frame, each encoded alone
     r000.latent_mean                                [C,F,H,W]  a reference, encoded alone; an image as a still clip
     text.story, s000.text, s000.sentence_text       [L,D]      text embeddings, valid tokens only
+    s000.states_text                                [S,L,D]    predicted states, each encoded alone; zeros are padding
 
-C channels, F latent frames, H W latent size, L text tokens, D text width. Times are integers: presentation timestamps
-(PTS) in units of `time_base` seconds, and frame numbers of the source; ends are exclusive.
+C channels, F latent frames, H W latent size, S states, L text tokens, D text width. Times are integers: presentation
+timestamps (PTS) in units of `time_base` seconds, and frame numbers of the source; ends are exclusive.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ CUT_MARKER = "[SHOT CUT]"  # begins the prompt of a shot that a cut leads to (LC
 MAX_HISTORY = 8  # earlier shots that one shot is made to see (LCT, whose training scenes have up to nine shots)
 SHOT_TENSORS = (
     "latent_mean", "latent_logvar", "first_mean", "first_logvar", "last_mean", "last_logvar", "text", "sentence_text",
+    "states_text",
 )  # fmt: skip
 
 

@@ -191,6 +191,29 @@ def toyworld() -> None:
     """The embedded world: procedural videos with full ground truth."""
 
 
+@main.command(short_help="Print a task's noise plan as a table, and draw it.")
+@click.argument("method")
+@click.argument("task")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the plan, too: FILE.png, .svg or .pdf.")
+def plan(method: str, task: str, overrides: tuple[str, ...], plot: Path | None) -> None:
+    """Print the noise plan of a METHOD's TASK: the level of every latent frame before each step.
+
+    \b
+    Keys: shots=[3,3,3]  steps=10  shift=3  givens={head: 2}  options={lag: 2}  method_params={...}
+    Example: shotloom plan fvdm diagonal shots=[7] options={lag: 2} --plot plan.png
+    """
+    from infra.config import ConfigError, load_config
+    from pipelines.plan import PlanConfig, run_plan
+
+    try:
+        click.echo(run_plan(method, task, load_config(PlanConfig, None, overrides), plot))
+    except ConfigError as error:
+        _fail(error, 2)
+    except (ValueError, OSError) as error:
+        _fail(error, 1)
+
+
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the checks as JSON.")
 def doctor(as_json: bool) -> None:

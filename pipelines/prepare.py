@@ -15,10 +15,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.knobs import knob, required
+from pipelines.states import StatesConfig, make_predictor, predictor_key
 from preprocess.report import PrepareReport
 from preprocess.settings import CaptionBackend, PrepareSettings, StoreType
 from preprocess.watch import MAX_ATTEMPTS
@@ -44,6 +46,7 @@ class PrepareConfig:
     max_seconds_per_video: float | None = knob(None, "take this much of each video; null = all")
     min_side: int = knob(32, "filter: pixels of the shorter side")
     min_rate: float = knob(0.5, "filter: source frames per encoded frame")
+    states: StatesConfig = knob(StatesConfig, "for method aid: predict the states of every shot")
     dtype: StoreType = knob("float16", "how latents and text embeddings are stored")
     shard_mb: float = knob(256.0, "target size of a shard")
     seconds_limit: float = knob(3600.0, "time limit for one stage of one video")
@@ -132,6 +135,7 @@ def run_stages(config: PrepareConfig, place: Workplace, manifest: Path) -> Itera
                     "model": str(config.model.resolve()),
                     "device": "cuda" if config.encoder_gpus else "cpu",
                     "threads": max(1, int(config.encoder_cpus)),
+                    "make_states": partial(make_predictor, config.states),
                 },
                 compute=ActorPoolStrategy(size=config.encoders),
                 num_cpus=config.encoder_cpus,
@@ -189,4 +193,6 @@ def make_settings(config: PrepareConfig) -> PrepareSettings:
         captions=config.captions,
         dtype=config.dtype,
         seconds_per_video=config.seconds_limit,
+        states_key=predictor_key(config.states),
+        states_frames=config.states.frames,
     )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from infra.knobs import knob, required
 from models.scene import MAX_HISTORY
+from pipelines.states import StatesConfig, make_predictor, predictor_key
 
 if TYPE_CHECKING:
     from models.folder import Model
@@ -43,6 +44,8 @@ class SampleConfig:
     history: int = knob(MAX_HISTORY, "how many earlier shots a shot sees that is made after them, 1 to 8")
     steps: int = knob(30, "denoising steps")
     guidance: float = knob(5.0, "classifier-free guidance scale of the text; 1 = none")
+    image_guidance: float = knob(1.5, "guidance scale of the given frames, for models of method aid; 1 = none")
+    states: StatesConfig = knob(StatesConfig, "for models of method aid: who says the states a storyboard does not")
     solver: Literal["euler", "second_order", "ancestral"] = knob("euler", "how frames move between noise levels")
     min_side: int = knob(256, "smaller videos are enlarged by a whole factor to this many pixels a side; 0 = never")
     batch_size: int = knob(1, "storyboards of equal shape made at once")
@@ -149,6 +152,7 @@ class _Job:
         fingerprint = board.fingerprint(
             seed=seed,
             settings=repr(generate_settings(config)),
+            states=predictor_key(config.states),
             independent=config.independent,
             min_side=config.min_side,
             dtype=config.dtype,
@@ -171,7 +175,15 @@ class _Job:
 def generate_settings(config: SampleConfig) -> GenerateSettings:
     from sample.generate import GenerateSettings
 
-    return GenerateSettings(config.steps, config.guidance, config.text, config.solver, config.task, config.history)
+    return GenerateSettings(
+        config.steps,
+        config.guidance,
+        config.text,
+        config.solver,
+        config.task,
+        config.history,
+        config.image_guidance,
+    )
 
 
 def folder_fingerprint(folder: Path) -> str:
@@ -270,6 +282,7 @@ class _Maker:
         if config.num_workers > 0:
             torch.set_num_threads(max(1, int(config.cpus_per_worker)))
         self.config = config
+        self.states = make_predictor(config.states)
         self.model: Model = load_model(config.model, device=config.device, dtype=getattr(torch, config.dtype))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -300,6 +313,7 @@ class _Maker:
             generate_settings(self.config),
             [job.seed for job in group],
             independent=self.config.independent,
+            states=self.states,
         )
         seconds = round((time.monotonic() - started) / len(group), 3)
         records = []

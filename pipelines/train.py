@@ -39,6 +39,8 @@ class TextDropConfig:
     everything: float = knob(0.1, "share of samples without any text")
     story: float = knob(0.0, "share without the story, only the shots' prompts")
     prompts: float = knob(0.0, "share without the shots' prompts, only the story")
+    given: float = knob(0.0, "aid: share without the given frames, only text")
+    both: float = knob(0.0, "aid: share without text and given frames; the paper's guidance needs all three")
 
 
 @dataclass(kw_only=True)
@@ -48,9 +50,11 @@ class TrainConfig:
     dataset: Path = required("folder that `shotloom prepare` wrote")
     model: Path = required("model folder to start from")
     run_dir: Path = required("folder of this run; started again on the same folder, a run goes on where it was")
-    method: str = knob("lct", "fvdm, lct or tic_ft")
+    method: str = knob("lct", "fvdm, lct, tic_ft, fca or aid")
     method_params: dict[str, Any] = knob({}, "parameters of the method; empty = its defaults")
-    shots_per_scene: int = knob(3, "neighbouring shots per sample; tic_ft always takes one, after its references")
+    shots_per_scene: int = knob(
+        3, "neighbouring shots per sample; fca takes 1, tic_ft always takes one, after its references"
+    )
     single_shot_prob: float = knob(0.25, "share of batches made of single shots")
     latents: Literal["sample", "mean"] = knob("sample", "draw latents from the VAE's posterior, or take its mean")
     text_drop: TextDropConfig = knob(TextDropConfig, "texts left out in training")
@@ -162,7 +166,7 @@ def make_job(config: TrainConfig) -> TrainJob:
         batch_size=config.batch_size // config.accumulate,
         shots_per_scene=config.shots_per_scene,
         single_shot_prob=config.single_shot_prob,
-        text_drop=TextDrop(config.text_drop.everything, config.text_drop.story, config.text_drop.prompts),
+        text_drop=TextDrop(**vars(config.text_drop)),
         latents=config.latents,
         lora=Lora(lora.rank, lora.alpha, tuple(lora.targets), lora.merge, lora.merge_scale) if lora.rank else None,
         parallel=config.parallel,

@@ -18,9 +18,10 @@ from torch import Tensor
 from infra.storage import sha256_file
 from models.codecs import VideoCodec
 from models.folder import PART_FOLDERS, load_model, load_settings
-from models.scene import STORY_TEXT, LatentSource, Scene, shot_tensor_key
+from models.scene import STORY_TEXT, LatentSource, Scene, State, shot_tensor_key
+from models.states import StatePredictor, encode_states, instruction_of
 from models.text import TextEncoder, clean_prompt
-from preprocess.outcome import Failed
+from preprocess.outcome import Failed, short
 from preprocess.settings import StoreType
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -35,12 +36,15 @@ class Encoder:
     text: TextEncoder
     text_length: int  # tokens that the model reads per shot
     threads: int = 1
+    states: StatePredictor | None = None  # None: states are not predicted
 
     @staticmethod
-    def from_folder(path: Path | str, device: str = "cpu", threads: int = 1) -> Encoder:
+    def from_folder(
+        path: Path | str, device: str = "cpu", threads: int = 1, states: StatePredictor | None = None
+    ) -> Encoder:
         """Reads vae/, text_encoder/, tokenizer/ and the text length of a model folder."""
         model = load_model(path, ("codec", "text"), device)
-        return Encoder(model.codec, model.text, model.settings.text_length, threads)
+        return Encoder(model.codec, model.text, model.settings.text_length, threads, states)
 
     def encode_shots(self, spans: Sequence[np.ndarray | None], dtype: StoreType) -> list[dict[str, Tensor]]:
         """Posterior of each span uint8 [n,H,W,3], and of its first and last frame, each frame encoded alone.
@@ -97,6 +101,32 @@ class Encoder:
         return {
             text: embedding.to(_DTYPES[dtype]).contiguous()
             for text, embedding in zip(texts, self.text.encode(texts), strict=True)
+        }
+
+    def predict_states(self, scene: Scene, spans: Sequence[np.ndarray | None], frames: int) -> None:
+        """Fill `predicted_states` of the shots with a span, from the first `frames` of it and the shot's words alone.
+
+        When a state will be reached is not asked: they are recorded evenly over the shot. Raises Failed.
+        """
+        assert self.states is not None
+        for shot, span in zip(scene.shots, spans, strict=True):
+            if span is None:
+                continue
+            instruction = instruction_of(scene.story, shot.prompt, shot.sentence)
+            try:
+                said = self.states(span[:frames], instruction)
+            except (ValueError, RuntimeError) as error:
+                raise Failed("states", f"shot {shot.index} of {scene.scene_id}: {short(error)}") from error
+            shot.predicted_states = [State(text, i * len(span) // len(said)) for i, text in enumerate(said)]
+
+    def encode_states(self, scene: Scene, dtype: StoreType) -> dict[str, Tensor]:
+        """Embeddings [S,L,D] of the predicted states of each shot that has some."""
+        return {
+            shot_tensor_key(shot.index, "states_text"): encode_states(
+                [state.text for state in shot.predicted_states], self.text
+            ).to(_DTYPES[dtype])
+            for shot in scene.shots
+            if shot.predicted_states
         }
 
     def source(self, dtype: StoreType) -> LatentSource:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from preprocess.outcome import Failed
 from preprocess.unit import (
@@ -22,6 +23,9 @@ from preprocess.unit import (
     run_stage,
 )
 from preprocess.watch import MAX_ATTEMPTS, Attempts
+
+if TYPE_CHECKING:
+    from models.states import StatePredictor
 
 Row = dict[str, str]
 
@@ -41,11 +45,18 @@ def caption_row(row: Row, place: Workplace) -> Row:
 class EncodeRow:
     """Actor: holds the VAE and the text encoder; writes the part of each video, encoded or set aside."""
 
-    def __init__(self, place: Workplace, model: str, device: str, threads: int) -> None:
+    def __init__(
+        self,
+        place: Workplace,
+        model: str,
+        device: str,
+        threads: int,
+        make_states: Callable[[], StatePredictor | None] = lambda: None,
+    ) -> None:
         from preprocess.encode import Encoder
 
         self.place = place
-        self.encoder = Encoder.from_folder(Path(model), device, threads)
+        self.encoder = Encoder.from_folder(Path(model), device, threads, make_states())
 
     def __call__(self, row: Row) -> Row:
         """Returns only what the driver reports: id, status, stage, seconds."""

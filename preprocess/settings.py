@@ -12,6 +12,7 @@ StoreType = Literal["float32", "float16", "bfloat16"]
 
 # raise when a stage gives other results for the same settings, so that earlier work is done again
 STAGES_VERSION = 1
+_NOT_VISION = ("captions", "seconds_per_video", "states_key", "states_frames")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class PrepareSettings:
     captions: CaptionBackend = "sidecar_or_describe"
     dtype: StoreType = "float16"  # of latents and text embeddings
     seconds_per_video: float = 600.0  # time limit for the work on one video
+    states_key: str = ""  # of the state predictor (`models.states`); "" = states are not predicted
+    states_frames: int = 1  # encoded frames of a shot that the predictor is shown, from the first
 
     def __post_init__(self) -> None:
         for name in ("shot_frames", "min_shot_frames"):
@@ -37,6 +40,8 @@ class PrepareSettings:
             raise ValueError(f"min_shot_frames={self.min_shot_frames} is more than shot_frames={self.shot_frames}")
         if self.height % 8 or self.width % 8 or min(self.height, self.width) < 8:
             raise ValueError(f"{self.height}x{self.width}: height and width must be multiples of 8")
+        if self.states_frames % 4 != 1:
+            raise ValueError(f"states_frames={self.states_frames}: given frames are 4k+1 (1, 5, 9, ...)")
         if self.fps <= 0 or self.max_shots < 1 or self.seconds_per_video <= 0:
             raise ValueError("fps, max_shots and seconds_per_video must be positive")
         if self.max_seconds is not None and self.max_seconds <= 0:
@@ -44,10 +49,11 @@ class PrepareSettings:
 
     def vision_key(self) -> str:
         """Changes when shots, encoded frames or what is kept would change."""
-        return _key({k: v for k, v in asdict(self).items() if k not in ("captions", "seconds_per_video")})
+        return _key({k: v for k, v in asdict(self).items() if k not in _NOT_VISION})
 
     def caption_key(self, template_hash: str) -> str:
-        return _key([self.captions, template_hash])
+        states = [self.states_key, self.states_frames] if self.states_key else []
+        return _key([self.captions, template_hash, *states])
 
 
 def _key(value: Any) -> str:

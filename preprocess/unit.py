@@ -129,7 +129,8 @@ def probe_stage(unit: Unit, place: Workplace) -> None:
 def decode_stage(unit: Unit, place: Workplace) -> None:
     """The one decode: shots, and their encoded spans in the scratch file; an earlier result is recalled."""
     assert unit.info is not None
-    recalled = recall_scenes(unit.recall, unit.info) if unit.recall else None
+    wants_pixels = bool(place.settings.states_key)  # a state predictor looks at frames, which an earlier result lacks
+    recalled = recall_scenes(unit.recall, unit.info) if unit.recall and not wants_pixels else None
     if recalled is not None:
         unit.scenes, unit.shots = recalled
         unit.count = recalled_count(unit.earlier, unit.info)
@@ -155,6 +156,13 @@ def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
     for scene in written:
         scene.latents = encoder.source(place.settings.dtype)
     texts = encoder.encode_texts(written, place.settings.dtype)
+    if encoder.states is not None:
+        first = 0
+        for scene in unit.scenes:
+            shots = unit.shots[first : first + len(scene.shots)]
+            first += len(scene.shots)
+            spans = _read_spans(place.scratch_file(unit), shots, place.settings)
+            encoder.predict_states(scene, spans, place.settings.states_frames)
 
     def references(scene: Scene) -> list[Tensor]:
         folder = Path(unit.file.captions or "").parent
@@ -168,6 +176,7 @@ def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
             first += len(scene.shots)
             if scene in written:
                 tensors = {name: texts[text].clone() for name, text in scene_texts(scene).items()}
+                tensors |= encoder.encode_states(scene, place.settings.dtype)
                 if scene.scene_id in unit.recall:
                     tensors |= recall_latents(unit.recall[scene.scene_id], scene.scene_id)
                 else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +24,7 @@ from models.methods import get_method
 from models.noise import base_levels
 from models.scene import IMAGE_ROLES, MAX_HISTORY
 from models.solvers import SolverName
+from models.states import StatePredictor, encode_states, fit_states, instruction_of
 from models.text import TextContext, pack_text
 from sample.guidance import Guidance
 from sample.rollout import RolloutShot, rollout
@@ -48,6 +50,7 @@ class GenerateSettings:
     solver: SolverName = "euler"
     task: Task = "auto"  # of storyboards that name none
     history: int = MAX_HISTORY  # how many earlier shots a shot sees that is made after them, where nothing else is said
+    image_guidance: float = 1.5  # of the given frames, where the method guides by them (aid); 1 is none
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -71,10 +74,13 @@ def generate_scene(
     seed: int,
     *,
     independent: bool = False,
+    states: StatePredictor | None = None,
     callback: Callback | None = None,
 ) -> tuple[np.ndarray, list[int]]:
     """Frames uint8 [T, H, W, 3] of one storyboard and its cuts (first frame of every shot but the first)."""
-    (clip,) = generate_scenes(model, [storyboard], settings, [seed], independent=independent, callback=callback)
+    (clip,) = generate_scenes(
+        model, [storyboard], settings, [seed], independent=independent, states=states, callback=callback
+    )
     return clip.frames, clip.cuts
 
 
@@ -85,17 +91,19 @@ def generate_scenes(
     seeds: Sequence[int],
     *,
     independent: bool = False,
+    states: StatePredictor | None = None,
     callback: Callback | None = None,
 ) -> list[Clip]:
     """One clip per storyboard, made as one batch; all must have the same `scene_shape`.
 
+    `states` predicts, for a method that reads states, those of the shots whose storyboard does not say them.
     A scene's noise comes from its own seed, so its neighbours in the batch do not change it. Raises StoryboardError
     for a storyboard that the model cannot make, naming the shot and the field.
     """
     for board in storyboards:
         board.validate(temporal_stride=model.codec.temporal_stride)
     if independent:
-        return _generate_shots_alone(model, storyboards, settings, seeds, callback)
+        return _generate_shots_alone(model, storyboards, settings, seeds, states, callback)
     shapes = {scene_shape(board, model.settings) for board in storyboards}
     if len(shapes) != 1:
         raise ValueError(f"a batch needs storyboards of one shape, got {len(shapes)}: {sorted(map(str, shapes))}")
@@ -112,23 +120,32 @@ def generate_scenes(
     layout, task = _layout(method, first, media, references, model)
     levels = base_levels(settings.steps, shift=model.settings.level_shift)
     text, null = _encode_texts(storyboards, layout, model, settings.text)
+    read = _encode_states(storyboards, media, method, model, states)
+    shape = (len(storyboards), model.codec.latent_channels, layout.num_frames, *_latent_size(model))
+    given = _encode_media(media, references, layout, model, len(storyboards))
+    scales = {"text": settings.guidance, "image": settings.image_guidance}
     latents = sample(
         model.backbone,
         layout,
         method.plan(layout, levels, task).to(text.embeddings.device),
         text,
-        shape=(len(storyboards), model.codec.latent_channels, layout.num_frames, *_latent_size(model)),
+        shape=shape,
         generator=[
             shot_generators(board, seed, len(references)) for board, seed in zip(storyboards, seeds, strict=True)
         ],
-        given=_encode_media(media, references, layout, model, len(storyboards)),
-        guidance=Guidance([("text", settings.guidance)]),
-        null={"text": null},
+        given=given,
+        guidance=Guidance([(name, scales[name]) for name in method.guided], method.guided),
+        null={"text": null} | {name: value for name, (_, value) in read.items()},
         model_levels=method.model_levels,
+        conditions=method.conditions((torch.zeros(shape) if given is None else given).to(text.embeddings), layout)
+        | {name: value for name, (value, _) in read.items()},
+        prepare=partial(method.prepare, model.backbone, layout),
         solver=settings.solver,
         callback=callback,
         **method.backbone_kwargs(layout),
     )
+    if method.puts_given_back and given is not None:
+        latents[:, :, : method.first_frames] = given[:, :, : method.first_frames].to(latents)
     seen_first = sum(_latent_frames(model, pixels) for pixels in references)
     return [_to_clip(one[:, seen_first:], drop_frames(layout, seen_first), first, media, model) for one in latents]
 
@@ -154,7 +171,7 @@ def largest_scene(described: ModelSettings) -> int:
 
 def starts_from_image(described: ModelSettings) -> bool:
     """Whether a shot can start from a given first frame."""
-    return "i2v" in get_method(described.method, **described.method_params).tasks
+    return not {"i2v", "tvp"}.isdisjoint(get_method(described.method, **described.method_params).tasks)
 
 
 def check_task(task: Task, described: ModelSettings) -> None:
@@ -234,6 +251,7 @@ def _generate_shots_alone(
     storyboards: Sequence[Storyboard],
     settings: GenerateSettings,
     seeds: Sequence[int],
+    states: StatePredictor | None,
     callback: Callback | None,
 ) -> list[Clip]:
     """Every shot a clip of its own, with its scene's text and its own start noise; equal shapes share a batch."""
@@ -257,7 +275,7 @@ def _generate_shots_alone(
     for number, members in enumerate(groups.values()):
         on_step = None if callback is None else _part_of(callback, number, len(groups))
         alone = [boards[index] for index in members]
-        clips = generate_scenes(model, alone, settings, [0] * len(alone), callback=on_step)
+        clips = generate_scenes(model, alone, settings, [0] * len(alone), states=states, callback=on_step)
         for index, clip in zip(members, clips, strict=True):
             frames[index] = clip.frames
     finished = iter(frames)
@@ -275,15 +293,17 @@ def _load_media(storyboard: Storyboard, index: int, model: Model) -> np.ndarray 
     field, path = ("given", shot.given) if shot.given else ("first_frame", shot.first_frame)
     if not path:
         return None
+    stride = model.codec.temporal_stride
+    method = get_method(model.settings.method, **model.settings.method_params)
+    start = stride * (method.first_frames - 1) + 1  # video frames that a shot starts from
     try:
-        if shot.first_frame or Path(path).suffix.lower() in IMAGE_SUFFIXES:
-            frames = read_image(path)[None]
-        else:
-            frames = read_video(path)[0]
+        image = Path(path).suffix.lower() in IMAGE_SUFFIXES
+        frames = read_image(path)[None] if image or (shot.first_frame and start == 1) else read_video(path)[0]
+        if shot.first_frame and len(frames) < start:
+            raise ValueError(f"holds {len(frames)} frames, but this model starts from {start}; give a longer video")
     except ValueError as error:
         raise StoryboardError(f"{_where(storyboard, index)}: {field}: {error}", f"shots.{index}.{field}") from error
-    longest = shot.frames or model.settings.frames_per_shot
-    stride = model.codec.temporal_stride
+    longest = start if shot.first_frame else shot.frames or model.settings.frames_per_shot
     frames = frames[: (min(len(frames), longest) - 1) // stride * stride + 1]
     return fit_frames(frames, model.settings.height, model.settings.width)
 
@@ -332,8 +352,9 @@ def _layout(
     given = [index for index, shot in enumerate(shots) if shot.given]
     started = [index for index, shot in enumerate(shots) if shot.first_frame]
     many = len(shots) > 1
-    task = "shot_conditioned" if given else "i2v" if started else "joint" if "joint" in method.tasks else "t2v"
-    if task not in method.tasks or (many and task in ("i2v", "t2v")):
+    start = "tvp" if "tvp" in method.tasks and "i2v" not in method.tasks else "i2v"
+    task = "shot_conditioned" if given else start if started else "joint" if "joint" in method.tasks else "t2v"
+    if task not in method.tasks or (many and task in (start, "t2v")):
         index, field = (given[0], "given") if given else (started[0], "first_frame") if started else (0, "prompt")
         hint = "; independent=true makes every shot by itself" if many and not given else ""
         raise StoryboardError(
@@ -380,6 +401,36 @@ def _encode_texts(
     contexts, null_contexts = (TextContext(torch.stack(texts), layout.text_ids) for texts in (rows, nulls))
     to = model.device, model.backbone.dtype
     return contexts.to(*to), null_contexts.to(*to)
+
+
+def _encode_states(
+    storyboards: Sequence[Storyboard],
+    media: list[np.ndarray | None],
+    method: Method,
+    model: Model,
+    predictor: StatePredictor | None,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """States of every storyboard's one shot and those of the null branch, [B, S, L, D] each; {} if none are read."""
+    if not method.most_states or media[0] is None:
+        return {}
+    rows = []
+    for board in storyboards:
+        shot = board.shots[0]
+        instruction = instruction_of(board.story, shot.prompt, shot.sentence)
+        try:
+            if not shot.states and predictor is None:
+                raise ValueError("this model reads states: say them, or name a predictor (states.backend)")
+            said = shot.states or (predictor(media[0], instruction) if predictor else [])
+            if len(said) > method.most_states:
+                raise ValueError(f"{len(said)} states; this model reads {method.most_states}")
+        except (ValueError, RuntimeError) as error:
+            raise StoryboardError(f"{_where(board, 0)}: states: {error}", "shots.0.states") from error
+        rows.append(encode_states(fit_states(said, instruction, method.most_states), model.text))
+    rows.append(encode_states([""], model.text))
+    shape = (method.most_states, max(row.shape[1] for row in rows))
+    padded = [torch.nn.functional.pad(r, (0, 0, 0, shape[1] - r.shape[1], 0, shape[0] - len(r))) for r in rows]
+    *found, null = (row.to(model.device, model.backbone.dtype) for row in padded)
+    return {"states": (torch.stack(found), null.expand(len(found), -1, -1, -1))}
 
 
 def _encode_context(texts: list[str], model: Model) -> Tensor:

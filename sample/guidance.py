@@ -8,7 +8,7 @@ need not run at all: with every scale 1 only the fully conditional branch remain
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -26,10 +26,14 @@ class Guidance:
     """Scales per condition, in nesting order; `Guidance()` is one plain conditional pass.
 
     `Guidance([("text", 5.0)])` is ordinary classifier-free guidance (Ho & Salimans, 2207.12598).
+    `Guidance([("image", 2.0), ("text", 5.0)], {"image": ("given",), "text": ("text", "states")})` is AID's; the second
+    argument names what is kept and dropped together under each scale, a condition alone where it does not.
     Raises ValueError for a repeated condition or a scale that is not finite.
     """
 
-    def __init__(self, scales: Sequence[tuple[str, float]] = ()) -> None:
+    def __init__(
+        self, scales: Sequence[tuple[str, float]] = (), together: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
         self.scales = tuple((name, float(scale)) for name, scale in scales)
         names = [name for name, _ in self.scales]
         if len(set(names)) != len(names):
@@ -37,9 +41,16 @@ class Guidance:
         for name, scale in self.scales:
             if not math.isfinite(scale):
                 raise ValueError(f"guidance scale of {name!r} is {scale}; give a finite number")
+        members = [tuple((together or {}).get(name, (name,))) for name in names]
+        self.conditions = frozenset(one for group in members for one in group)  # all that some branch may drop
+        if len(self.conditions) != sum(len(group) for group in members):
+            raise ValueError(f"guidance drops a condition under two scales: {dict(zip(names, members, strict=True))}")
         weights = [1.0, *(scale for _, scale in self.scales), 0.0]
         self.branches = tuple(
-            Branch(dropped=frozenset(names[kept:]), weight=weights[kept] - weights[kept + 1])
+            Branch(
+                dropped=frozenset(one for group in members[kept:] for one in group),
+                weight=weights[kept] - weights[kept + 1],
+            )
             for kept in range(len(names) + 1)
             if weights[kept] != weights[kept + 1]
         )

@@ -44,6 +44,8 @@ def sample(
     process: Process | None = None,  # None: what the backbone was trained with, its `process`
     solver: SolverName = "euler",
     model_levels: Callable[[Tensor], Tensor] | None = None,  # what the backbone is told of levels [B, F]
+    conditions: Mapping[str, Tensor] | None = None,  # besides the text, [B, ...] each; zeros stand in for a dropped one
+    prepare: Callable[[Text, Mapping[str, Tensor]], Mapping[str, Any]] | None = None,  # `Method.prepare`
     callback: Callback | None = None,
     **backbone_kwargs: Any,
 ) -> Tensor:
@@ -52,12 +54,23 @@ def sample(
     `given` frames keep the one noise they are given at the start (LCT 2503.10589 keeps history noise fixed).
     Guidance branches run as one batch of B * branches samples. The state stays in fp32; the backbone reads it scaled
     by the process and in the dtype of its text. `model_levels` is the method's (`Method.model_levels`); None tells the
-    backbone every frame's level. Raises ValueError where shapes, plan, given frames, solver or
+    backbone every frame's level. `prepare` is called once with the text and the conditions of all rows, and says what
+    else the backbone is passed in every step. Raises ValueError where shapes, plan, given frames, solver or
     guidance do not fit together; whatever `callback` raises passes through, which is how a run is cancelled.
     """
     process, guidance = process or backbone.process, guidance or Guidance()
     _check(layout, plan, shape, given)
-    conditions = _stack_branches(guidance, {"text": text}, null or {})
+    others = dict(conditions or {})
+    null = {name: torch.zeros_like(value) for name, value in others.items()} | dict(null or {})
+    stacked = _stack_branches(guidance, {"text": text, **others}, null)
+    text_rows = stacked.pop("text")
+    seen: dict[str, Any] = {"text": text_rows} | backbone_kwargs
+    if prepare is not None:
+        seen |= prepare(text_rows, stacked)  # type: ignore[arg-type]  # all others are tensors
+    elif stacked:
+        raise ValueError(
+            f"conditions {sorted(stacked)} are given, but no `prepare` says what the backbone does of them"
+        )
     noise = draw_noise(layout, shape, generator).to(plan.device)
     source = torch.zeros_like(noise) if given is None else given.to(noise)
     from_nothing = (plan[0] == 1).view(-1, 1, 1)  # [F, 1, 1]
@@ -70,7 +83,7 @@ def sample(
         levels = plan[k].expand(branches * shape[0], -1)  # [branches * B, F]
         scaled = process.precondition(x, plan[k]).to(dtype)
         told = levels if model_levels is None else model_levels(levels)
-        predictions = backbone(torch.cat([scaled] * branches), told, **conditions, **backbone_kwargs)
+        predictions = backbone(torch.cat([scaled] * branches), told, **seen)
         prediction = guidance.combine(predictions.float().chunk(branches))
         x = stepper.step(x, prediction, plan[k], plan[k + 1])
         if callback is not None:
@@ -104,7 +117,7 @@ def draw_noise(layout: ClipLayout, shape: tuple[int, int, int, int, int], genera
 def _stack_branches(guidance: Guidance, conditions: dict[str, Text], null: Mapping[str, Text]) -> dict[str, Text]:
     """Each condition once per branch along the batch: the real one where it is kept, its null where it is dropped."""
     dropped = set().union(*(branch.dropped for branch in guidance.branches))
-    if unknown := {name for name, _ in guidance.scales} - set(conditions):
+    if unknown := guidance.conditions - set(conditions):
         raise ValueError(f"guidance over unknown conditions {sorted(unknown)}; this run has {sorted(conditions)}")
     if missing := dropped - set(null):
         raise ValueError(f"guidance drops {sorted(missing)} but `null` holds no stand-in for it")

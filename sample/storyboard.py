@@ -34,7 +34,8 @@ class StoryboardShot:
     frames: int | None = None  # pixel frames, 4k+1; None: as many as the model was trained on
     seed: int | None = None  # None: derived from the storyboard's seed and the shot's index
     given: str = ""  # path of an image or video that is this shot: the model sees it, does not make it
-    first_frame: str = ""  # path of an image that this shot starts from
+    first_frame: str = ""  # path of an image (of a video, for models told so) that this shot starts from
+    states: list[str] = field(default_factory=list)  # for aid: what it goes through, in order; empty = predicted
     references: list[Reference] = field(default_factory=list)  # seen before the shot, and no part of it
     history: list[int] | None = None  # the earlier shots that this one sees, counted from 0; None: the storyboard's
 

@@ -59,6 +59,11 @@ def _state_names(action: Action) -> list[tuple[str, float]]:
     }[action]
 
 
+def state_names(action: Action) -> list[str]:
+    """The named states of an action, in order."""
+    return [name for name, _ in _state_names(action)]
+
+
 def states(shot: ToyShot) -> list[tuple[str, int]]:
     """The states of a shot in order, each with the frame (0-based, inside the shot) from which it holds."""
     last = shot.num_frames - 1

@@ -36,10 +36,14 @@ class SceneBatch:
     layout: ClipLayout
     text: TextContext
     keys: list[str]
+    labels: Tensor | None = None  # long [B]: the class of each sample, where the source knows classes
+    states: Tensor | None = None  # [B,S,L,D], predicted states in order of time; zeros are padding
+    given_lost: Tensor | None = None  # bool [B]: samples that lose their given frames; None: none does
 
     def to(self, device: torch.device) -> SceneBatch:
-        text = self.text.to(device, non_blocking=True)
-        return replace(self, latents=self.latents.to(device, non_blocking=True), text=text)
+        names = ("latents", "labels", "states", "given_lost")
+        moved = {n: t.to(device, non_blocking=True) for n in names if (t := getattr(self, n)) is not None}
+        return replace(self, text=self.text.to(device, non_blocking=True), **moved)
 
 
 class BatchSource(Protocol):
@@ -95,7 +99,7 @@ def prefetch(source: BatchSource, rows: slice, first: int, last: int, ahead: int
 
 
 class LatentCache:
-    """Single-shot clips of one shape with a bank of texts, held in memory.
+    """Single-shot clips of one shape with a bank of texts, held in memory. A clip's text is its class, too.
 
     Args:
         paths: files written by `write_cache`, in the order that fixes the sample numbers.
@@ -157,8 +161,9 @@ class LatentCache:
         text = torch.where(drop[:, None, None], self.null_text, text)
         context = TextContext(text[:, None], torch.zeros(self.layout.num_frames, dtype=torch.long))
         return SceneBatch(
-            self.latents[numbers].float(), self.layout, context, [f"clip-{n:06d}" for n in numbers.tolist()]
-        )
+            self.latents[numbers].float(), self.layout, context, [f"clip-{n:06d}" for n in numbers.tolist()],
+            self.text_ids[numbers],
+        )  # fmt: skip
 
 
 def write_cache(path: Path, latents: Tensor, texts: Sequence[Tensor], text_ids: Tensor) -> None:

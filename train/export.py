@@ -40,6 +40,7 @@ def export_model(job: TrainJob, weights: Mapping[str, Tensor], method: Method, s
     model = load_model(job.model, parts=("backbone",), device="cpu", dtype=torch.float32)
     if job.lora:
         inject_lora(model.backbone, job.lora.rank, job.lora.alpha, job.lora.targets)
+    method.attach(model.backbone)
     load_weights(model.backbone, weights)
     if job.lora:
         save_lora(model.backbone, job.run_dir / "lora")

@@ -92,7 +92,7 @@ def run_loop(
     parallel, process = parallel or Parallel(), backbone.process
     checkpoints = checkpoints or Checkpoints(run_dir / "checkpoints", settings.keep_checkpoints)
     parameters = trainable(backbone)
-    optimizer = make_optimizer(parameters, settings.learning_rate, settings.weight_decay)
+    optimizer = make_optimizer(parameters, settings.learning_rate, settings.weight_decay, method.rate_scale)
     ema = EMA(parameters, settings.ema_decay)
     identity = {
         "seed": settings.seed,
@@ -124,12 +124,15 @@ def run_loop(
             first = ((step - 1) * settings.accumulate + part) * source.batch_size + rows.start
             levels, noise = draw(method, batch, settings.seed, first)
             weights = frame_weights(method, batch, levels)
+            conditions = given_conditions(method, batch, settings.seed, first)
             noisy = process.precondition(process.add_noise(batch.latents, noise, levels), levels)
             target = process.target(batch.latents, noise, levels)
             sync_gradients(backbone, on=part == settings.accumulate - 1)
             with parallel.autocast(settings.precision):
                 told = method.model_levels(levels)
-                prediction = backbone(noisy, told, batch.text, **method.backbone_kwargs(batch.layout))
+                prepared = method.prepare(backbone, batch.layout, batch.text, conditions)
+                seen = {"text": batch.text} | prepared | method.backbone_kwargs(batch.layout)
+                prediction = backbone(noisy, told, **seen)
             errors = (prediction.float() - target).square().mean(dim=(1, 3, 4))  # [B,F]
             loss = (errors * weights * process.loss_weight(levels)).sum(dim=1).mean() / settings.accumulate
             loss.backward()
@@ -180,7 +183,7 @@ def run_loop(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, settings: LoopSettings, step: int) -> float:
-    """Set and return the rate of 0-based `step`."""
+    """Set and return the rate of 0-based `step`; each group has it times its own scale."""
     rate = learning_rate_at(
         step,
         peak=settings.learning_rate,
@@ -189,7 +192,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, settings: LoopSettings, 
         schedule=settings.lr_schedule,
     )
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["rate_scale"]
     return rate
 
 
@@ -202,6 +205,19 @@ def draw(method: Method, batch: SceneBatch, seed: int, first: int) -> tuple[Tens
     levels = [method.sample_levels(batch.layout, 1, keyed_generator(seed, "levels", n)) for n in numbers]
     noise = [torch.randn(batch.latents.shape[1:], generator=keyed_generator(seed, "noise", n)) for n in numbers]
     return torch.cat(levels).to(batch.latents.device), torch.stack(noise).to(batch.latents.device)
+
+
+def given_conditions(method: Method, batch: SceneBatch, seed: int, first: int) -> dict[str, Tensor]:
+    """The method's conditions of a batch, all zeros in the samples that lose them; keyed like `draw`."""
+    conditions = method.conditions(batch.latents, batch.layout, batch.labels)
+    numbers = range(first, first + len(batch.latents))
+    for name, share in method.drops.items():
+        draws = [torch.rand((), generator=keyed_generator(seed, "condition", name, n)) for n in numbers]
+        kept = (torch.stack(draws) >= share).to(conditions[name])
+        conditions[name] = conditions[name] * kept.view(-1, *[1] * (conditions[name].ndim - 1))
+    if batch.given_lost is not None and "given" in conditions:
+        conditions["given"] = conditions["given"] * ~batch.given_lost.view(-1, 1, 1, 1, 1)
+    return conditions if batch.states is None else conditions | {"states": batch.states}
 
 
 def frame_weights(method: Method, batch: SceneBatch, levels: Tensor) -> Tensor:

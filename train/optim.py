@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -14,20 +14,29 @@ SCHEDULES = ("constant", "cosine")
 
 
 def make_optimizer(
-    parameters: Mapping[str, nn.Parameter], learning_rate: float, weight_decay: float
+    parameters: Mapping[str, nn.Parameter],
+    learning_rate: float,
+    weight_decay: float,
+    rate_scale: Callable[[str], float] = lambda name: 1.0,
 ) -> torch.optim.AdamW:
     """Fused AdamW; matrices decay, vectors (biases, norms, modulation tables' rows) do not.
 
     Args:
         parameters: trainable parameters by name; float32 master weights, sharded or not.
+        rate_scale: learning rate of a parameter, times `learning_rate`; each group keeps its own as "rate_scale".
     """
     low = [f"{name}: {p.dtype}" for name, p in parameters.items() if p.dtype != torch.float32]
     if low:
         raise TypeError(f"master weights must be float32, so that small updates are not rounded away; got {low[:3]}")
-    matrices = [p for p in parameters.values() if p.ndim >= 2]
-    vectors = [p for p in parameters.values() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=(0.9, 0.99), fused=True)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, p in parameters.items():
+        groups.setdefault((rate_scale(name), p.ndim < 2), []).append(p)
+    settings = [
+        {"params": members, "weight_decay": 0.0 if vectors else weight_decay, "lr": learning_rate * scale,
+         "rate_scale": scale}
+        for (scale, vectors), members in sorted(groups.items(), key=lambda group: group[0])
+    ]  # fmt: skip
+    return torch.optim.AdamW(settings, lr=learning_rate, betas=(0.9, 0.99), fused=True)
 
 
 def learning_rate_at(step: int, *, peak: float, warmup_steps: int, total_steps: int, schedule: str) -> float:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from models.layout import ClipLayout
 from models.scene import STORY_TEXT, Scene, reference_tensor_key, shot_tensor_key
+from models.states import null_states
 from models.text import TextContext, pack_text
 from train.batches import SceneBatch, keyed_generator, rows_of, stream
 from train.shards import Record, read_shard
@@ -31,19 +32,24 @@ ConditionFrames = Callable[[Sequence[str], Sequence[int | None]], list[int]]
 
 @dataclass(frozen=True)
 class TextDrop:
-    """Shares of samples that lose text in training, so that guidance works at sampling. At most one of them applies."""
+    """Shares of samples that lose text in training, so that guidance works at sampling. At most one of them applies.
+
+    A method with given frames (AID) can lose them, too, alone or with the text; states go with the text.
+    """
 
     everything: float = 0.1
     story: float = 0.0
     prompts: float = 0.0  # the shots' own prompts; the story stays
+    given: float = 0.0  # given frames; all text stays
+    both: float = 0.0  # everything and given frames
 
     def __post_init__(self) -> None:
-        if min(self.everything, self.story, self.prompts) < 0 or self.everything + self.story + self.prompts > 1:
+        if min(asdict(self).values()) < 0 or sum(asdict(self).values()) > 1:
             raise ValueError(f"text drop probabilities must be at least 0 and sum to at most 1: {self}")
 
     def choose(self, draw: float) -> str | None:
-        """Which text a sample with the uniform `draw` loses, if any."""
-        for name in ("everything", "story", "prompts"):
+        """What a sample with the uniform `draw` loses, if anything."""
+        for name in ("everything", "story", "prompts", "given", "both"):
             if draw < getattr(self, name):
                 return name
             draw -= getattr(self, name)
@@ -89,6 +95,8 @@ class ShardDataset:
         layout_for: the method's layout for a list of shot lengths in latent frames, and for the frames of conditions.
         condition_frames: of a method that reads references (`Method.condition_frames`); None leaves them out.
         normalize: raw latents [B,C,F,H,W] -> the model's (`VideoCodec.normalize`).
+        most_states: of a method that reads states (`Method.most_states`), whose samples are single shots.
+        given_frames: latent frames from a shot's first that the method is given: they are means, as in sampling.
         made_with: hashes of the VAE and the text encoder of the model to train; the dataset's must be the same.
         latents: draw from the VAE's posterior, or take its mean.
         single_frame_prob: share of shots of which a batch holds only the first or the last frame, encoded alone (LCT).
@@ -108,6 +116,8 @@ class ShardDataset:
         condition_frames: ConditionFrames | None = None,
         normalize: Callable[[Tensor], Tensor],
         made_with: tuple[str, str],
+        most_states: int = 0,
+        given_frames: int = 0,
         shots_per_scene: int = 3,
         single_shot_prob: float = 0.0,
         text_drop: TextDrop | None = None,
@@ -117,7 +127,8 @@ class ShardDataset:
     ):
         self.folder, self.batch_size, self.text_length, self.seed = folder, batch_size, text_length, seed
         self.layout_for, self.normalize, self.latents = layout_for, normalize, latents
-        self.condition_frames = condition_frames
+        self.condition_frames, self.most_states, self.given_frames = condition_frames, most_states, given_frames
+        self._state_tokens = 0  # of the longest state; all are padded to it, whatever batch they are in
         self.null_text, self.text_drop = null_text, text_drop or TextDrop()
         self.shots_per_scene, self.single_shot_prob = shots_per_scene, single_shot_prob
         self.single_frame_prob = single_frame_prob
@@ -175,10 +186,26 @@ class ShardDataset:
             for name in ("first_mean", "last_mean"):
                 for shot in window.shots:
                     window.record.require(shot_tensor_key(shot, name))
+        if self.most_states:
+            self._check_states(window)
         shapes = [latent_shape(window.record, shot) for shot in window.shots]
         channels, _, height, width = shapes[0]
         frames = tuple(shape[1] for shape in shapes)
         self.buckets[kind, window.conditions, frames, (channels, height, width)].append(window)
+
+    def _check_states(self, window: Window) -> None:
+        where = f"{window.record.shard}: {window.scene_id} shot {window.first}"
+        if len(window.shots) != 1:
+            raise ValueError(f"{where}: this method makes one shot from its states; set shots_per_scene=1")
+        shape = window.record.shape(shot_tensor_key(window.first, "states_text"))
+        if shape is None:
+            raise ValueError(f"{where}: has no predicted states; prepare the videos again with states.backend set")
+        if shape[0] > self.most_states:
+            raise ValueError(
+                f"{where}: has {shape[0]} states, the method reads {self.most_states}; prepare with "
+                f"states.count={self.most_states}, or train with a larger num_states"
+            )
+        self._state_tokens = max(self._state_tokens, shape[1])
 
     def _bucket_weights(self) -> dict[Bucket, float]:
         shares = {"scene": 1.0 - self.single_shot_prob, "single": self.single_shot_prob}
@@ -222,7 +249,13 @@ class ShardDataset:
         latents = torch.stack([self._latents(window, frames, n) for window, n in zip(windows, numbers, strict=True)])
         text = torch.stack([self._text(window, n) for window, n in zip(windows, numbers, strict=True)])
         context = TextContext(text, layout.text_ids)
-        return SceneBatch(self.normalize(latents), layout, context, [window.name for window in windows])
+        keys = [window.name for window in windows]
+        states = given_lost = None
+        if self.most_states:
+            states = torch.stack([self._states(window, n) for window, n in zip(windows, numbers, strict=True)])
+        if self.given_frames:
+            given_lost = torch.tensor([self._lost(n) in ("given", "both") for n in numbers])
+        return SceneBatch(self.normalize(latents), layout, context, keys, states=states, given_lost=given_lost)
 
     def _single_frames(self, index: int, frames: tuple[int, ...]) -> tuple[int, ...]:
         """The latent frames of each shot in micro-batch `index`, whose samples have one layout: all, or one."""
@@ -245,25 +278,38 @@ class ShardDataset:
             if count < latent_shape(window.record, shot)[1]:
                 first = torch.rand((), generator=keyed_generator(self.seed, "which_frame", number, shot)) < 0.5
                 tensor = "first" if first else "last"
-            latent = window.record.read(shot_tensor_key(shot, f"{tensor}_mean")).float()
+            latent = mean = window.record.read(shot_tensor_key(shot, f"{tensor}_mean")).float()
             if self.latents == "sample":
                 logvar = window.record.read(shot_tensor_key(shot, f"{tensor}_logvar")).float()
                 noise = torch.randn(latent.shape, generator=keyed_generator(self.seed, "posterior", number, shot))
-                latent = latent + torch.exp(0.5 * logvar) * noise
+                latent = mean + torch.exp(0.5 * logvar) * noise
+                latent[:, : self.given_frames] = mean[:, : self.given_frames]
             shots.append(latent)
         return torch.cat(shots, dim=1)
 
     def _text(self, window: Window, number: int) -> Tensor:
         """One context per shot: [S,L,D]."""
-        lost = self.text_drop.choose(float(torch.rand((), generator=keyed_generator(self.seed, "drop", number))))
-        if lost == "everything":
+        lost = self._lost(number)
+        if lost in ("everything", "both"):
             return self.null_text.float().expand(len(window.texts), -1, -1)
         contexts = []
         for names in window.texts:
-            if lost and len(names) > 1:  # a text that stands alone has no layers to lose
+            if lost in ("story", "prompts") and len(names) > 1:  # a text that stands alone has no layers to lose
                 names = tuple(name for name in names if (name == STORY_TEXT) != (lost == "story"))
             contexts.append(pack_text([window.record.read(name).float() for name in names], self.text_length))
         return torch.stack(contexts)
+
+    def _lost(self, number: int) -> str | None:
+        """What sample `number` loses, if anything; see `TextDrop`."""
+        return self.text_drop.choose(float(torch.rand((), generator=keyed_generator(self.seed, "drop", number))))
+
+    def _states(self, window: Window, number: int) -> Tensor:
+        """States of the window's one shot, [S,L,D] padded with zeros; the null text where the text is lost."""
+        found = window.record.read(shot_tensor_key(window.first, "states_text")).float()
+        if self._lost(number) in ("everything", "both"):
+            found = null_states(self.null_text.float())
+        length = max(self._state_tokens, int((self.null_text != 0).any(dim=1).sum()))
+        return torch.nn.functional.pad(found, (0, 0, 0, length - found.shape[1], 0, self.most_states - len(found)))
 
 
 def scene_texts(scene: Scene, shot: int) -> tuple[str, ...]:

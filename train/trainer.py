@@ -75,6 +75,8 @@ def train_worker(job: TrainJob, checkpoints: Checkpoints) -> LoopResult:
         condition_frames=method.condition_frames if method.reads_references else None,
         normalize=codec.normalize,
         made_with=(codec.hash, job.text_hash),
+        most_states=method.most_states,
+        given_frames=method.first_frames if "image" in method.guided else 0,
         shots_per_scene=job.shots_per_scene,
         single_shot_prob=job.single_shot_prob,
         text_drop=job.text_drop,
@@ -84,6 +86,7 @@ def train_worker(job: TrainJob, checkpoints: Checkpoints) -> LoopResult:
     )
     if job.lora:
         inject_lora(backbone, job.lora.rank, job.lora.alpha, job.lora.targets, seed=job.loop.seed)
+    method.attach(backbone, seed=job.loop.seed)
     prepare(
         backbone,
         parallel,

@@ -6,6 +6,7 @@ Capabilities are declared, so that a wrong pairing of method and backbone is ref
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,10 @@ from models.positions import PositionMode
 from models.process import Process
 from models.text import TextContext
 
+# (layer, what its self-attention reads [B,F,n,D], embedded model time [B,D] or [B*F,D], rotate) -> [B,F,n,D] to add to
+# the layer's hidden states, or None. rotate(x [B,M,heads,d]) turns x by the positions of the clip's first M tokens.
+LayerBranch = Callable[[int, Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor | None]
+
 
 @dataclass(frozen=True)
 class Capabilities:
@@ -30,6 +35,15 @@ class Capabilities:
     text_per_shot: bool
     reasons: dict[str, str]
     kv_cache: bool = False  # shots of the past can be kept (models/kv_cache.py) instead of run again
+    layer_branch: bool = False  # takes a `LayerBranch`
+
+
+_REASONS = {  # of a lack that the backbone gives no reason for
+    "per_frame_levels": "not supported",
+    "text_per_shot": "not supported",
+    "kv_cache": "not supported",
+    "layer_branch": "modules beside its layers are only made for Wan",
+}
 
 
 def require(
@@ -40,15 +54,17 @@ def require(
     attention_rule: str | None = None,
     text_per_shot: bool = False,
     kv_cache: bool = False,
+    layer_branch: bool = False,
 ) -> None:
     """Raises ValueError with the reason when the backbone lacks something of what is asked for."""
     for field, asked in (
         ("per_frame_levels", per_frame_levels),
         ("text_per_shot", text_per_shot),
         ("kv_cache", kv_cache),
+        ("layer_branch", layer_branch),
     ):
         if asked and not getattr(capabilities, field):
-            raise ValueError(f"this backbone has no {field}: {capabilities.reasons.get(field, 'not supported')}")
+            raise ValueError(f"this backbone has no {field}: {capabilities.reasons.get(field, _REASONS[field])}")
     for field, choice, choices in (
         ("position_mode", position_mode, capabilities.position_modes),
         ("attention_rule", attention_rule, capabilities.attention_rules),
@@ -65,6 +81,11 @@ class Backbone(nn.Module, ABC):
     lora_targets: tuple[str, ...]  # names of the linear layers that low-rank updates are for; () = none
     process: Process  # what the weights were trained with
     pixels_per_token: int  # latent pixels, over time and space, that make one token
+    conditioner: nn.Module | None  # a method's own modules, beside the diffusers model and not part of it
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_module("conditioner", None)
 
     @property
     @abstractmethod

@@ -21,7 +21,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from models.attention import Attend, AttentionRule, group_sizes, grouped_attention
-from models.backbones.base import Backbone, Capabilities
+from models.backbones.base import Backbone, Capabilities, LayerBranch
 from models.backbones.inputs import as_context, check_inputs, frame_groups, shared_levels
 from models.kv_cache import KeysValues, KVCache
 from models.layout import ClipLayout, Segment, shots_layout
@@ -42,6 +42,7 @@ class WanBackbone(Backbone):
         text_per_shot=True,
         reasons={},
         kv_cache=True,
+        layer_branch=True,
     )
     # all linear layers of a block's two attentions and its feed-forward, as in Pusa
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
@@ -66,6 +67,8 @@ class WanBackbone(Backbone):
         self.process = FlowMatching()
         self.pixels_per_token = self.patch**2
         model.rope = _ClipInfo()
+        model.condition_embedder.register_forward_hook(model.rope.keep_time)
+        model.patch_embedding.register_forward_hook(model.rope.add_patches)
         model.blocks[0].register_forward_pre_hook(_frames_as_rows)
         for layer, block in enumerate(model.blocks):
             text_attention = _TextAttention()
@@ -88,6 +91,8 @@ class WanBackbone(Backbone):
         attention_rule: AttentionRule = "full",
         cache: KVCache | None = None,  # shots that come before those of x
         append: bool = False,  # keep the shots of x, as they are here, in the cache
+        branch: LayerBranch | None = None,  # what conditioning modules add to each layer
+        patches: Tensor | None = None,  # what they add to the patch embedding, [B,D,F,h,w]
     ) -> Tensor:
         """The predicted velocity, [B,C,F,H,W].
 
@@ -117,6 +122,7 @@ class WanBackbone(Backbone):
         clip = _Clip(
             batch, frames, (cos[:, -own:], sin[:, -own:]), sizes, attention_rule, frame_groups(text), cache, append
         )
+        clip.branch, clip.patches = branch, patches
         times = self.process.to_model_time(shared_levels(levels)).flatten()  # [B] or [B*F]
 
         self.transformer.rope.clip = clip
@@ -149,6 +155,22 @@ class _Clip:
         self.groups, self.rule, self.text_frames = groups, rule, text_frames
         self.cache, self.append = cache, append
         self.kept: dict[int, KeysValues] = {}  # per layer; the cache gets them when all layers have run
+        self.branch: LayerBranch | None = None
+        self.patches: Tensor | None = None  # [B,D,F,h,w]
+        self.time: Tensor | None = None  # [B,D] or [B*F,D], embedded; known once the model has read its times
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """x [B,M,heads,d] by the positions of the clip's first M tokens."""
+        cos, sin = self.rotary
+        return _rotate(x, (cos[:, : x.shape[1]], sin[:, : x.shape[1]]))
+
+    def branch_of(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """What the branch adds to a layer whose self-attention reads `hidden` [B,N,D]: [B,N,D] or None."""
+        if self.branch is None:
+            return None
+        assert self.time is not None
+        added = self.branch(layer, hidden.unflatten(1, (self.frames, -1)), self.time, self.rotate)
+        return None if added is None else added.flatten(1, 2)
 
 
 class _ClipInfo(nn.Module):
@@ -158,6 +180,14 @@ class _ClipInfo(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> _Clip:
         return self.clip
+
+    def keep_time(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        """After the model has embedded its times: the embedding, for the branches of this clip."""
+        self.clip.time = output[0]
+
+    def add_patches(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """After the patch embedding [B,D,F,h,w]: what conditioning modules add to it."""
+        return output if self.clip.patches is None else output + self.clip.patches.type_as(output)
 
 
 def _frames_as_rows(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -191,6 +221,8 @@ class _VideoAttention(_Processor):
         # a block runs its self-attention first, also when it is recomputed: its text attention sees the same clip
         self.text_attention.clip = clip
         hidden = hidden_states.reshape(clip.batch, -1, hidden_states.shape[-1])  # [B,N,D]
+        # a branch beside self-attention is added by text attention, whose output the block adds without a gate
+        self.text_attention.added = clip.branch_of(self.layer, hidden)
         query = _rotate(attn.norm_q(attn.to_q(hidden)).unflatten(2, (attn.heads, -1)), clip.rotary)
         key = _rotate(attn.norm_k(attn.to_k(hidden)).unflatten(2, (attn.heads, -1)), clip.rotary)
         value = attn.to_v(hidden).unflatten(2, (attn.heads, -1))
@@ -207,6 +239,7 @@ class _TextAttention(_Processor):
     """Cross-attention of each frame to its own text: [B,N,D] or [B*F,n,D] reads [B*G,L,D]."""
 
     clip: _Clip
+    added: Tensor | None = None  # [B,N,D]
 
     def __call__(
         self,
@@ -225,7 +258,9 @@ class _TextAttention(_Processor):
         attend = partial(dispatch_attention_fn, backend=self._attention_backend)
         out = text_attention(query, key, value, clip.text_frames, attend)
         out = out.reshape(hidden_states.shape).type_as(query)
-        return attn.to_out[1](attn.to_out[0](out))
+        out = attn.to_out[1](attn.to_out[0](out))
+        added, self.added = self.added, None
+        return out if added is None else out + added.reshape(out.shape).type_as(out)
 
 
 def text_attention(

@@ -6,12 +6,14 @@ import dataclasses
 import difflib
 from typing import Any
 
+from models.methods.aid import AID
 from models.methods.base import Method
+from models.methods.fca import FCA
 from models.methods.fvdm import FVDM
 from models.methods.lct import LCT
 from models.methods.tic_ft import TICFT
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (FVDM, LCT, TICFT)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (FVDM, LCT, TICFT, FCA, AID)}
 
 
 def get_method(name: str, **params: Any) -> Method:

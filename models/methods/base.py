@@ -6,16 +6,17 @@ B batch, F latent frames, K steps, S shots.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from models.backbones.base import Capabilities, require
+from models.backbones.base import Backbone, Capabilities, require
 from models.layout import ClipLayout
 from models.noise import Density
+from models.text import TextContext
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,68 @@ class Method(ABC):
 
     @abstractmethod
     def plan(self, layout: ClipLayout, levels: Tensor, task: str) -> Tensor:
-        """The sampling plan [K+1,F] from base levels [K+1]."""
+        """The sampling plan [K+1,F] from base levels [K+1]; a method may take further options, named per task."""
 
     def model_levels(self, levels: Tensor) -> Tensor:
         """The levels [B] or [B,F] that the backbone is told, which become its model time, for frames at [B,F]."""
         return levels
+
+    def attach(self, backbone: Backbone, seed: int = 0) -> None:
+        """Before training and loading: give the backbone the method's own modules as `backbone.conditioner`, which
+        change nothing at the start, and freeze what is not to be trained. Most methods have none."""
+        if backbone.conditioner is not None:
+            raise ValueError(
+                f"method {self.name!r} has no conditioning modules, but the model has some: start from one without"
+            )
+
+    @property
+    def first_frames(self) -> int:
+        """Latent frames of what a shot is told to start from."""
+        return 1
+
+    @property
+    def most_states(self) -> int:
+        """States of a shot, said in order of time, that the model reads; 0 = it reads none."""
+        return 0
+
+    @property
+    def guided(self) -> Mapping[str, tuple[str, ...]]:
+        """The conditions that guidance has scales for, in the order in which they nest, and what goes with each."""
+        return {"text": ("text",)}
+
+    @property
+    def puts_given_back(self) -> bool:
+        """Whether given frames that are made anew with the rest are shown as they were given."""
+        return False
+
+    def rate_scale(self, parameter: str) -> float:
+        """Learning rate of a parameter of the backbone, times that of the run."""
+        return 1.0
+
+    @property
+    def drops(self) -> Mapping[str, float]:
+        """Share of the training samples that lose each of the `conditions`."""
+        return {}
+
+    def conditions(self, clean: Tensor, layout: ClipLayout, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """What the model is told beside the noisy clip and its text, [B,...] by name; a lost one is all zeros.
+
+        `clean` [B,C,F,H,W] holds the latents, in sampling those of given frames only; `labels` [B] classes, if any.
+        """
+        return {}
+
+    def prepare(
+        self,
+        backbone: Backbone,
+        layout: ClipLayout,
+        text: TextContext | Tensor,
+        conditions: Mapping[str, Tensor],
+    ) -> dict[str, Any]:
+        """Further arguments of the backbone, from text and conditions: made once per sample, not in every step.
+
+        A "text" among them is read in the place of `text`.
+        """
+        return {}
 
     @abstractmethod
     def loss_weights(self, layout: ClipLayout) -> Tensor:

@@ -6,21 +6,44 @@ given frames at level 0 and lets the others follow the clock. Where this departs
 PTSS is tossed per sample, not per batch; given frames are held exactly clean; and `clean_prob` of the training samples
 have frames at exactly 0, which continuous draws never hit.
 
+    t2v, i2v, interpolation, extension, transition, next_frame, any_frame, tvp: given frames are held
+    noisy_frames      given frames start part of the way noised, at m_f s[k], and are remade with the rest (Pusa)
+    edit              given frames start at level m and join the clock there, min(s[k], m) (SDEdit 2108.01073)
+    progressive       from one image: frame i at min(slope i, 1) s[k], and starts from the image noised so far
+    progressive_min   the same start, but a frame waits until the clock comes by, min(s[k], slope i)
+    diagonal          each frame `lag` rows after the one before (Diffusion Forcing 2407.01392)
+
+With `labels` the model reads a class, or nothing, in place of text.
+
 F latent frames.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from models.layout import ClipLayout, Segment, shots_layout
+from models.backbones.base import Backbone
+from models.layout import ClipLayout, Role, Segment, shots_layout
 from models.methods.base import Method, check_indices
+from models.modules.labels import LabelEmbedding
 from models.noise import loss_weights, noise_plan, sample_levels
+from models.text import TextContext
+
+# what a task's layout needs to be told, what it can be told, and what its plan can be
+_NEEDS = {
+    "extension": {"head"}, "transition": {"head", "tail"}, "any_frame": {"frames"}, "tvp": {"head"},
+    "noisy_frames": {"frames"}, "edit": {"frames"},
+}  # fmt: skip
+_TAKES = {"diagonal": {"head"}}
+_PLAN_TAKES = {
+    "noisy_frames": {"multipliers"}, "edit": {"edit_level"}, "progressive": {"slope"}, "progressive_min": {"slope"},
+    "diagonal": {"lag"},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,11 +52,20 @@ class FVDM(Method):
 
     name: ClassVar[str] = "fvdm"
     tasks: ClassVar[tuple[str, ...]] = (
-        "t2v", "i2v", "interpolation", "extension", "transition", "next_frame", "any_frame",
+        "t2v", "i2v", "interpolation", "extension", "transition", "next_frame", "any_frame", "tvp", "noisy_frames",
+        "edit", "progressive", "progressive_min", "diagonal",
     )  # fmt: skip
 
     p: float = 0.2
     clean_prob: float = 0.1
+    labels: int | None = None  # classes the model is told in place of text; 0: nothing at all (unconditional)
+    label_drop: float = 0.1  # share of training samples without their class
+
+    def __post_init__(self) -> None:
+        if self.labels is not None and self.labels < 0:
+            raise ValueError(f"fvdm: labels is {self.labels}, expected a number of classes, or none for text")
+        if not 0 <= self.label_drop <= 1:
+            raise ValueError(f"fvdm: label_drop is {self.label_drop}, expected a probability")
 
     def layout_for_training(self, shot_frames: list[int]) -> ClipLayout:
         return shots_layout(shot_frames)
@@ -49,25 +81,34 @@ class FVDM(Method):
     ) -> ClipLayout:
         """Latent frames are counted over the whole clip.
 
-        t2v: none given. i2v: the first. interpolation: first and last. extension: the first `head`. transition: the
-        first `head` and the last `tail`. next_frame: all but the last. any_frame: those in `frames`.
+        t2v: none given. i2v, progressive, progressive_min: the first. interpolation: first and last. extension, tvp:
+        the first `head`. transition: the first `head` and the last `tail`. next_frame: all but the last. any_frame:
+        those in `frames`. diagonal: the first `head`, if any. noisy_frames, edit: those in `frames`, which do not stay
+        as given; all of them may be edited.
         """
         self.check_task(task)
         count = sum(shot_frames)
-        takes = {"any_frame": {"frames"}, "extension": {"head"}, "transition": {"head", "tail"}}.get(task, set())
+        needs = _NEEDS.get(task, set())
+        takes = needs | _TAKES.get(task, set())
         passed = {name for name, value in (("frames", frames), ("head", head), ("tail", tail)) if value}
-        if passed != takes:
+        if not needs <= passed <= takes:
             raise ValueError(f"task {task!r} takes {sorted(takes) or 'no givens'}, got {sorted(passed) or 'none'}")
         given: Sequence[int]
-        if task in ("i2v", "interpolation"):
-            given = [0] if task == "i2v" else [0, count - 1]
+        if task == "interpolation":
+            given = [0, count - 1]
+        elif task in ("i2v", "progressive", "progressive_min"):
+            given = [0]
         elif task == "next_frame":
             given = range(count - 1)
-        elif task == "any_frame":
+        elif "frames" in takes:
             given = frames
         else:
             given = [*range(head or 0), *range(count - (tail or 0), count)]
-        return mark_given(shots_layout(shot_frames), check_indices("the given frames", given, count, "latent frames"))
+        layout = shots_layout(shot_frames)
+        if task == "edit" and set(given) == set(range(count)):
+            return mark_given(layout, range(count), "buffer")
+        chosen = check_indices("the given frames", given, count, "latent frames")
+        return mark_given(layout, chosen, "buffer" if task in ("noisy_frames", "edit") else "condition")
 
     def sample_levels(self, layout: ClipLayout, batch: int, generator: torch.Generator) -> Tensor:
         return sample_levels(
@@ -75,9 +116,99 @@ class FVDM(Method):
             clean_prob=self.clean_prob,
         )  # fmt: skip
 
-    def plan(self, layout: ClipLayout, levels: Tensor, task: str) -> Tensor:
+    def plan(
+        self,
+        layout: ClipLayout,
+        levels: Tensor,
+        task: str,
+        *,
+        multipliers: Sequence[float] | None = None,
+        edit_level: float | None = None,
+        slope: float | None = None,
+        lag: int | None = None,
+    ) -> Tensor:
+        """The sampling plan [K+1,F], diagonal: [K + lag (n-1) + 1,F], from base levels [K+1].
+
+        noisy_frames: `multipliers`, one for all given frames or one each (default 0.2, Pusa's for one image; its
+        authors use 0.2 and 0.4 for first and last, rising ones for several in a row). edit: `edit_level` m (default
+        0.5); rows in which nothing moves are left out. progressive, progressive_min: `slope` per frame (default 0.1,
+        or steeper, so that the last frame starts at 1). diagonal: `lag` in rows (default 1).
+        """
         self.check_task(task)
+        options = {"multipliers": multipliers, "edit_level": edit_level, "slope": slope, "lag": lag}
+        unread = {name for name, value in options.items() if value is not None} - _PLAN_TAKES.get(task, set())
+        if unread:
+            raise ValueError(f"the plan of task {task!r} takes no {', '.join(sorted(unread))}")
+        part_way = [role == "buffer" for role in layout.roles]
+        if task == "noisy_frames":
+            shares = list(multipliers or [0.2])
+            shares = shares * sum(part_way) if len(shares) == 1 else shares
+            if len(shares) != sum(part_way):
+                raise ValueError(f"multipliers are {shares}, expected one, or one for each of {sum(part_way)} frames")
+            each = iter(shares)
+            return noise_plan(layout, levels, "scale", multipliers=[next(each) if part else 1.0 for part in part_way])
+        if task == "edit":
+            level = 0.5 if edit_level is None else edit_level
+            plan = noise_plan(layout, levels, "min", caps=[level if part else 1.0 for part in part_way])
+            still = int((plan == plan[0]).all(dim=1).sum()) - 1
+            return plan[still:]
+        if task in ("progressive", "progressive_min"):
+            frames = layout.num_frames
+            steepness = max(0.1, 1 / (frames - 1)) if slope is None else slope
+            ramp = (steepness * torch.arange(frames)).clamp(max=1.0)
+            if task == "progressive":
+                return noise_plan(layout, levels, "scale", multipliers=ramp)
+            return noise_plan(layout, levels, "min", caps=ramp)
+        if task == "diagonal":
+            return noise_plan(layout, levels, "lag", lag=1 if lag is None else lag)
         return noise_plan(layout, levels, "hold")
+
+    def attach(self, backbone: Backbone, seed: int = 0) -> None:
+        """With `labels`: a table of classes, trained with the model."""
+        if self.labels is None:
+            return super().attach(backbone, seed)
+        config = backbone.config
+        dim = config.text_dim if hasattr(config, "text_dim") else config.caption_channels
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            table = LabelEmbedding(self.labels, dim)
+        old = backbone.conditioner
+        if old is None:
+            backbone.conditioner = table
+        elif not isinstance(old, LabelEmbedding) or old.table.weight.shape != table.table.weight.shape:
+            raise ValueError(
+                f"fvdm: labels is {self.labels}, but the model has other conditioning modules; start from one without"
+            )
+
+    @property
+    def drops(self) -> Mapping[str, float]:
+        return {"label": self.label_drop} if self.labels else {}
+
+    def conditions(self, clean: Tensor, layout: ClipLayout, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """With `labels`: the class of each sample plus one, [B]; 0 is none."""
+        if self.labels is None:
+            return {}
+        if self.labels == 0:
+            return {"label": torch.zeros(len(clean), dtype=torch.long, device=clean.device)}
+        if labels is None:
+            raise ValueError(f"fvdm: this model is told one of {self.labels} classes, but these samples have none")
+        return {"label": labels.to(clean.device) + 1}
+
+    def prepare(
+        self,
+        backbone: Backbone,
+        layout: ClipLayout,
+        text: TextContext | Tensor,
+        conditions: Mapping[str, Tensor],
+    ) -> dict[str, Any]:
+        """With `labels`: the classes as contexts of one token, in place of the text."""
+        if self.labels is None:
+            return {}
+        table, label = backbone.conditioner, conditions["label"]
+        if not isinstance(table, LabelEmbedding):
+            raise ValueError("this backbone has no table of classes: call FVDM.attach, or load a folder that holds it")
+        context = table((label - 1).clamp(min=0), drop=label == 0) if self.labels else table.null(len(label))
+        return {"text": TextContext(context[:, None], torch.zeros(layout.num_frames, dtype=torch.long))}
 
     def loss_weights(self, layout: ClipLayout) -> Tensor:
         return loss_weights(layout, "frame")
@@ -86,12 +217,12 @@ class FVDM(Method):
         return {"layout": layout, "position_mode": "contiguous", "attention_rule": "full"}
 
 
-def mark_given(layout: ClipLayout, given: Sequence[int]) -> ClipLayout:
-    """The layout with the frames in `given` turned into conditions; neighbours alike stay one segment."""
+def mark_given(layout: ClipLayout, given: Sequence[int], as_role: Role = "condition") -> ClipLayout:
+    """The layout with the frames in `given` in another role; neighbours alike stay one segment."""
     segments: list[Segment] = []
     for segment, frames in zip(layout.segments, layout.frame_slices, strict=True):
         for frame in range(frames.start, frames.stop):
-            role = "condition" if frame in given else segment.role
+            role = as_role if frame in given else segment.role
             last = segments[-1] if segments and frame > frames.start else None
             if last is not None and last.role == role:
                 segments[-1] = Segment(role, last.num_frames + 1, segment.shot_id, segment.text_id)

@@ -1,0 +1,189 @@
+"""AID: text-guided video prediction (TVP), the frames that follow given ones as an instruction says.
+
+Xing et al., "AID: Adapting Image2Video Diffusion Models for Instruction-guided Video Prediction", 2406.06465. A state
+predictor (`models/states.py`) sees the given frames and the instruction, and says in which states the shot will be; a
+Dual Query Transformer makes a condition for every frame from instruction, states and given frames; adapters beside the
+attentions move the model to its new domain. Trained are these modules and the cross-attentions, which read the new
+condition; the rest of the backbone is frozen. Guidance has two scales, nested: image, then text with the states.
+
+How the given frames enter the clip is `image`. "held" is the way of a text-to-video base that knows a level per frame:
+they are clean from the start, and neither made nor learned. "concat" is that of the paper's base: their latents come
+beside the noisy ones, all frames are made at one level, and the given ones put back for display.
+
+`condition`, `states` and the three adapter switches are the paper's ablations. Departures: sizes the paper does not
+give (`query_tokens` to `adapter_ratio`); cross-attentions learn at a tenth of the rate.
+
+F latent frames, K given ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from models.backbones.base import Backbone, Capabilities, require
+from models.backbones.wan import WanBackbone
+from models.layout import ClipLayout, Segment
+from models.methods.base import Method
+from models.modules.adapters import ShortTermKernel
+from models.modules.aid import AIDModules, AIDSettings, Condition, Reading
+from models.noise import loss_weights, noise_plan, sample_levels
+from models.text import TextContext
+
+Image = Literal["held", "concat"]
+
+
+@dataclass(frozen=True)
+class AID(Method):
+    name: ClassVar[str] = "aid"
+    tasks: ClassVar[tuple[str, ...]] = ("tvp",)
+
+    given_frames: int = 1  # K, latent frames from the first; with a stride-4 VAE they are 4K-3 video frames
+    image: Image = "held"
+    condition: Condition = "full"  # the branches of the Dual Query Transformer
+    states: bool = True  # false: the instruction stands in for them
+    reading: Reading = "per_frame"  # each frame its own queries, or all frames all of them
+    spatial_adapter: bool = True
+    short_term_adapter: bool = True
+    long_term_adapter: bool = True
+    short_term_kernel: ShortTermKernel = "temporal"  # 3x1x1; "spatiotemporal" is 3x3x3
+    num_states: int = 4  # most states of a shot
+    query_tokens: int = 8  # per latent frame
+    width: int = 1024  # inside the Dual Query Transformer
+    heads: int = 8
+    adapter_ratio: int = 4  # adapters are this much narrower than the model
+    max_frames: int = 32  # most latent frames of a clip
+    cross_attention_rate: float = 0.1  # learning rate of the cross-attentions, times that of the modules
+
+    def __post_init__(self) -> None:
+        choices = {"image": Image, "condition": Condition, "reading": Reading, "short_term_kernel": ShortTermKernel}
+        for field, allowed in choices.items():
+            if (value := getattr(self, field)) not in get_args(allowed):
+                raise ValueError(f"aid: {field} is {value!r}; choose one of {', '.join(get_args(allowed))}")
+        for field in ("given_frames", "num_states", "query_tokens", "adapter_ratio", "max_frames"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"aid: {field} is {getattr(self, field)}; give at least 1")
+        if self.cross_attention_rate <= 0:
+            raise ValueError(f"aid: cross_attention_rate is {self.cross_attention_rate}; give a positive number")
+
+    @property
+    def first_frames(self) -> int:
+        return self.given_frames
+
+    @property
+    def most_states(self) -> int:
+        return self.num_states if self.states and self.condition in ("decomposed", "full") else 0
+
+    @property
+    def guided(self) -> Mapping[str, tuple[str, ...]]:
+        return {"image": ("given",), "text": ("text", "states") if self.most_states else ("text",)}
+
+    @property
+    def puts_given_back(self) -> bool:
+        return self.image == "concat"
+
+    def layout_for_training(self, shot_frames: list[int]) -> ClipLayout:
+        """One shot; held frames are its condition, else all of it is made."""
+        if len(shot_frames) != 1:
+            raise ValueError(f"aid makes one shot at a time, got shots of {shot_frames} latent frames")
+        (frames,) = shot_frames
+        if frames <= self.given_frames:
+            raise ValueError(f"aid: {self.given_frames} of {frames} latent frames are given: nothing is left to make")
+        if frames > self.max_frames:
+            raise ValueError(f"aid: a shot of {frames} latent frames; max_frames is {self.max_frames}")
+        if self.image == "concat":
+            return ClipLayout((Segment("target", frames),))
+        return ClipLayout((Segment("condition", self.given_frames), Segment("target", frames - self.given_frames)))
+
+    def layout_for_task(self, task: str, shot_frames: list[int], **givens: Any) -> ClipLayout:
+        self.check_task(task)
+        if givens:
+            raise ValueError(f"task {task!r} takes no givens, got {sorted(givens)}; given_frames is the method's")
+        return self.layout_for_training(shot_frames)
+
+    def sample_levels(self, layout: ClipLayout, batch: int, generator: torch.Generator) -> Tensor:
+        """One level per sample; held frames are at 0."""
+        return sample_levels(
+            layout, batch, "capped", generator=generator, shift=self.shift, density=self.density,
+            caps=(~layout.is_given).float(),
+        )  # fmt: skip
+
+    def plan(self, layout: ClipLayout, levels: Tensor, task: str) -> Tensor:
+        self.check_task(task)
+        return noise_plan(layout, levels, "hold")
+
+    def model_levels(self, levels: Tensor) -> Tensor:
+        """held: every frame's own. concat: one per sample."""
+        return levels if self.image == "held" else levels.amax(dim=1)
+
+    def loss_weights(self, layout: ClipLayout) -> Tensor:
+        """All frames that are made; with concat that is all, the given ones with them."""
+        return loss_weights(layout, "frame")
+
+    def backbone_kwargs(self, layout: ClipLayout) -> dict[str, Any]:
+        return {"layout": layout, "position_mode": "contiguous", "attention_rule": "full"}
+
+    def check_backbone(self, capabilities: Capabilities) -> None:
+        require(
+            capabilities,
+            per_frame_levels=self.image == "held",
+            text_per_shot=self.reading == "per_frame",
+            layer_branch=True,
+            position_mode="contiguous",
+            attention_rule="full",
+        )
+
+    def attach(self, backbone: Backbone, seed: int = 0) -> None:
+        """Give the backbone AID's modules; they and the cross-attentions are trained, all else is frozen.
+
+        Raises ValueError for a backbone that cannot carry them, has other modules, or low-rank updates.
+        """
+        self.check_backbone(backbone.capabilities)
+        if not isinstance(backbone, WanBackbone):
+            raise ValueError(f"{type(backbone).__name__}: aid's modules are built for Wan")
+        if any("lora_" in name for name, _ in backbone.named_parameters()):
+            raise ValueError("aid trains modules of its own and the cross-attentions: set lora.rank=0")
+        settings = self.module_settings()
+        if backbone.conditioner is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                modules = AIDModules(backbone, settings)
+            backbone.conditioner = modules.to(next(backbone.parameters()).device)
+        elif getattr(backbone.conditioner, "settings", None) != settings:
+            raise ValueError(
+                "aid: the model already has conditioning modules, of another method or size; start from one without, "
+                "or with the method_params it was trained with"
+            )
+        for name, parameter in backbone.named_parameters():
+            parameter.requires_grad_(name.startswith("conditioner.") or ".attn2." in name)
+
+    def module_settings(self) -> AIDSettings:
+        """What the modules are made of."""
+        shared = {field.name: getattr(self, field.name) for field in fields(AIDSettings) if hasattr(self, field.name)}
+        return AIDSettings(**shared, image_concat=self.image == "concat")
+
+    def rate_scale(self, parameter: str) -> float:
+        return 1.0 if parameter.startswith("conditioner.") else self.cross_attention_rate
+
+    def conditions(self, clean: Tensor, layout: ClipLayout, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """given [B,C+1,K,H,W]: latents, and a last channel of ones."""
+        given = clean[:, :, : self.given_frames]
+        return {"given": torch.cat([given, torch.ones_like(given[:, :1])], dim=1)}
+
+    def prepare(
+        self,
+        backbone: Backbone,
+        layout: ClipLayout,
+        text: TextContext | Tensor,
+        conditions: Mapping[str, Tensor],
+    ) -> dict[str, Any]:
+        modules = backbone.conditioner
+        if not isinstance(modules, AIDModules):
+            raise ValueError("this backbone has no AID modules: call AID.attach, or load a folder that holds them")
+        if "given" not in conditions:
+            raise ValueError("aid continues given frames, and got none: give `first_frame`")
+        return modules.prepare(text, conditions["given"], conditions.get("states"), layout.num_frames)

@@ -1,0 +1,171 @@
+"""AID's modules on a backbone: the condition in the place of its text, adapters beside its self-attention.
+
+The backbone's own modules and state-dict keys stay as they are; what is added lies under `backbone.conditioner` and
+reaches in as text, as branches of the layers and beside the patch embedding. Everything added ends in layers of zeros,
+so that the backbone at first computes what it did.
+
+The instruction's embeddings become t_1 + E_m, and Q takes the place of padding at the end of Wan's context, which is
+zeros, so that Q = 0 changes nothing. A frame reads its own Q ("per_frame") or all frames' ("global").
+
+B batch, F latent frames, K given ones, C channels, H W latent size, S states, L text tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from models.backbones.inputs import as_context
+from models.backbones.wan import WanBackbone
+from models.modules.adapters import (
+    LongTermTemporalAdapter,
+    ShortTermKernel,
+    ShortTermTemporalAdapter,
+    SpatialAdapter,
+)
+from models.modules.dual_query import COORDINATES, DualQueryTransformer, is_token, latent_tokens
+from models.text import TextContext
+
+Condition = Literal["none", "multimodal", "decomposed", "full"]
+Reading = Literal["per_frame", "global"]
+
+
+@dataclass(frozen=True)
+class AIDSettings:
+    """What the modules are made of; see the fields of `models.methods.aid.AID`, which are these."""
+
+    condition: Condition
+    states: bool
+    reading: Reading
+    spatial_adapter: bool
+    short_term_adapter: bool
+    long_term_adapter: bool
+    short_term_kernel: ShortTermKernel
+    adapter_ratio: int
+    width: int
+    heads: int
+    query_tokens: int
+    num_states: int
+    max_frames: int
+    image_concat: bool
+
+
+class Adapters(nn.Module):
+    """Those adapters of one block that there are; their sum."""
+
+    def __init__(self, dim: int, settings: AIDSettings) -> None:
+        super().__init__()
+        ratio = settings.adapter_ratio
+        self.spatial = SpatialAdapter(dim, ratio) if settings.spatial_adapter else None
+        self.short_term = (
+            ShortTermTemporalAdapter(dim, ratio, settings.short_term_kernel) if settings.short_term_adapter else None
+        )
+        self.long_term = (
+            LongTermTemporalAdapter(dim, settings.max_frames, ratio) if settings.long_term_adapter else None
+        )
+
+    @property
+    def any(self) -> bool:
+        return not (self.spatial is self.short_term is self.long_term is None)
+
+    def forward(self, x: Tensor) -> Tensor | None:
+        """[B,F,h,w,D] in and out; None where there is no adapter."""
+        outs = [one(x) for one in (self.spatial, self.short_term, self.long_term) if one is not None]
+        return sum(outs[1:], outs[0]) if outs else None
+
+
+class AIDModules(nn.Module):
+    """DualQueryTransformer, adapters and, for `image_concat`, a second patch embedding for the given latents.
+
+    That one starts at zero and is added to the model's own: the same as widening the model's by channels of zeros.
+    """
+
+    def __init__(self, backbone: WanBackbone, settings: AIDSettings) -> None:
+        super().__init__()
+        config, self.patch, self.settings = backbone.config, backbone.patch, settings
+        dim, channels = config.num_attention_heads * config.attention_head_dim, config.in_channels
+        self.dual_query: DualQueryTransformer | None = None
+        if settings.condition != "none":
+            self.dual_query = DualQueryTransformer(
+                config.text_dim,
+                channels * self.patch**2 + COORDINATES,
+                settings.width,
+                max_frames=settings.max_frames,
+                max_states=settings.num_states,
+                query_tokens=settings.query_tokens,
+                heads=settings.heads,
+                multimodal=settings.condition in ("multimodal", "full"),
+                decomposed=settings.condition in ("decomposed", "full"),
+            )
+        self.adapters = nn.ModuleList(Adapters(dim, settings) for _ in range(config.num_layers))
+        self.embed_image: nn.Conv3d | None = None
+        if settings.image_concat:
+            size = (1, self.patch, self.patch)
+            self.embed_image = nn.Conv3d(channels + 1, dim, size, size, bias=False)
+            nn.init.zeros_(self.embed_image.weight)
+
+    def prepare(
+        self,
+        text: TextContext | Tensor,  # one context for the clip, [B,1,L,D] or [B,L,D]; zeros are padding
+        given: Tensor,  # [B,C+1,K,H,W]: normalised latents of the first K frames, and 1 where something is given
+        states: Tensor | None,  # [B,S,L',D], in order of time; zeros are padding
+        frames: int,
+    ) -> dict[str, Any]:
+        """The arguments of `WanBackbone.forward` that carry the condition; none depends on the noise.
+
+        Raises ValueError where they do not fit, and for a text that leaves no room for the queries.
+        """
+        context = as_context(text, frames)
+        if context.embeddings.shape[1] != 1:
+            raise ValueError(f"aid predicts one shot from one text, got {context.embeddings.shape[1]} texts")
+        instruction = context.embeddings[:, 0]  # [B,L,D]
+        given = given.to(instruction)
+        if given.ndim != 5 or not 1 <= given.shape[2] <= frames or len(given) != len(instruction):
+            raise ValueError(
+                f"given has shape {tuple(given.shape)}, expected [{len(instruction)},C+1,1 to {frames},H,W]: latents, "
+                "and 1 where they are given"
+            )
+        inputs: dict[str, Any] = {"text": self.context(instruction, given, states, frames)}
+        grid = (given.shape[3] // self.patch, given.shape[4] // self.patch)
+        if any(adapters.any for adapters in self.adapters):
+
+            def branch(layer: int, hidden: Tensor, time: Tensor, rotate: Callable[[Tensor], Tensor]) -> Tensor | None:
+                added = self.adapters[layer](hidden.unflatten(2, grid))
+                return None if added is None else added.flatten(2, 3)
+
+            inputs["branch"] = branch
+        if self.embed_image is not None:
+            whole = given.new_zeros(*given.shape[:2], frames, *given.shape[3:])
+            whole[:, :, : given.shape[2]] = given
+            inputs["patches"] = self.embed_image(whole)
+        return inputs
+
+    def context(self, instruction: Tensor, given: Tensor, states: Tensor | None, frames: int) -> TextContext:
+        """MCondition: one context per frame, or one for all ("global", and without queries)."""
+        everyone = torch.zeros(frames, dtype=torch.long)
+        if self.dual_query is None:
+            return TextContext(instruction[:, None], everyone)
+        if not self.settings.states:  # this ablation reads the instruction once more, so that it has as many weights
+            states = instruction[:, None]
+        if states is None:
+            raise ValueError("this model reads states, [B,S,L,D], and got none; a model of states=false needs none")
+        said, queries = self.dual_query(instruction, states.to(instruction), latent_tokens(given, self.patch), frames)
+        context = instruction if said is None else instruction + said
+        if queries is None:
+            return TextContext(context[:, None], everyone)
+        if self.settings.reading == "global":
+            queries = queries.flatten(1, 2)[:, None]  # [B,1,F*Q,D]
+        room, length = queries.shape[2], instruction.shape[1]
+        if room > length or bool(is_token(instruction[:, length - room :]).any()):
+            longest = int(is_token(instruction).sum(dim=1).max())
+            raise ValueError(
+                f"a text of {longest} tokens in a context of {length} leaves no room for {room} query tokens: shorten "
+                "the text, or use a model with a larger text_length or fewer query_tokens"
+            )
+        words, padding = context[:, None, : length - room], context[:, None, length - room :]
+        contexts = torch.cat([words.expand(-1, queries.shape[1], -1, -1), padding + queries], dim=2)
+        return TextContext(contexts, torch.arange(frames) if self.settings.reading == "per_frame" else everyone)

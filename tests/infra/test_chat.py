@@ -1,0 +1,82 @@
+"""The chat endpoint: what goes over the wire, what is tried again, and what every failure says."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from infra.chat import ChatEndpoint, ChatError
+
+IMAGE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+
+
+def endpoint(handler, **options) -> ChatEndpoint:
+    options = {"first_wait": 0.0} | options
+    return ChatEndpoint("http://localhost:9/v1/", "some-vlm", transport=httpx.MockTransport(handler), **options)
+
+
+def answer(text: object) -> httpx.Response:
+    return httpx.Response(200, json={"choices": [{"message": {"content": text}}]})
+
+
+def test_a_question_with_images_goes_out_as_openai_has_it() -> None:
+    seen: list[httpx.Request] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return answer("two states")
+
+    assert endpoint(handler, api_key="secret")([IMAGE, IMAGE], "Which states?") == "two states"
+    assert str(seen[0].url) == "http://localhost:9/v1/chat/completions"
+    assert seen[0].headers["authorization"] == "Bearer secret"
+    body = json.loads(seen[0].content)
+    assert body["model"] == "some-vlm" and body["temperature"] == 0
+    *pictures, text = body["messages"][0]["content"]
+    assert text == {"type": "text", "text": "Which states?"} and len(pictures) == 2
+    data = base64.b64decode(pictures[0]["image_url"]["url"].removeprefix("data:image/png;base64,"))
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), IMAGE)
+
+
+def test_a_busy_server_is_asked_again() -> None:
+    replies = iter([httpx.Response(503), httpx.Response(429, headers={"retry-after": "0"}), answer("now")])
+    assert endpoint(lambda request: next(replies))([IMAGE], "?") == "now"
+
+
+def test_an_unreachable_server_is_given_up_with_its_address() -> None:
+    tried = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        tried.append(request)
+        raise httpx.ConnectError("refused")
+
+    with pytest.raises(ChatError, match=r"http://localhost:9/v1/chat/completions: no answer in 3 attempts.*refused"):
+        endpoint(handler, attempts=3)([IMAGE], "?")
+    assert len(tried) == 3
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (httpx.Response(400, text="image too large"), "status 400: image too large"),
+        (httpx.Response(200, text="<html>"), "not a chat completion"),
+        (httpx.Response(200, json={"choices": []}), "not a chat completion"),
+        (answer(None), "the answer is empty"),
+        (answer(" "), "the answer is empty"),
+    ],
+)
+def test_a_refusal_is_not_tried_again(reply: httpx.Response, message: str) -> None:
+    tried = []
+    with pytest.raises(ChatError, match=message):
+        endpoint(lambda request: tried.append(request) or reply)([IMAGE], "?")
+    assert len(tried) == 1
+
+
+def test_a_bad_address_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="expected one like http://HOST:PORT/v1"):
+        ChatEndpoint("localhost:8000", "m")
