@@ -30,11 +30,12 @@ def sample_extended(
 ) -> Tensor:
     """Normalised latents of the whole video; what a clip takes over is in it once, bit for bit.
 
-    Positions start at 0 in every clip. Raises ValueError for a method without the task "extension" and for an overlap
+    Positions start at 0 in every clip. Raises ValueError for a method without the tasks t2v and extension and for an overlap
     or a start that does not fit.
     """
     frames = shape[2]
-    method.check_task("extension")
+    for task in ("t2v", "extension"):
+        method.check_task(task)
     if not 1 <= overlap < frames:
         raise ValueError(f"overlap is {overlap}, expected 1 to {frames - 1} of the clip's {frames} latent frames")
     if start is not None and start.shape[2] < overlap:

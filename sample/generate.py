@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -22,21 +21,20 @@ from models.backbones.base import require
 from models.layout import ClipLayout, drop_frames, shots_layout
 from models.methods import get_method
 from models.noise import base_levels
-from models.scene import IMAGE_ROLES, MAX_HISTORY
+from models.scene import MAX_HISTORY
 from models.solvers import SolverName
-from models.states import StatePredictor, encode_states, fit_states, instruction_of
-from models.text import TextContext, pack_text
+from models.states import StatePredictor
+from sample.contexts import encode_texts, states_of
+from sample.given import encode_media, latent_size, load_media, load_references, num_latent_frames, where
 from sample.guidance import Guidance
 from sample.rollout import RolloutShot, rollout
 from sample.sampler import Callback, sample
-from sample.storyboard import Storyboard, StoryboardError, StoryboardShot, Task, derive_seed
-from sample.video_io import fit_frames, read_image, read_video
+from sample.storyboard import Storyboard, StoryboardError, Task, derive_seed
 
 if TYPE_CHECKING:
     from models.folder import Model, ModelSettings
     from models.methods import Method
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 MAX_SHOTS = 9  # LCT trains on scenes of up to nine shots
 
 
@@ -114,15 +112,15 @@ def generate_scenes(
         board.check_sequence(sequence)
     if sequence != "auto":
         return _generate_in_turn(model, storyboards, settings, seeds, sequence, callback)
-    media = [_load_media(first, index, model) for index in range(len(first.shots))]
+    media = [load_media(first, index, model) for index in range(len(first.shots))]
     method = get_method(model.settings.method, **model.settings.method_params)
-    references = _load_references(first, method, model)
+    references = load_references(first, method, model)
     layout, task = _layout(method, first, media, references, model)
     levels = base_levels(settings.steps, shift=model.settings.level_shift)
-    text, null = _encode_texts(storyboards, layout, model, settings.text)
-    read = _encode_states(storyboards, media, method, model, states)
-    shape = (len(storyboards), model.codec.latent_channels, layout.num_frames, *_latent_size(model))
-    given = _encode_media(media, references, layout, model, len(storyboards))
+    text, null = encode_texts(storyboards, layout, model, settings.text)
+    read = states_of(storyboards, media, method, model, states)
+    shape = (len(storyboards), model.codec.latent_channels, layout.num_frames, *latent_size(model))
+    given = encode_media(media, references, layout, model, len(storyboards))
     scales = {"text": settings.guidance, "image": settings.image_guidance}
     latents = sample(
         model.backbone,
@@ -146,7 +144,7 @@ def generate_scenes(
     )
     if method.puts_given_back and given is not None:
         latents[:, :, : method.first_frames] = given[:, :, : method.first_frames].to(latents)
-    seen_first = sum(_latent_frames(model, pixels) for pixels in references)
+    seen_first = sum(num_latent_frames(model, pixels) for pixels in references)
     return [_to_clip(one[:, seen_first:], drop_frames(layout, seen_first), first, media, model) for one in latents]
 
 
@@ -208,11 +206,11 @@ def _generate_in_turn(
         require(model.backbone.capabilities, kv_cache=True)
     except ValueError as error:
         raise StoryboardError(f"storyboard {first.name!r}: {error}", "task") from error
-    media = [_load_media(first, index, model) for index in range(len(first.shots))]
+    media = [load_media(first, index, model) for index in range(len(first.shots))]
     frames = _shot_frames(first, media, model)
     layout = shots_layout(frames)
-    text, null = _encode_texts(storyboards, layout, model, settings.text)
-    known = _encode_media(media, [], layout, model, len(storyboards))
+    text, null = encode_texts(storyboards, layout, model, settings.text)
+    known = encode_media(media, [], layout, model, len(storyboards))
     generators = [shot_generators(board, seed) for board, seed in zip(storyboards, seeds, strict=True)]
     shots = [
         RolloutShot(
@@ -233,7 +231,7 @@ def _generate_in_turn(
         task,
         shots,
         base_levels(settings.steps, shift=model.settings.level_shift),
-        size=(model.codec.latent_channels, *_latent_size(model)),
+        size=(model.codec.latent_channels, *latent_size(model)),
         guidance=Guidance([("text", settings.guidance)]),
         solver=settings.solver,
         callback=callback,
@@ -268,7 +266,7 @@ def _generate_shots_alone(
     frames: list[np.ndarray] = [np.empty(0)] * len(boards)
     groups: dict[Any, list[int]] = {}
     for index, board in enumerate(boards):
-        if (given := _load_media(board, 0, model)) is not None and board.shots[0].given:
+        if (given := load_media(board, 0, model)) is not None and board.shots[0].given:
             frames[index] = given
         else:
             groups.setdefault(scene_shape(board, model.settings), []).append(index)
@@ -287,54 +285,6 @@ def _part_of(callback: Callback, number: int, parts: int) -> Callback:
     return lambda done, total: callback(number * total + done, parts * total)
 
 
-def _load_media(storyboard: Storyboard, index: int, model: Model) -> np.ndarray | None:
-    """The given pixels of a shot at the model's size, uint8 [T, H, W, 3] with T = 4k+1: its frames, or its first."""
-    shot = storyboard.shots[index]
-    field, path = ("given", shot.given) if shot.given else ("first_frame", shot.first_frame)
-    if not path:
-        return None
-    stride = model.codec.temporal_stride
-    method = get_method(model.settings.method, **model.settings.method_params)
-    start = stride * (method.first_frames - 1) + 1  # video frames that a shot starts from
-    try:
-        image = Path(path).suffix.lower() in IMAGE_SUFFIXES
-        frames = read_image(path)[None] if image or (shot.first_frame and start == 1) else read_video(path)[0]
-        if shot.first_frame and len(frames) < start:
-            raise ValueError(f"holds {len(frames)} frames, but this model starts from {start}; give a longer video")
-    except ValueError as error:
-        raise StoryboardError(f"{_where(storyboard, index)}: {field}: {error}", f"shots.{index}.{field}") from error
-    longest = start if shot.first_frame else shot.frames or model.settings.frames_per_shot
-    frames = frames[: (min(len(frames), longest) - 1) // stride * stride + 1]
-    return fit_frames(frames, model.settings.height, model.settings.width)
-
-
-def _load_references(storyboard: Storyboard, method: Method, model: Model) -> list[np.ndarray]:
-    """Pixels uint8 [T, H, W, 3] of what stands before the shot, one after another: clips, and images as still clips."""
-    wanted = [(index, one) for index, shot in enumerate(storyboard.shots) for one in shot.references]
-    if not wanted and not method.reads_references:
-        return []
-    index, stride = (wanted[0][0] if wanted else 0), model.codec.temporal_stride
-    try:
-        if len(storyboard.shots) > 1:
-            raise ValueError("a shot with references is made alone; independent=true makes every shot by itself")
-        clips, lengths = [], []
-        for _, one in wanted:
-            image = one.role in IMAGE_ROLES
-            clips.append(read_image(one.path)[None] if image else read_video(one.path)[0])
-            longest = min(len(clips[-1]), model.settings.frames_per_shot)
-            lengths.append(None if image else (longest - 1) // stride + 1)
-        latent_frames = method.condition_frames([one.role for _, one in wanted], lengths)
-    except ValueError as error:
-        raise StoryboardError(
-            f"{_where(storyboard, index)}: references: {error}", f"shots.{index}.references"
-        ) from error
-    references = []
-    for clip, frames in zip(clips, latent_frames, strict=True):
-        at = np.minimum(np.arange(stride * (frames - 1) + 1), len(clip) - 1)  # an image stands still
-        references.append(fit_frames(clip[at], model.settings.height, model.settings.width))
-    return references
-
-
 def _layout(
     method: Method,
     storyboard: Storyboard,
@@ -347,7 +297,7 @@ def _layout(
     if references:
         task = method.task_of([one.role for one in shots[0].references])
         target = model.codec.num_latent_frames(shots[0].frames or model.settings.frames_per_shot)
-        condition_frames = [_latent_frames(model, pixels) for pixels in references]
+        condition_frames = [num_latent_frames(model, pixels) for pixels in references]
         return method.layout_for_task(task, [target], condition_frames=condition_frames), task
     given = [index for index, shot in enumerate(shots) if shot.given]
     started = [index for index, shot in enumerate(shots) if shot.first_frame]
@@ -358,7 +308,7 @@ def _layout(
         index, field = (given[0], "given") if given else (started[0], "first_frame") if started else (0, "prompt")
         hint = "; independent=true makes every shot by itself" if many and not given else ""
         raise StoryboardError(
-            f"{_where(storyboard, index)}: a model of method {method.name!r} cannot make {len(shots)} shots in one "
+            f"{where(storyboard, index)}: a model of method {method.name!r} cannot make {len(shots)} shots in one "
             f"scene with {len(given)} given shots and {len(started)} given first frames (its tasks: "
             f"{', '.join(method.tasks)}){hint}",
             f"shots.{index}.{field}",
@@ -368,7 +318,7 @@ def _layout(
         return method.layout_for_task(task, latent_frames, **({"given_shots": given} if given else {})), task
     except ValueError as error:
         index = given[-1] if given else 0
-        raise StoryboardError(f"{_where(storyboard, index)}: {error}", f"shots.{index}.given") from error
+        raise StoryboardError(f"{where(storyboard, index)}: {error}", f"shots.{index}.given") from error
 
 
 def _shot_frames(storyboard: Storyboard, media: list[np.ndarray | None], model: Model) -> list[int]:
@@ -378,99 +328,6 @@ def _shot_frames(storyboard: Storyboard, media: list[np.ndarray | None], model: 
         for shot, pixels in zip(storyboard.shots, media, strict=True)
     ]
     return [model.codec.num_latent_frames(length) for length in lengths]
-
-
-def _encode_texts(
-    storyboards: Sequence[Storyboard], layout: ClipLayout, model: Model, text: str
-) -> tuple[TextContext, TextContext]:
-    """The contexts of all shots [B, G, L, D] and those of the null branch."""
-    rows, nulls = [], []
-    for board in storyboards:
-        own = []
-        for index, shot in enumerate(board.shots):
-            try:
-                own.append(_encode_context(shot_texts(board, shot, text), model))
-            except ValueError as error:
-                raise StoryboardError(f"{_where(board, index)}: {error}", f"shots.{index}.prompt") from error
-        try:
-            null = _encode_context([board.negative], model)
-        except ValueError as error:
-            raise StoryboardError(f"storyboard {board.name!r}: negative: {error}", "negative") from error
-        rows.append(torch.stack(own))
-        nulls.append(null.expand(len(board.shots), -1, -1))
-    contexts, null_contexts = (TextContext(torch.stack(texts), layout.text_ids) for texts in (rows, nulls))
-    to = model.device, model.backbone.dtype
-    return contexts.to(*to), null_contexts.to(*to)
-
-
-def _encode_states(
-    storyboards: Sequence[Storyboard],
-    media: list[np.ndarray | None],
-    method: Method,
-    model: Model,
-    predictor: StatePredictor | None,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """States of every storyboard's one shot and those of the null branch, [B, S, L, D] each; {} if none are read."""
-    if not method.most_states or media[0] is None:
-        return {}
-    rows = []
-    for board in storyboards:
-        shot = board.shots[0]
-        instruction = instruction_of(board.story, shot.prompt, shot.sentence)
-        try:
-            if not shot.states and predictor is None:
-                raise ValueError("this model reads states: say them, or name a predictor (states.backend)")
-            said = shot.states or (predictor(media[0], instruction) if predictor else [])
-            if len(said) > method.most_states:
-                raise ValueError(f"{len(said)} states; this model reads {method.most_states}")
-        except (ValueError, RuntimeError) as error:
-            raise StoryboardError(f"{_where(board, 0)}: states: {error}", "shots.0.states") from error
-        rows.append(encode_states(fit_states(said, instruction, method.most_states), model.text))
-    rows.append(encode_states([""], model.text))
-    shape = (method.most_states, max(row.shape[1] for row in rows))
-    padded = [torch.nn.functional.pad(r, (0, 0, 0, shape[1] - r.shape[1], 0, shape[0] - len(r))) for r in rows]
-    *found, null = (row.to(model.device, model.backbone.dtype) for row in padded)
-    return {"states": (torch.stack(found), null.expand(len(found), -1, -1, -1))}
-
-
-def _encode_context(texts: list[str], model: Model) -> Tensor:
-    """One context [L, D]. Raises ValueError for texts that do not fit, also for one that the encoder would cut."""
-    before = model.text.truncated
-    context = pack_text(model.text.encode(texts), model.settings.text_length)
-    if model.text.truncated > before:
-        raise ValueError(f"a text has more than the model's {model.settings.text_length} tokens; shorten it")
-    return context
-
-
-def shot_texts(storyboard: Storyboard, shot: StoryboardShot, text: str) -> list[str]:
-    """The texts of a shot's context: [story; prompt] in a scene, its lone sentence otherwise."""
-    if text == "scene" and storyboard.story:
-        return [storyboard.story, shot.prompt or shot.sentence]
-    return [shot.sentence or shot.prompt]
-
-
-def _encode_media(
-    media: list[np.ndarray | None], references: list[np.ndarray], layout: ClipLayout, model: Model, batch: int
-) -> Tensor | None:
-    """Normalised latents [B, C, F, H, W] of the given frames, each shot or reference encoded alone; zero elsewhere."""
-    starts = [] if references else [frames.start for frames in layout.shot_slices]  # references go with no media
-    clips = [(start, pixels) for start, pixels in zip(starts, media, strict=False) if pixels is not None]
-    at = 0
-    for pixels in references:
-        clips.append((at, pixels))
-        at += _latent_frames(model, pixels)
-    if not clips:
-        return None
-    given = torch.zeros(model.codec.latent_channels, layout.num_frames, *_latent_size(model))
-    for start, pixels in clips:
-        video = torch.tensor(pixels).permute(3, 0, 1, 2)[None].float() / 127.5 - 1  # [1, 3, T, H, W]
-        latents = model.codec.normalize(model.codec.encode(video)[0])[0]
-        given[:, start : start + latents.shape[1]] = latents.cpu()
-    return given.expand(batch, -1, -1, -1, -1)
-
-
-def _latent_frames(model: Model, pixels: np.ndarray) -> int:
-    return model.codec.num_latent_frames(len(pixels))
 
 
 def _to_clip(
@@ -495,11 +352,3 @@ def _decode(latents: Tensor, model: Model) -> np.ndarray:
 def _join(shots: list[np.ndarray]) -> Clip:
     starts = np.cumsum([len(shot) for shot in shots])[:-1]
     return Clip(np.concatenate(shots), [int(start) for start in starts])
-
-
-def _latent_size(model: Model) -> tuple[int, int]:
-    return model.settings.height // model.codec.spatial_stride, model.settings.width // model.codec.spatial_stride
-
-
-def _where(storyboard: Storyboard, index: int) -> str:
-    return f"storyboard {storyboard.name!r}, shot {index}"

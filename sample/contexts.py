@@ -1,0 +1,89 @@
+"""What a storyboard says, as the model reads it: a context for every shot, and states where the method reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.layout import ClipLayout
+from models.states import StatePredictor, encode_states, fit_states, instruction_of
+from models.text import TextContext, pack_text
+from sample.given import where
+from sample.storyboard import Storyboard, StoryboardError, StoryboardShot
+
+if TYPE_CHECKING:
+    from models.folder import Model
+    from models.methods import Method
+
+
+def encode_texts(
+    storyboards: Sequence[Storyboard], layout: ClipLayout, model: Model, text: str
+) -> tuple[TextContext, TextContext]:
+    """The contexts of all shots [B, G, L, D] and those of the null branch."""
+    rows, nulls = [], []
+    for board in storyboards:
+        own = []
+        for index, shot in enumerate(board.shots):
+            try:
+                own.append(encode_context(shot_texts(board, shot, text), model))
+            except ValueError as error:
+                raise StoryboardError(f"{where(board, index)}: {error}", f"shots.{index}.prompt") from error
+        try:
+            null = encode_context([board.negative], model)
+        except ValueError as error:
+            raise StoryboardError(f"storyboard {board.name!r}: negative: {error}", "negative") from error
+        rows.append(torch.stack(own))
+        nulls.append(null.expand(len(board.shots), -1, -1))
+    contexts, null_contexts = (TextContext(torch.stack(texts), layout.text_ids) for texts in (rows, nulls))
+    to = model.device, model.backbone.dtype
+    return contexts.to(*to), null_contexts.to(*to)
+
+
+def states_of(
+    storyboards: Sequence[Storyboard],
+    media: list[np.ndarray | None],
+    method: Method,
+    model: Model,
+    predictor: StatePredictor | None,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """States of every storyboard's one shot and those of the null branch, [B, S, L, D] each; {} if none are read."""
+    if not method.most_states or media[0] is None:
+        return {}
+    rows = []
+    for board in storyboards:
+        shot = board.shots[0]
+        instruction = instruction_of(board.story, shot.prompt, shot.sentence)
+        try:
+            if not shot.states and predictor is None:
+                raise ValueError("this model reads states: say them, or name a predictor (states.backend)")
+            said = shot.states or (predictor(media[0], instruction) if predictor else [])
+            if len(said) > method.most_states:
+                raise ValueError(f"{len(said)} states; this model reads {method.most_states}")
+        except (ValueError, RuntimeError) as error:
+            raise StoryboardError(f"{where(board, 0)}: states: {error}", "shots.0.states") from error
+        rows.append(encode_states(fit_states(said, instruction, method.most_states), model.text))
+    rows.append(encode_states([""], model.text))
+    shape = (method.most_states, max(row.shape[1] for row in rows))
+    padded = [torch.nn.functional.pad(r, (0, 0, 0, shape[1] - r.shape[1], 0, shape[0] - len(r))) for r in rows]
+    *found, null = (row.to(model.device, model.backbone.dtype) for row in padded)
+    return {"states": (torch.stack(found), null.expand(len(found), -1, -1, -1))}
+
+
+def encode_context(texts: list[str], model: Model) -> Tensor:
+    """One context [L, D]. Raises ValueError for texts that do not fit, also for one that the encoder would cut."""
+    before = model.text.truncated
+    context = pack_text(model.text.encode(texts), model.settings.text_length)
+    if model.text.truncated > before:
+        raise ValueError(f"a text has more than the model's {model.settings.text_length} tokens; shorten it")
+    return context
+
+
+def shot_texts(storyboard: Storyboard, shot: StoryboardShot, text: str) -> list[str]:
+    """The texts of a shot's context: [story; prompt] in a scene, its lone sentence otherwise."""
+    if text == "scene" and storyboard.story:
+        return [storyboard.story, shot.prompt or shot.sentence]
+    return [shot.sentence or shot.prompt]

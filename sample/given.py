@@ -1,0 +1,102 @@
+"""What a storyboard gives as files: shots, first frames and references, as pixels and as latents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.layout import ClipLayout
+from models.methods import get_method
+from models.scene import IMAGE_ROLES
+from sample.storyboard import Storyboard, StoryboardError
+from sample.video_io import fit_frames, read_image, read_video
+
+if TYPE_CHECKING:
+    from models.folder import Model
+    from models.methods import Method
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+def load_media(storyboard: Storyboard, index: int, model: Model) -> np.ndarray | None:
+    """The given pixels of a shot at the model's size, uint8 [T, H, W, 3] with T = 4k+1: its frames, or its first."""
+    shot = storyboard.shots[index]
+    field, path = ("given", shot.given) if shot.given else ("first_frame", shot.first_frame)
+    if not path:
+        return None
+    stride = model.codec.temporal_stride
+    method = get_method(model.settings.method, **model.settings.method_params)
+    start = stride * (method.first_frames - 1) + 1  # video frames that a shot starts from
+    try:
+        image = Path(path).suffix.lower() in IMAGE_SUFFIXES
+        frames = read_image(path)[None] if image or (shot.first_frame and start == 1) else read_video(path)[0]
+        if shot.first_frame and len(frames) < start:
+            raise ValueError(f"holds {len(frames)} frames, but this model starts from {start}; give a longer video")
+    except ValueError as error:
+        raise StoryboardError(f"{where(storyboard, index)}: {field}: {error}", f"shots.{index}.{field}") from error
+    longest = start if shot.first_frame else shot.frames or model.settings.frames_per_shot
+    frames = frames[: (min(len(frames), longest) - 1) // stride * stride + 1]
+    return fit_frames(frames, model.settings.height, model.settings.width)
+
+
+def load_references(storyboard: Storyboard, method: Method, model: Model) -> list[np.ndarray]:
+    """Pixels uint8 [T, H, W, 3] of what stands before the shot, one after another: clips, and images as still clips."""
+    wanted = [(index, one) for index, shot in enumerate(storyboard.shots) for one in shot.references]
+    if not wanted and not method.reads_references:
+        return []
+    index, stride = (wanted[0][0] if wanted else 0), model.codec.temporal_stride
+    try:
+        if len(storyboard.shots) > 1:
+            raise ValueError("a shot with references is made alone; independent=true makes every shot by itself")
+        clips, lengths = [], []
+        for _, one in wanted:
+            image = one.role in IMAGE_ROLES
+            clips.append(read_image(one.path)[None] if image else read_video(one.path)[0])
+            longest = min(len(clips[-1]), model.settings.frames_per_shot)
+            lengths.append(None if image else (longest - 1) // stride + 1)
+        latent_frames = method.condition_frames([one.role for _, one in wanted], lengths)
+    except ValueError as error:
+        raise StoryboardError(
+            f"{where(storyboard, index)}: references: {error}", f"shots.{index}.references"
+        ) from error
+    references = []
+    for clip, frames in zip(clips, latent_frames, strict=True):
+        at = np.minimum(np.arange(stride * (frames - 1) + 1), len(clip) - 1)  # an image stands still
+        references.append(fit_frames(clip[at], model.settings.height, model.settings.width))
+    return references
+
+
+def encode_media(
+    media: list[np.ndarray | None], references: list[np.ndarray], layout: ClipLayout, model: Model, batch: int
+) -> Tensor | None:
+    """Normalised latents [B, C, F, H, W] of the given frames, each shot or reference encoded alone; zero elsewhere."""
+    starts = [] if references else [frames.start for frames in layout.shot_slices]  # references go with no media
+    clips = [(start, pixels) for start, pixels in zip(starts, media, strict=False) if pixels is not None]
+    at = 0
+    for pixels in references:
+        clips.append((at, pixels))
+        at += num_latent_frames(model, pixels)
+    if not clips:
+        return None
+    given = torch.zeros(model.codec.latent_channels, layout.num_frames, *latent_size(model))
+    for start, pixels in clips:
+        video = torch.tensor(pixels).permute(3, 0, 1, 2)[None].float() / 127.5 - 1  # [1, 3, T, H, W]
+        latents = model.codec.normalize(model.codec.encode(video)[0])[0]
+        given[:, start : start + latents.shape[1]] = latents.cpu()
+    return given.expand(batch, -1, -1, -1, -1)
+
+
+def num_latent_frames(model: Model, pixels: np.ndarray) -> int:
+    return model.codec.num_latent_frames(len(pixels))
+
+
+def latent_size(model: Model) -> tuple[int, int]:
+    return model.settings.height // model.codec.spatial_stride, model.settings.width // model.codec.spatial_stride
+
+
+def where(storyboard: Storyboard, index: int) -> str:
+    return f"storyboard {storyboard.name!r}, shot {index}"
