@@ -30,8 +30,8 @@ def sample_extended(
 ) -> Tensor:
     """Normalised latents of the whole video; what a clip takes over is in it once, bit for bit.
 
-    Positions start at 0 in every clip. Raises ValueError for a method without the tasks t2v and extension and for an overlap
-    or a start that does not fit.
+    Positions start at 0 in every clip. Raises ValueError for a method without the tasks t2v and extension, and for an
+    overlap or a start that does not fit.
     """
     frames = shape[2]
     for task in ("t2v", "extension"):
