@@ -7,6 +7,7 @@ diffusers model folder that plays the part of a big pretrained single-shot text-
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from models.methods import get_method
 from models.text import TextEncoder, null_text
 from pipelines.toy_models.cache import build_cache
 from pipelines.toy_models.card import model_card, run_record
-from pipelines.toy_models.data import SIZE, vae_batch
+from pipelines.toy_models.data import SIZE, TEXT_LENGTH, vae_batch
 from pipelines.toy_models.denoised import denoised_source
 from pipelines.toy_models.measure import held_out_scores
 from pipelines.toy_models.settings import ToyModelsConfig
@@ -38,7 +39,6 @@ from train.text_encoder import TextEncoderSettings, train_text_encoder
 from train.vae import VaeSettings, initialise_vae, latent_statistics, train_vae
 
 LATENT_CHANNELS = 8
-TEXT_LENGTH = 256  # bytes; the longest story of level small with its shot prompt takes about 210
 JUDGE_EVERY = 3_000  # steps of the transformer
 LEVEL_SHIFT = 3.0  # shape and motion are decided at high noise, which unshifted levels hardly visit
 
@@ -49,13 +49,14 @@ def build_toy_models(config: ToyModelsConfig) -> Path:
     earlier = load_model(config.start, parts=()).settings.train.get("runs", []) if config.start else []
     config.run_dir.mkdir(parents=True, exist_ok=True)
     backbone, codec, encoder = _start(config) if config.start else _fresh(config, log.info)
+    latents = partial(
+        build_cache, config.run_dir / f"latents-{config.level}", codec, encoder, level=config.level, say=log.info
+    )
     caches = {
-        split: build_cache(
-            config.run_dir / f"latents-{config.level}", codec, encoder, level=config.level, split=split,
-            seed=config.seed if split == "train" else config.seed + 1, clips=clips, say=log.info,
-        )
-        for split, clips in (("train", config.clips), ("test", 96))
-    }  # fmt: skip
+        "train": latents(split="train", seed=config.seed, clips=config.clips)
+        + latents(split="train", seed=config.seed + 3, clips=config.patterned, patterned=True),
+        "test": latents(split="test", seed=config.seed + 1, clips=96),
+    }
     method = get_method("fvdm", p=0.0, clean_prob=0.0, shift=LEVEL_SHIFT, density="uniform")
     null = null_text(encoder, TEXT_LENGTH)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,36 +12,59 @@ from torch import Tensor
 
 from models.codecs import VideoCodec
 from models.text import TextEncoder
-from pipelines.toy_models.data import SIZE, to_video
+from pipelines.toy_models.data import SIZE, TEXT_LENGTH, to_video
 from toyworld.render import render_shot
 from toyworld.text import sentence, shot_prompt, story
 from toyworld.vocabulary import LEVELS, LevelName, Split
-from toyworld.world import ToyScene, sample_scene, single_shot
+from toyworld.world import ToyScene, is_held_out, sample_scene, single_shot
 from train.batches import write_cache
 
 TEXTS_PER_CLIP = 3  # two wordings of the sentence, and the story with the shot's prompt
 
 
-def cache_clip(level: LevelName, split: Split, seed: int, index: int) -> tuple[ToyScene, list[tuple[str, ...]]]:
+def cache_clip(
+    level: LevelName, split: Split, seed: int, index: int, patterned: bool = False
+) -> tuple[ToyScene, list[tuple[str, ...]]]:
     """One shot of a scene of 1 to 9 shots, alone, and its texts: each a tuple of strings encoded one by one.
 
     Shots come from whole scenes so that the model also knows the story form of a prompt: characters that the shot does
     not show, and a number of shots that is not one. Casts are large, or hardly any clip would show two characters at
-    once and the model would not learn which of them has which colour and shape.
+    once and the model would not learn which of them has which colour and shape. `patterned` is for
+    `_dressed`, unless that makes the texts too long for the model.
     """
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, index, 11])))
     cast = 1 + int(rng.integers(LEVELS[level].max_characters, size=2).max())
     scene = sample_scene(level, seed=seed, index=index, split=split, num_characters=cast)
     chosen = int(rng.integers(len(scene.shots)))
+    if patterned:
+        scene = _dressed(scene, chosen, rng)
     alone = single_shot(scene, chosen)
     texts = [(sentence(alone, 0, rng),), (sentence(alone, 0, rng),), (story(scene), shot_prompt(scene, chosen, rng))]
+    if patterned and max(sum(len(part) + 1 for part in text) for text in texts) > TEXT_LENGTH:
+        return cache_clip(level, split, seed, index)
     return alone, texts
+
+
+def _dressed(scene: ToyScene, shot: int, rng: np.random.Generator) -> ToyScene:
+    """The scene with one character of a shot striped or dotted and of any shape, if training may show what comes of it.
+
+    Level small has 14 identities to train on, too few to learn that a shape's name means its shape in every colour;
+    with patterns it has three times as many, and every colour in every shape.
+    """
+    present = scene.shots[shot].present
+    who = present[int(rng.integers(len(present)))]
+    shapes = LEVELS[scene.level].shapes
+    shape, pattern = shapes[int(rng.integers(len(shapes)))], ("striped", "dotted")[int(rng.integers(2))]
+    dressed = replace(scene.characters[who], shape=shape, pattern=pattern)
+    if is_held_out(dressed, scene.shots[shot].action if who == scene.shots[shot].actor else None):
+        return scene
+    return replace(scene, characters=(*scene.characters[:who], dressed, *scene.characters[who + 1 :]))
 
 
 @torch.no_grad()
 def build_cache(
     folder: Path, codec: VideoCodec, encoder: TextEncoder, *, level: LevelName, split: Split, seed: int, clips: int,
-    part_size: int = 1000, say: Callable[[str], None] = print,
+    patterned: bool = False, part_size: int = 1000, say: Callable[[str], None] = print,
 ) -> list[Path]:  # fmt: skip
     """Write `clips` clips to `folder` in parts of `part_size` and return the parts; those already there are kept.
 
@@ -49,14 +73,14 @@ def build_cache(
     paths = []
     known: dict[str, Tensor] = {}
     for begin in range(0, clips, part_size):
-        path = folder / f"{split}-{begin:06d}.safetensors"
+        path = folder / f"{split}{'-patterned' if patterned else ''}-{begin:06d}.safetensors"
         paths.append(path)
         if path.exists():
             continue
         latents, ids = [], []
         bank: dict[tuple[str, ...], int] = {}
         for index in range(begin, min(begin + part_size, clips)):
-            alone, texts = cache_clip(level, split, seed, index)
+            alone, texts = cache_clip(level, split, seed, index, patterned)
             mean, _ = codec.encode(to_video(render_shot(alone, 0, SIZE))[None])
             latents += [codec.normalize(mean)[0].half()] * len(texts)
             ids += [bank.setdefault(text, len(bank)) for text in texts]

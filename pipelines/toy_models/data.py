@@ -11,6 +11,7 @@ from toyworld.vocabulary import LevelName
 from toyworld.world import ToyScene, sample_scene
 
 SIZE = 64  # pixels, height and width of every clip
+TEXT_LENGTH = 256  # tokens, which are bytes; the longest story of level small with its shot prompt takes about 210
 
 
 def clip_scene(level: LevelName, seed: int, index: int) -> ToyScene:

@@ -24,6 +24,7 @@ class ToyModelsConfig:
     vae_polish_steps: int = knob(1_600, "further steps of its decoder alone")
     text_steps: int = knob(2_200, "steps of the text encoder")
     clips: int = knob(10_000, "training clips, each with three texts")
+    patterned: int = knob(6_000, "further clips, whose characters also have the patterns that the level lacks")
     steps: int = knob(19_000, "steps of the transformer")
     batch_size: int = knob(16, "clips per step of the transformer")
     decoder_steps: int = knob(900, "steps of the decoder on latents that the transformer has denoised")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -51,14 +53,16 @@ def test_texts_say_what_the_slots_hold() -> None:
 
 def test_training_never_shows_what_is_held_out() -> None:
     trained = set()
-    for index in range(200):
-        scene, texts = cache_clip("small", "train", 0, index)
+    for index, patterned in product(range(200), (False, True)):
+        scene, texts = cache_clip("small", "train", 0, index, patterned)
         shot = scene.shots[0]
         who = scene.characters[shot.actor]
         assert not is_held_out(who, shot.action) and not any(is_held_out(c) for c in scene.characters)
         trained.add((who.colour, who.shape, who.pattern, shot.action))
         assert len(texts) == 3 and len(texts[2]) == 2
-        assert len(" ".join(texts[2])) <= 250
+        assert len(" ".join(texts[2])) <= 254
+    patterns = Counter(pattern for _, _, pattern, _ in trained)
+    assert len(patterns) == 3 and len({(colour, shape) for colour, shape, *_ in trained}) == 18
     for scene in held_out_scenes("small", 64):
         assert scene.seed == PROMPT_SEED
         who = scene.characters[scene.shots[0].actor]
@@ -108,7 +112,7 @@ def test_the_whole_run_in_miniature(tmp_path: Path) -> None:
 
     config = ToyModelsConfig(
         run_dir=tmp_path / "run", out=tmp_path / "model", vae_steps=2, vae_polish_steps=1, text_steps=2, clips=8,
-        steps=2, batch_size=4, decoder_steps=2, width=64, layers=1, prompts=2,
+        patterned=8, steps=2, batch_size=4, decoder_steps=2, width=64, layers=1, prompts=2,
     )  # fmt: skip
     assert build_toy_models(config) == tmp_path / "model"
     card = (tmp_path / "model" / "README.md").read_text()
@@ -116,8 +120,8 @@ def test_the_whole_run_in_miniature(tmp_path: Path) -> None:
     WanPipeline.from_pretrained(tmp_path / "model")
 
     onward = ToyModelsConfig(
-        run_dir=tmp_path / "onward", out=tmp_path / "onward-model", start=tmp_path / "model", clips=8, steps=1,
-        batch_size=4, decoder_steps=0, prompts=2,
+        run_dir=tmp_path / "onward", out=tmp_path / "onward-model", start=tmp_path / "model", clips=8, patterned=8,
+        steps=1, batch_size=4, decoder_steps=0, prompts=2,
     )  # fmt: skip
     build_toy_models(onward)
     assert not (tmp_path / "onward" / "vae").exists()
