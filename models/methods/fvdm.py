@@ -207,7 +207,7 @@ class FVDM(Method):
         table, label = backbone.conditioner, conditions["label"]
         if not isinstance(table, LabelEmbedding):
             raise ValueError("this backbone has no table of classes: call FVDM.attach, or load a folder that holds it")
-        context = table((label - 1).clamp(min=0), drop=label == 0) if self.labels else table.null(len(label))
+        context = table((label - 1).clamp(min=0), drop=label == 0)
         return {"text": TextContext(context[:, None], torch.zeros(layout.num_frames, dtype=torch.long))}
 
     def loss_weights(self, layout: ClipLayout) -> Tensor:
