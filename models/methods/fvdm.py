@@ -174,11 +174,18 @@ class FVDM(Method):
             table = LabelEmbedding(self.labels, dim)
         old = backbone.conditioner
         if old is None:
-            backbone.conditioner = table
+            backbone.conditioner = table.to(next(backbone.parameters()).device)
         elif not isinstance(old, LabelEmbedding) or old.table.weight.shape != table.table.weight.shape:
             raise ValueError(
                 f"fvdm: labels is {self.labels}, but the model has other conditioning modules; start from one without"
             )
+
+    @property
+    def guided(self) -> Mapping[str, tuple[str, ...]]:
+        """With `labels` the scale of the text is that of the class; a model that is told nothing has none."""
+        if self.labels is None:
+            return {"text": ("text",)}
+        return {"text": ("label",)} if self.labels else {}
 
     @property
     def drops(self) -> Mapping[str, float]:
