@@ -179,6 +179,19 @@ def test_sampling_asks_the_predictor_and_follows_states_and_frame(trained: Path,
     assert torch.equal(seen[0][:2], seen[1][:2]) and not torch.equal(seen[0][2], seen[1][2])
 
 
+def test_each_scale_is_that_of_its_condition(trained: Path, first_frame: Path) -> None:
+    """A branch of weight zero does not run: what does run says which scale was whose."""
+    model, shot, seen = load_model(trained), board(first_frame, states=["It is red."]), []
+    model.backbone.conditioner.dual_query.register_forward_pre_hook(lambda m, args: seen.append(args))
+    for text, image in ((3.0, 1.0), (1.0, 3.0), (1.0, 1.0)):
+        generate_scene(model, shot, GenerateSettings(steps=1, guidance=text, image_guidance=image), seed=1)
+    assert [len(words) for words, *_ in seen] == [2, 3, 1]
+    words, states, pictures, _ = seen[0]
+    assert pictures.flatten(1).any(dim=1).all() and not torch.equal(words[0], words[1])
+    assert not states[0, 1:].any() and states[1].flatten(1).any(dim=1).all(), "no states; all of them"
+    assert seen[1][2].flatten(1).any(dim=1).tolist() == [False, True, True]
+
+
 def test_sampling_without_states_or_frame_says_what_is_missing(trained: Path, first_frame: Path) -> None:
     model, settings = load_model(trained), GenerateSettings(steps=1)
     with pytest.raises(StoryboardError, match=r"states: this model reads states: say them, or name a predictor"):

@@ -16,6 +16,7 @@ from train.metrics import read
 from train.parallel import Parallel, prepare, trainable
 
 FCA = get_method("fca", drop_given=0.4, frame_queries=2, text_width=16, text_heads=2, max_frames=3)
+AID = {"query_tokens": 2, "width": 16, "heads": 4, "num_states": 2, "max_frames": 3}
 
 
 def test_each_sample_keeps_or_loses_its_given_frames_however_the_step_is_split(cache):
@@ -30,6 +31,16 @@ def test_each_sample_keeps_or_loses_its_given_frames_however_the_step_is_split(c
     assert 8 <= int((~kept).sum()) <= 24, "about four in ten are lost"
     assert torch.equal(whole[kept], batch.latents[kept, :, :1]), "the others are whole"
     assert not torch.equal(kept, given_conditions(FCA, batch, 4, 120)["given"].flatten(1).any(dim=1))
+
+
+def test_given_frames_and_states_reach_the_method_but_where_the_sample_lost_them(cache):
+    method = get_method("aid", **AID)
+    batch = cache(method.layout_for_training).batch(0)
+    batch = replace(batch, given_lost=torch.tensor([False, True, False, True]), states=batch.text.embeddings[:, :, :5])
+    found = given_conditions(method, batch, 0, 0)
+    assert torch.equal(found["states"], batch.states)
+    assert torch.equal(found["given"][::2, :-1], batch.latents[::2, :, :1]) and (found["given"][::2, -1] == 1).all()
+    assert not found["given"][1::2].any(), "no latents, and nothing that says there are some"
 
 
 @pytest.mark.parametrize("labels", [5, 0])
@@ -64,7 +75,6 @@ def test_classes_are_needed_where_the_method_reads_them(cache, tmp_path):
         given_conditions(get_method("fvdm", labels=5), batch, 0, 0)
 
 
-AID = {"query_tokens": 2, "width": 16, "heads": 4, "num_states": 2, "max_frames": 3}
 SHARDED = {
     "fca": FCA,
     "aid": get_method("aid", **AID),

@@ -11,7 +11,7 @@ import torch
 
 from models.methods import get_method
 from models.tiny import TEXT_DIM
-from tests.train.tiny import CHANNELS, SIZE, TEXT_LENGTH
+from tests.train.tiny import CHANNELS, SIZE, TEXT_LENGTH, write_dataset
 from train.scenes import ShardDataset, TextDrop, Turns, check_states_seen
 from train.shards import read_shard
 
@@ -212,3 +212,26 @@ def test_states_that_saw_more_than_is_given_are_refused(tmp_path):
     check_states_seen(tmp_path, 5)
     with pytest.raises(ValueError, match=r"first 5 frames of a shot, but the model is given 1: .*states\.frames=1"):
         check_states_seen(tmp_path, 1)
+
+
+def test_states_are_read_and_go_with_the_text(dataset):
+    folder = dataset([[2]] * 6, states=2)
+    null = NULL.clone()
+    null[3:] = 0
+    options = {"shots_per_scene": 1, "batch_size": 6, "most_states": 2, "given_frames": 1, "loses_given": True}
+    drop = TextDrop(everything=0.3, given=0.2, both=0.2)
+    data = open_dataset(folder, **options, null_text=null, text_drop=drop)
+    lost = {True: 0, False: 0}
+    for index in range(10):
+        batch = data.batch(index)
+        for states, text in zip(batch.states, batch.text.embeddings[:, 0], strict=True):
+            lost[gone := torch.equal(text, null)] += 1
+            if gone:  # the empty text as the only state, as in sampling
+                assert torch.equal(states[0, :3], null[:3]) and not states[0, 3:].any() and not states[1].any()
+            else:
+                assert states.shape == (2, 6, TEXT_DIM) and (states == 300).all()
+    assert lost[True] / 60 == pytest.approx(0.5, abs=0.15)
+    with pytest.raises(ValueError, match=r"makes one shot from its states; set shots_per_scene=1"):
+        open_dataset(
+            write_dataset(folder.parent / "two", [[2, 2]], states=2), **options | {"shots_per_scene": 2}, text_drop=drop
+        )
