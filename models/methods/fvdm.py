@@ -149,6 +149,8 @@ class FVDM(Method):
             return noise_plan(layout, levels, "scale", multipliers=[next(each) if part else 1.0 for part in part_way])
         if task == "edit":
             level = 0.5 if edit_level is None else edit_level
+            if not 0 < level <= 1:
+                raise ValueError(f"edit_level is {level}; give a level above 0, at which nothing would change, up to 1")
             plan = noise_plan(layout, levels, "min", caps=[level if part else 1.0 for part in part_way])
             still = int((plan == plan[0]).all(dim=1).sum()) - 1
             return plan[still:]

@@ -72,7 +72,8 @@ def test_editing_leaves_out_rows_in_which_nothing_moves():
         ("t2v", {}, {"lag": 1}, "the plan of task 't2v' takes no lag"),
         ("progressive", {}, {"multipliers": [1.0]}, "takes no multipliers"),
         ("noisy_frames", {"frames": [0]}, {"multipliers": [0.1, 0.2]}, "expected one, or one for each of 1 frames"),
-        ("edit", {"frames": [0]}, {"edit_level": 1.5}, "caps must be 3 numbers in"),
+        ("edit", {"frames": [0]}, {"edit_level": 1.5}, "edit_level is 1.5; give a level above 0"),
+        ("edit", {"frames": [0, 1, 2]}, {"edit_level": 0.0}, "at which nothing would change"),
         ("diagonal", {}, {"lag": -1}, "lag is -1, expected 0 or more"),
     ],
 )
