@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from models.folder import Model, ModelSettings
     from models.methods import Method
 
+NEEDS_FRAMES = ("edit", "noisy_frames")  # tasks that are told which frames are remade
 MAX_SHOTS = 9  # LCT trains on scenes of up to nine shots
 
 
@@ -330,7 +331,7 @@ def _layout_of_frame_task(
     task, pixels = storyboard.task or "", media[0]
     length = storyboard.shots[0].frames or model.settings.frames_per_shot
     frames = model.codec.num_latent_frames(len(pixels) if task == "edit" and pixels is not None else length)
-    givens: dict[str, Any] = {"edit": {"frames": range(frames)}, "noisy_frames": {"frames": [0]}}.get(task, {})
+    givens: dict[str, Any] = {"frames": range(frames) if task == "edit" else [0]} if task in NEEDS_FRAMES else {}
     if task == "diagonal" and pixels is not None:
         givens = {"head": num_latent_frames(model, pixels)}
     try:
