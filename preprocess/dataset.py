@@ -86,6 +86,7 @@ def find_finished(
 # what the end of a source depends on, by the stage in which it ended
 _DEPENDS = {
     "captions": ("vision_key", "caption_key"),
+    "states": ("vision_key", "caption_key"),  # a key of captions names the state predictor, too
     "encode": ("vision_key", "caption_key", "encoder_key"),
     "": ("vision_key", "caption_key", "encoder_key"),  # written
 }

@@ -161,8 +161,9 @@ def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
         for scene in unit.scenes:
             shots = unit.shots[first : first + len(scene.shots)]
             first += len(scene.shots)
-            spans = _read_spans(place.scratch_file(unit), shots, place.settings)
-            encoder.predict_states(scene, spans, place.settings.states_frames)
+            if scene in written:
+                spans = _read_spans(place.scratch_file(unit), shots, place.settings)
+                encoder.predict_states(scene, spans, place.settings.states_frames)
 
     def references(scene: Scene) -> list[Tensor]:
         folder = Path(unit.file.captions or "").parent

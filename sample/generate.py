@@ -29,12 +29,13 @@ from sample.given import encode_media, latent_size, load_media, load_references,
 from sample.guidance import Guidance
 from sample.rollout import RolloutShot, rollout
 from sample.sampler import Callback, sample
-from sample.storyboard import Storyboard, StoryboardError, Task, derive_seed
+from sample.storyboard import FRAME_TASKS, Storyboard, StoryboardError, Task, derive_seed
 
 if TYPE_CHECKING:
     from models.folder import Model, ModelSettings
     from models.methods import Method
 
+NEEDS_FRAMES = ("edit", "noisy_frames")  # tasks that are told which frames are remade
 MAX_SHOTS = 9  # LCT trains on scenes of up to nine shots
 
 
@@ -110,7 +111,7 @@ def generate_scenes(
     sequence = first.task or settings.task
     for board in storyboards:
         board.check_sequence(sequence)
-    if sequence != "auto":
+    if sequence in ("autoregressive", "extension"):
         return _generate_in_turn(model, storyboards, settings, seeds, sequence, callback)
     media = [load_media(first, index, model) for index in range(len(first.shots))]
     method = get_method(model.settings.method, **model.settings.method_params)
@@ -125,7 +126,7 @@ def generate_scenes(
     latents = sample(
         model.backbone,
         layout,
-        method.plan(layout, levels, task).to(text.embeddings.device),
+        _plan(method, layout, levels, task, first).to(text.embeddings.device),
         text,
         shape=shape,
         generator=[
@@ -150,7 +151,7 @@ def generate_scenes(
 
 def scene_shape(storyboard: Storyboard, described: ModelSettings) -> tuple[tuple[Any, ...], ...]:
     """What storyboards of one batch share: how they are made, the length of each shot and what it is given and sees."""
-    return (storyboard.task, storyboard.history), *(
+    return (storyboard.task, storyboard.history, repr(storyboard.plan)), *(
         (
             shot.frames or described.frames_per_shot,
             shot.given,
@@ -256,7 +257,7 @@ def _generate_shots_alone(
     boards = [
         replace(
             board,
-            task="auto",
+            task=board.task if board.task in FRAME_TASKS else "auto",
             history=None,
             shots=[replace(shot, seed=derive_seed(seed, index) if shot.seed is None else shot.seed, history=None)],
         )
@@ -294,6 +295,8 @@ def _layout(
 ) -> tuple[ClipLayout, str]:
     """How the model's method lays out what the storyboard asks for, and the task's name."""
     shots = storyboard.shots
+    if storyboard.task in FRAME_TASKS:
+        return _layout_of_frame_task(method, storyboard, media, model), storyboard.task
     if references:
         task = method.task_of([one.role for one in shots[0].references])
         target = model.codec.num_latent_frames(shots[0].frames or model.settings.frames_per_shot)
@@ -319,6 +322,33 @@ def _layout(
     except ValueError as error:
         index = given[-1] if given else 0
         raise StoryboardError(f"{where(storyboard, index)}: {error}", f"shots.{index}.given") from error
+
+
+def _layout_of_frame_task(
+    method: Method, storyboard: Storyboard, media: list[np.ndarray | None], model: Model
+) -> ClipLayout:
+    """One shot whose frames start or end at different levels; see `sample.storyboard.FrameTask`."""
+    task, pixels = storyboard.task or "", media[0]
+    length = storyboard.shots[0].frames or model.settings.frames_per_shot
+    frames = model.codec.num_latent_frames(len(pixels) if task == "edit" and pixels is not None else length)
+    givens: dict[str, Any] = {"frames": range(frames) if task == "edit" else [0]} if task in NEEDS_FRAMES else {}
+    if task == "diagonal" and pixels is not None:
+        givens = {"head": num_latent_frames(model, pixels)}
+    try:
+        method.check_task(task)
+        return method.layout_for_task(task, [frames], **givens)
+    except ValueError as error:
+        raise StoryboardError(f"storyboard {storyboard.name!r}: task={task}: {error}", "task") from error
+
+
+def _plan(method: Method, layout: ClipLayout, levels: Tensor, task: str, storyboard: Storyboard) -> Tensor:
+    """The plan of a task with the storyboard's options for it."""
+    if not storyboard.plan:
+        return method.plan(layout, levels, task)
+    try:
+        return method.plan(layout, levels, task, **storyboard.plan)
+    except (ValueError, TypeError) as error:  # an option of another task, of no task, or of a wrong type
+        raise StoryboardError(f"storyboard {storyboard.name!r}: plan={storyboard.plan}: {error}", "plan") from error
 
 
 def _shot_frames(storyboard: Storyboard, media: list[np.ndarray | None], model: Model) -> list[int]:

@@ -31,14 +31,20 @@ def load_media(storyboard: Storyboard, index: int, model: Model) -> np.ndarray |
     stride = model.codec.temporal_stride
     method = get_method(model.settings.method, **model.settings.method_params)
     start = stride * (method.first_frames - 1) + 1  # video frames that a shot starts from
+    length = shot.frames or model.settings.frames_per_shot
+    whole = storyboard.task == "edit"
     try:
         image = Path(path).suffix.lower() in IMAGE_SUFFIXES
-        frames = read_image(path)[None] if image or (shot.first_frame and start == 1) else read_video(path)[0]
+        frames = (
+            read_image(path)[None] if image or (shot.first_frame and start == 1 and not whole) else read_video(path)[0]
+        )
         if shot.first_frame and len(frames) < start:
             raise ValueError(f"holds {len(frames)} frames, but this model starts from {start}; give a longer video")
     except ValueError as error:
         raise StoryboardError(f"{where(storyboard, index)}: {field}: {error}", f"shots.{index}.{field}") from error
-    longest = start if shot.first_frame else shot.frames or model.settings.frames_per_shot
+    if storyboard.task in ("progressive", "progressive_min"):  # every frame starts from the image
+        frames, start = frames[:1].repeat(length, axis=0), length
+    longest = start if shot.first_frame and not whole else length
     frames = frames[: (min(len(frames), longest) - 1) // stride * stride + 1]
     return fit_frames(frames, model.settings.height, model.settings.width)
 

@@ -6,13 +6,17 @@ import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from models.scene import CUT_MARKER, MAX_HISTORY, Reference
 
 # auto: all shots at once, as their media ask. autoregressive: one after another, each seeing earlier ones (LCT).
 # extension: likewise, as one shot that goes on.
 Task = Literal["auto", "autoregressive", "extension"]
+# of a shot by itself (FVDM): a clip noised part of the way and made anew, a first frame likewise, a clip that grows out
+# of an image, frames that follow one another
+FrameTask = Literal["edit", "noisy_frames", "progressive", "progressive_min", "diagonal"]
+FRAME_TASKS: tuple[str, ...] = get_args(FrameTask)
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -49,7 +53,8 @@ class Storyboard:
     shots: list[StoryboardShot] = field(default_factory=list)
     negative: str = ""  # what the null branch of guidance reads instead of an empty text
     seed: int | None = None  # None: derived from the run's seed and the name
-    task: Task | None = None  # None: the run's
+    task: Literal[Task, FrameTask] | None = None  # None: the run's
+    plan: dict[str, Any] = field(default_factory=dict)  # options of a `FrameTask`, such as {edit_level: 0.6}
     history: int | None = None  # how many earlier shots a shot sees, the nearest ones; None: the run's
 
     def validate(self, *, temporal_stride: int = 4, max_shots: int | None = None) -> None:
@@ -112,9 +117,16 @@ class Storyboard:
         if len(chosen) > MAX_HISTORY:
             raise StoryboardError(f"{where}; a shot sees at most {MAX_HISTORY}", f"shots.{index}.history")
 
-    def check_sequence(self, task: Task) -> None:
-        """Raise StoryboardError where the storyboard does not fit how its shots are made: see `Task`."""
-        if task == "auto":
+    def check_sequence(self, task: str) -> None:
+        """Raise StoryboardError where the storyboard does not fit how its shots are made: see `Task`, `FrameTask`."""
+        if task in FRAME_TASKS:
+            self._check_frame_task(task)
+        elif self.plan:
+            raise StoryboardError(
+                f"storyboard {self.name!r}: plan={self.plan} is for a task of {', '.join(FRAME_TASKS)}; leave it out",
+                "plan",
+            )
+        if task == "auto" or task in FRAME_TASKS:
             fields = [("history", self.history)]
             fields += [(f"shots.{index}.history", shot.history) for index, shot in enumerate(self.shots)]
             for name, value in fields:
@@ -140,6 +152,18 @@ class Storyboard:
                     "next, or use task autoregressive",
                     f"shots.{index}.prompt",
                 )
+
+    def _check_frame_task(self, task: str) -> None:
+        where = f"storyboard {self.name!r}, task {task}"
+        if len(self.shots) != 1:
+            raise StoryboardError(f"{where}: it makes one shot, got {len(self.shots)}", "shots")
+        (shot,) = self.shots
+        for name in ("given", "references"):
+            if getattr(shot, name):
+                raise StoryboardError(f"{where}: {name} does not go with it; give first_frame", f"shots.0.{name}")
+        if not shot.first_frame and task != "diagonal":
+            what = "the video to edit" if task == "edit" else "the image to start from"
+            raise StoryboardError(f"{where}: first_frame is empty; it names {what}", "shots.0.first_frame")
 
     def histories(self, nearest: int) -> list[tuple[int, ...]]:
         """The earlier shots that each shot sees, in the order of the scene unless the shot says another.

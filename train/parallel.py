@@ -103,6 +103,8 @@ def prepare(
         for name in names:
             fully_shard(backbone.get_submodule(name), mesh=mesh, mp_policy=low)
         fully_shard(backbone, mesh=mesh)
+        # else a method's module that is called before the backbone would take itself for the root
+        backbone._get_fsdp_state()._lazy_init()  # type: ignore[operator]
     elif parallel.world > 1:
         raise ValueError(f"{parallel.world} workers need parallel=fsdp2; parallel=one_device is for a single one")
     return backbone

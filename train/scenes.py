@@ -6,6 +6,7 @@ Shapes: B batch, F latent frames, C channels, H W latent size, S shots, L text t
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -97,12 +98,13 @@ class ShardDataset:
         normalize: raw latents [B,C,F,H,W] -> the model's (`VideoCodec.normalize`).
         most_states: of a method that reads states (`Method.most_states`), whose samples are single shots.
         given_frames: latent frames from a shot's first that the method is given: they are means, as in sampling.
+        loses_given: whether `text_drop` is to name samples that lose them; what else they lose stays.
         made_with: hashes of the VAE and the text encoder of the model to train; the dataset's must be the same.
         latents: draw from the VAE's posterior, or take its mean.
         single_frame_prob: share of shots of which a batch holds only the first or the last frame, encoded alone (LCT).
     Raises:
         ValueError: no shard, no encoded shot, damaged shard, text that does not fit, another VAE or text encoder,
-            references that fit no task of the method.
+            references that fit no task of the method, a text drop that the method cannot use or has to have.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class ShardDataset:
         made_with: tuple[str, str],
         most_states: int = 0,
         given_frames: int = 0,
+        loses_given: bool = False,
         shots_per_scene: int = 3,
         single_shot_prob: float = 0.0,
         text_drop: TextDrop | None = None,
@@ -129,7 +132,8 @@ class ShardDataset:
         self.layout_for, self.normalize, self.latents = layout_for, normalize, latents
         self.condition_frames, self.most_states, self.given_frames = condition_frames, most_states, given_frames
         self._state_tokens = 0  # of the longest state; all are padded to it, whatever batch they are in
-        self.null_text, self.text_drop = null_text, text_drop or TextDrop()
+        self.null_text, self.text_drop, self.loses_given = null_text, text_drop or TextDrop(), loses_given
+        _check_drop(self.text_drop, loses_given)
         self.shots_per_scene, self.single_shot_prob = shots_per_scene, single_shot_prob
         self.single_frame_prob = single_frame_prob
 
@@ -200,10 +204,10 @@ class ShardDataset:
         shape = window.record.shape(shot_tensor_key(window.first, "states_text"))
         if shape is None:
             raise ValueError(f"{where}: has no predicted states; prepare the videos again with states.backend set")
-        if shape[0] > self.most_states:
+        if shape[0] != self.most_states:
             raise ValueError(
                 f"{where}: has {shape[0]} states, the method reads {self.most_states}; prepare with "
-                f"states.count={self.most_states}, or train with a larger num_states"
+                f"states.count={self.most_states}, or train with num_states={shape[0]}"
             )
         self._state_tokens = max(self._state_tokens, shape[1])
 
@@ -253,7 +257,7 @@ class ShardDataset:
         states = given_lost = None
         if self.most_states:
             states = torch.stack([self._states(window, n) for window, n in zip(windows, numbers, strict=True)])
-        if self.given_frames:
+        if self.loses_given:
             given_lost = torch.tensor([self._lost(n) in ("given", "both") for n in numbers])
         return SceneBatch(self.normalize(latents), layout, context, keys, states=states, given_lost=given_lost)
 
@@ -316,6 +320,31 @@ def scene_texts(scene: Scene, shot: int) -> tuple[str, ...]:
     """Tensors of a shot's context inside its scene: [story; its prompt]."""
     own = "text" if scene.shots[shot].prompt or not scene.shots[shot].sentence else "sentence_text"
     return (STORY_TEXT,) * bool(scene.story) + (shot_tensor_key(shot, own),)
+
+
+def _check_drop(drop: TextDrop, loses_given: bool) -> None:
+    if loses_given and not drop.both:
+        raise ValueError(
+            f"text_drop.both is {drop.both}, but this method guides by its given frames: the pass without them and "
+            "without text would never be trained; set text_drop.both, such as 0.05"
+        )
+    if not loses_given and (drop.given or drop.both):
+        raise ValueError(
+            f"text_drop.given is {drop.given}, text_drop.both {drop.both}, but this method does not guide by given "
+            "frames: set both to 0 (method fca loses them by method_params.drop_given)"
+        )
+
+
+def check_states_seen(folder: Path, given: int) -> None:
+    """Raises ValueError where a dataset's states were predicted from more frames of a shot than the `given` ones."""
+    file = folder / "dataset.json"
+    facts = json.loads(file.read_text()) if file.is_file() else {}
+    shown = facts.get("settings", {}).get("states_frames", 1)
+    if shown > given:
+        raise ValueError(
+            f"{file}: its states were predicted from the first {shown} frames of a shot, but the model is given "
+            f"{given}: they would tell it the future; prepare the videos again with states.frames={given}"
+        )
 
 
 def _check_encoders(record: Record, scene: Scene, made_with: tuple[str, str]) -> None:

@@ -21,7 +21,7 @@ from train.export import export_model, full_weights
 from train.job import TrainJob
 from train.loop import LoopResult, run_loop
 from train.parallel import prepare, this_rank
-from train.scenes import ShardDataset
+from train.scenes import ShardDataset, check_states_seen
 
 WORKER_RESTARTS = 3
 ERROR_FILE = "error.txt"  # in the run folder; why the last start under Ray gave up
@@ -66,6 +66,8 @@ def train_worker(job: TrainJob, checkpoints: Checkpoints) -> LoopResult:
     model = load_model(job.model, parts=("backbone", "codec"), device="cpu", dtype=torch.float32)
     backbone, codec = model.backbone, model.codec
     method = get_method(job.method, **job.method_params)
+    if method.most_states:
+        check_states_seen(job.dataset, codec.temporal_stride * (method.first_frames - 1) + 1)
     source = ShardDataset(
         job.dataset,
         batch_size=job.batch_size,
@@ -76,7 +78,8 @@ def train_worker(job: TrainJob, checkpoints: Checkpoints) -> LoopResult:
         normalize=codec.normalize,
         made_with=(codec.hash, job.text_hash),
         most_states=method.most_states,
-        given_frames=method.first_frames if "image" in method.guided else 0,
+        given_frames=method.first_frames if "given" in method.drops or "image" in method.guided else 0,
+        loses_given="image" in method.guided,
         shots_per_scene=job.shots_per_scene,
         single_shot_prob=job.single_shot_prob,
         text_drop=job.text_drop,
@@ -87,6 +90,11 @@ def train_worker(job: TrainJob, checkpoints: Checkpoints) -> LoopResult:
     if job.lora:
         inject_lora(backbone, job.lora.rank, job.lora.alpha, job.lora.targets, seed=job.loop.seed)
     method.attach(backbone, seed=job.loop.seed)
+    if job.lora and not job.lora.merge and backbone.conditioner is not None:
+        raise ValueError(
+            f"lora.merge=false leaves a LoRA file alone, but method {method.name!r} trains modules of its own, which "
+            "only a model folder holds: set lora.merge=true"
+        )
     prepare(
         backbone,
         parallel,

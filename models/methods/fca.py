@@ -140,7 +140,7 @@ class FCA(Method):
         if backbone.conditioner is not None:  # training goes on where it was
             adapter = _same(backbone.conditioner, adapter)
         backbone.requires_grad_(False)
-        backbone.conditioner = adapter.requires_grad_(True)
+        backbone.conditioner = adapter.to(next(backbone.parameters()).device).requires_grad_(True)
 
     def conditions(self, clean: Tensor, layout: ClipLayout, labels: Tensor | None = None) -> dict[str, Tensor]:
         return {} if self.adapter == "none" else {"given": clean[:, :, : self.given_frames]}

@@ -149,6 +149,8 @@ class FVDM(Method):
             return noise_plan(layout, levels, "scale", multipliers=[next(each) if part else 1.0 for part in part_way])
         if task == "edit":
             level = 0.5 if edit_level is None else edit_level
+            if not 0 < level <= 1:
+                raise ValueError(f"edit_level is {level}; give a level above 0, at which nothing would change, up to 1")
             plan = noise_plan(layout, levels, "min", caps=[level if part else 1.0 for part in part_way])
             still = int((plan == plan[0]).all(dim=1).sum()) - 1
             return plan[still:]
@@ -174,11 +176,18 @@ class FVDM(Method):
             table = LabelEmbedding(self.labels, dim)
         old = backbone.conditioner
         if old is None:
-            backbone.conditioner = table
+            backbone.conditioner = table.to(next(backbone.parameters()).device)
         elif not isinstance(old, LabelEmbedding) or old.table.weight.shape != table.table.weight.shape:
             raise ValueError(
                 f"fvdm: labels is {self.labels}, but the model has other conditioning modules; start from one without"
             )
+
+    @property
+    def guided(self) -> Mapping[str, tuple[str, ...]]:
+        """With `labels` the scale of the text is that of the class; a model that is told nothing has none."""
+        if self.labels is None:
+            return {"text": ("text",)}
+        return {"text": ("label",)} if self.labels else {}
 
     @property
     def drops(self) -> Mapping[str, float]:
@@ -207,7 +216,7 @@ class FVDM(Method):
         table, label = backbone.conditioner, conditions["label"]
         if not isinstance(table, LabelEmbedding):
             raise ValueError("this backbone has no table of classes: call FVDM.attach, or load a folder that holds it")
-        context = table((label - 1).clamp(min=0), drop=label == 0) if self.labels else table.null(len(label))
+        context = table((label - 1).clamp(min=0), drop=label == 0)
         return {"text": TextContext(context[:, None], torch.zeros(layout.num_frames, dtype=torch.long))}
 
     def loss_weights(self, layout: ClipLayout) -> Tensor:

@@ -78,11 +78,22 @@ class Adapters(nn.Module):
         return sum(outs[1:], outs[0]) if outs else None
 
 
-class AIDModules(nn.Module):
-    """DualQueryTransformer, adapters and, for `image_concat`, a second patch embedding for the given latents.
+class GivenEmbedding(nn.Conv3d):
+    """Patches of the given latents: a second patch embedding, which starts at zero."""
 
-    That one starts at zero and is added to the model's own: the same as widening the model's by channels of zeros.
+    def __init__(self, channels: int, dim: int, patch: int) -> None:
+        super().__init__(channels, dim, (1, patch, patch), (1, patch, patch), bias=False)
+        nn.init.zeros_(self.weight)
+
+
+class AIDModules(nn.Module):
+    """DualQueryTransformer, adapters and, for `image_concat`, a patch embedding for the given latents.
+
+    That one is added to the model's own: the same as widening the model's by channels of zeros.
     """
+
+    # what sharding takes as units; the first and the last run before the backbone does
+    _no_split_modules = ["DualQueryTransformer", "Adapters", "GivenEmbedding"]
 
     def __init__(self, backbone: WanBackbone, settings: AIDSettings) -> None:
         super().__init__()
@@ -102,11 +113,7 @@ class AIDModules(nn.Module):
                 decomposed=settings.condition in ("decomposed", "full"),
             )
         self.adapters = nn.ModuleList(Adapters(dim, settings) for _ in range(config.num_layers))
-        self.embed_image: nn.Conv3d | None = None
-        if settings.image_concat:
-            size = (1, self.patch, self.patch)
-            self.embed_image = nn.Conv3d(channels + 1, dim, size, size, bias=False)
-            nn.init.zeros_(self.embed_image.weight)
+        self.embed_image = GivenEmbedding(channels + 1, dim, self.patch) if settings.image_concat else None
 
     def prepare(
         self,

@@ -172,9 +172,9 @@ def latent_tokens(given: Tensor, patch: int) -> Tensor:
     split = latents.reshape(batch, -1, frames, rows, patch, columns, patch)
     tokens = split.permute(0, 2, 3, 5, 1, 4, 6).flatten(4)  # [B,K,h,w,C*p*p]
     axes = [torch.arange(frames) / 8, torch.arange(rows) / rows, torch.arange(columns) / columns]
-    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).to(tokens)  # [K,h,w,3]
+    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).to(tokens.device)  # [K,h,w,3]
     angles = grid[..., None] * torch.pi * 2.0 ** torch.arange(4, device=grid.device, dtype=grid.dtype)
-    places = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(3)  # [K,h,w,COORDINATES]
+    places = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(3).to(tokens)  # [K,h,w,COORDINATES]
     tokens = torch.cat([tokens, places.expand(batch, -1, -1, -1, -1)], dim=-1)
     known = mask[:, 0, :, ::patch, ::patch, None]  # [B,K,h,w,1]
     return (tokens * known).flatten(1, 3)

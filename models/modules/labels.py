@@ -13,6 +13,8 @@ from torch import Tensor, nn
 class LabelEmbedding(nn.Module):
     """A table of `num_labels` labels and, last, the null that stands for none; unconditional: `num_labels` = 0."""
 
+    _no_split_modules = ["Embedding"]  # read before the backbone runs, so sharding gathers it on its own
+
     def __init__(self, num_labels: int, dim: int) -> None:
         super().__init__()
         self.num_labels = num_labels
@@ -22,9 +24,10 @@ class LabelEmbedding(nn.Module):
     def forward(self, labels: Tensor, drop: Tensor | None = None) -> Tensor:
         """Contexts [B,1,D] of labels, long [B]; where `drop` (bool [B]) is true, the null (FVDM drops one in ten).
 
-        Raises ValueError for a label that is not in the table.
+        Raises ValueError for a label, not dropped, that is not in the table.
         """
-        if int(labels.min()) < 0 or int(labels.max()) >= self.num_labels:
+        read = labels if drop is None else labels[~drop]
+        if bool(((read < 0) | (read >= self.num_labels)).any()):
             raise ValueError(f"labels are {labels.tolist()}, this table has 0..{self.num_labels - 1}")
         if drop is not None:
             labels = torch.where(drop, self.num_labels, labels)
@@ -32,4 +35,5 @@ class LabelEmbedding(nn.Module):
 
     def null(self, batch: int) -> Tensor:
         """The context of no label, [B,1,D]."""
-        return self.table.weight[-1].expand(batch, 1, -1)
+        none = torch.zeros(batch, dtype=torch.long, device=self.table.weight.device)
+        return self(none, drop=torch.ones_like(none, dtype=torch.bool))

@@ -176,3 +176,11 @@ def test_a_dropped_image_is_tokens_of_zeros_and_places_differ():
     assert torch.equal(tokens[0, 1, :4], given[0, 0, 0, :2, 2:].flatten()), "the first channel of the second patch"
     assert len({tuple(place.tolist()) for place in tokens[0, :, 16:]}) == 8
     assert not latent_tokens(torch.zeros_like(given), 2).any()
+
+
+def test_places_are_told_apart_in_bfloat16_too():
+    """Angles of many turns, rounded to 8 bits before their sine is taken, would be off by a tenth and more."""
+    given = torch.ones(1, 5, 8, 30, 52)
+    exact = latent_tokens(given, 2)[..., -COORDINATES:]
+    low = latent_tokens(given.bfloat16(), 2)[..., -COORDINATES:]
+    assert low.dtype == torch.bfloat16 and (low.float() - exact).abs().max() < 0.005

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -11,6 +13,8 @@ from models.methods import get_method
 from models.modules.labels import LabelEmbedding
 from models.noise import base_levels
 from models.tiny import tiny_transformer
+from sample.guidance import Guidance
+from sample.sampler import sample
 
 LEVELS = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0])
 
@@ -68,7 +72,8 @@ def test_editing_leaves_out_rows_in_which_nothing_moves():
         ("t2v", {}, {"lag": 1}, "the plan of task 't2v' takes no lag"),
         ("progressive", {}, {"multipliers": [1.0]}, "takes no multipliers"),
         ("noisy_frames", {"frames": [0]}, {"multipliers": [0.1, 0.2]}, "expected one, or one for each of 1 frames"),
-        ("edit", {"frames": [0]}, {"edit_level": 1.5}, "caps must be 3 numbers in"),
+        ("edit", {"frames": [0]}, {"edit_level": 1.5}, "edit_level is 1.5; give a level above 0"),
+        ("edit", {"frames": [0, 1, 2]}, {"edit_level": 0.0}, "at which nothing would change"),
         ("diagonal", {}, {"lag": -1}, "lag is -1, expected 0 or more"),
     ],
 )
@@ -143,3 +148,32 @@ def test_base_levels_make_a_plan_of_every_task():
     layout = method.layout_for_task("noisy_frames", [4], frames=[0])
     assert torch.equal(method.plan(layout, levels, "noisy_frames")[:, 1], levels)
     assert torch.allclose(method.plan(layout, levels, "noisy_frames")[:, 0], 0.2 * levels), "no second shift"
+
+
+def test_guidance_of_a_model_of_classes_is_over_the_class():
+    """Over the text, which it does not read, both branches were the same and the scale did nothing."""
+    assert get_method("fvdm").guided == {"text": ("text",)} and get_method("fvdm", labels=0).guided == {}
+    backbone, method = WanBackbone(tiny_transformer(0)), get_method("fvdm", labels=4)
+    method.attach(backbone, seed=2)
+    backbone.conditioner.table.weight.data.mul_(100)
+    layout = method.layout_for_task("t2v", [2])
+
+    def made(scale: float) -> torch.Tensor:
+        return sample(
+            backbone, layout, method.plan(layout, LEVELS, "t2v"), TEXT, shape=(3, 4, 2, 4, 4), null={"text": TEXT},
+            generator=torch.Generator().manual_seed(0), guidance=Guidance([("text", scale)], method.guided),
+            conditions=method.conditions(X, LAYOUT, torch.tensor([0, 1, 3])),
+            prepare=partial(method.prepare, backbone, layout), **method.backbone_kwargs(layout),
+        )  # fmt: skip
+
+    assert (made(4.0) - made(1.0)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("method", "params"),
+    [("fvdm", {"labels": 3}), ("fca", {"width": 12, "frame_queries": 1, "text_width": 8, "text_heads": 1})],
+)
+def test_modules_come_to_the_device_of_the_backbone(method, params):
+    backbone = WanBackbone(tiny_transformer(0)).to("meta")
+    get_method(method, **params).attach(backbone)
+    assert {p.device.type for p in backbone.parameters()} == {"meta"}

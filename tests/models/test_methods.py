@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -332,3 +334,20 @@ def test_plain_training_is_one_level_per_clip():
     plain = get_method("fvdm", p=0.0, clean_prob=0.0)
     levels = plain.sample_levels(shots_layout([5]), 500, torch.Generator().manual_seed(0))
     assert (levels == levels[:, :1]).all()
+
+
+def test_training_levels_follow_the_methods_own_shares():
+    def levels(name: str, shots: list[int], **params) -> torch.Tensor:
+        method = get_method(name, **params)
+        layout = method.layout_for_training(shots)
+        return method.sample_levels(layout, 40, torch.Generator().manual_seed(0))
+
+    lct, fvdm = partial(levels, "lct", [2, 1, 2]), partial(levels, "fvdm", [5])
+    for found in (lct(shared_prob=1.0), fvdm(p=0.0, clean_prob=0.0)):
+        assert (found == found[:, :1]).all()
+    apart = lct(shared_prob=0.0)
+    assert (apart[:, 0] == apart[:, 1]).all() and not (apart[:, [0, 0, 2]] == apart[:, [2, 3, 3]]).any()
+    apart = fvdm(p=1.0, clean_prob=0.0)
+    assert not (apart[:, 1:] == apart[:, :-1]).any() and (apart > 0).all()
+    for found in (lct(clean_prob=1.0), fvdm(clean_prob=1.0)):
+        assert (found == 0).any(dim=1).all() and (found > 0).any(dim=1).all()

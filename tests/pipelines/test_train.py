@@ -112,6 +112,9 @@ def test_lora_trains_little_and_opens_in_diffusers(inputs, tmp_path):
     alone = train(inputs, tmp_path / "alone", "lora.rank=2", "lora.merge=false", "steps=2")
     assert alone.model_dir is None and not (tmp_path / "alone" / "model").exists()
     assert (alone.lora_dir / "pytorch_lora_weights.safetensors").is_file()
+    with pytest.raises(ValueError, match="trains modules of its own, .*: set lora.merge=true"):  # a table of classes
+        more = ["method=fvdm", "method_params={labels: 0}", "lora.rank=2", "lora.merge=false", "steps=2"]
+        train(inputs, tmp_path / "lost", *more)
 
 
 def test_a_dataset_of_another_model_is_refused(inputs, tmp_path):

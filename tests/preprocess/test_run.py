@@ -10,11 +10,13 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load
 
 from models.scene import Scene
+from models.states import StatePredictor
 from models.tiny import build_tiny_folder
 from preprocess import run, unit
 from preprocess.encode import Encoder
@@ -64,12 +66,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def run_here(
-    videos: Path, output: Path, model: Path, settings: PrepareSettings = SETTINGS, retry_failed: bool = False
+    videos: Path,
+    output: Path,
+    model: Path,
+    settings: PrepareSettings = SETTINGS,
+    retry_failed: bool = False,
+    states: StatePredictor | None = None,
 ) -> tuple[Work, int]:
     """The chain of `pipelines.prepare.run_stages` in this process; returns the work and how many videos it did."""
     work = plan_work(list_sources([videos]).files, output, settings, model, retry_failed)
     todo = len(work.todo)
-    encode = EncodeRow(work.place, str(model), "cpu", 1)
+    encode = EncodeRow(work.place, str(model), "cpu", 1, lambda: states)
     for manifest in work.rounds():
         for row in pq.read_table(manifest).to_pylist():
             for stage in (probe_row, decode_row, caption_row):
@@ -136,6 +143,44 @@ def test_another_caption_backend_keeps_the_pictures(
     scenes = [scene for scene, _ in records(tmp_path / "out").values()]
     assert {scene.captions.backend for scene in scenes if scene.captions} == {"describe"}
     assert not any(shot.states or "caption_overlap" in shot.scores for scene in scenes for shot in scene.shots)
+
+
+class Predictor:
+    """Says `count` states, or fails as an endpoint that is down does."""
+
+    def __init__(self, count: int, error: str = "") -> None:
+        self.count, self.key, self.error, self.calls = count, f"{count} {error}", error, 0
+
+    def __call__(self, frames: np.ndarray, instruction: str) -> list[str]:
+        self.calls += 1
+        if self.error:
+            raise RuntimeError(self.error)
+        return [f"{index} of {frames.mean():.0f}" for index in range(self.count)]
+
+
+def test_states_of_another_predictor_are_asked_for_anew(
+    videos: Path, tmp_path: Path, model: Path, calls: Counter[str]
+) -> None:
+    """Also where the one before failed, or there was none; and only for scenes that are written."""
+    settings = replace(SETTINGS, max_shots=1, min_shot_frames=9)
+    for number, predictor in enumerate([None, Predictor(2, "refused"), Predictor(2), Predictor(3), None]):
+        key = predictor.key if predictor else ""
+        calls.clear()
+        work, todo = run_here(videos, tmp_path / "out", model, replace(settings, states_key=key), states=predictor)
+        assert todo == (2 if number else 3)
+        ends = [(one.part.source["status"], one.part.source["stage"]) for one in work.finished.values()]
+        assert sorted(ends)[-1] == (("failed", "states") if predictor and predictor.error else ("written", ""))
+        found = records(tmp_path / "out").values()
+        assert calls["read_shots"] == (2 if key or number == 0 else 0), "a predictor looks at frames"
+        for scene, tensors in found:
+            shots = [shot for shot in scene.shots if shot.encoded]
+            assert [len(shot.predicted_states) for shot in shots] == [predictor.count if predictor else 0] * len(shots)
+            said = [tensors[name].shape[0] for name in sorted(tensors) if name.endswith("states_text")]
+            assert said == [predictor.count if predictor else 0] * (len(shots) if predictor else 0)
+        if predictor and not predictor.error:
+            assert predictor.calls == sum(shot.encoded is not None for scene, _ in found for shot in scene.shots)
+        repeated = run_here(videos, tmp_path / "out", model, replace(settings, states_key=key), states=predictor)
+        assert repeated[1] == 0
 
 
 def test_another_size_does_all_again_but_not_what_never_got_there(

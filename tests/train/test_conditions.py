@@ -6,24 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.distributed import destroy_process_group, init_process_group
 
 from models.methods import get_method
 from tests.train.tiny import tiny_backbone
 from train.batches import SceneBatch
 from train.loop import LoopSettings, given_conditions, run_loop
 from train.metrics import read
-from train.parallel import Parallel, prepare
+from train.parallel import Parallel, prepare, trainable
 
 FCA = get_method("fca", drop_given=0.4, frame_queries=2, text_width=16, text_heads=2, max_frames=3)
-
-
-def adapted():
-    backbone = tiny_backbone()
-    FCA.attach(backbone)
-    for i, block in enumerate(backbone.conditioner.blocks):
-        weight = block.modulation.weight
-        weight.data = 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i))
-    return backbone
+AID = {"query_tokens": 2, "width": 16, "heads": 4, "num_states": 2, "max_frames": 3}
 
 
 def test_each_sample_keeps_or_loses_its_given_frames_however_the_step_is_split(cache):
@@ -38,6 +31,16 @@ def test_each_sample_keeps_or_loses_its_given_frames_however_the_step_is_split(c
     assert 8 <= int((~kept).sum()) <= 24, "about four in ten are lost"
     assert torch.equal(whole[kept], batch.latents[kept, :, :1]), "the others are whole"
     assert not torch.equal(kept, given_conditions(FCA, batch, 4, 120)["given"].flatten(1).any(dim=1))
+
+
+def test_given_frames_and_states_reach_the_method_but_where_the_sample_lost_them(cache):
+    method = get_method("aid", **AID)
+    batch = cache(method.layout_for_training).batch(0)
+    batch = replace(batch, given_lost=torch.tensor([False, True, False, True]), states=batch.text.embeddings[:, :, :5])
+    found = given_conditions(method, batch, 0, 0)
+    assert torch.equal(found["states"], batch.states)
+    assert torch.equal(found["given"][::2, :-1], batch.latents[::2, :, :1]) and (found["given"][::2, -1] == 1).all()
+    assert not found["given"][1::2].any(), "no latents, and nothing that says there are some"
 
 
 @pytest.mark.parametrize("labels", [5, 0])
@@ -72,26 +75,51 @@ def test_classes_are_needed_where_the_method_reads_them(cache, tmp_path):
         given_conditions(get_method("fvdm", labels=5), batch, 0, 0)
 
 
+SHARDED = {
+    "fca": FCA,
+    "aid": get_method("aid", **AID),
+    "aid, image beside": get_method("aid", **AID, image="concat"),
+    "aid, no states": get_method("aid", **AID, states=False, long_term_adapter=False),
+    "classes": get_method("fvdm", labels=5),
+    "no classes": get_method("fvdm", labels=0),
+}
+
+
+def opened(method):
+    """A tiny backbone with the method's modules, none of whose weights is zero."""
+    backbone = tiny_backbone()
+    method.attach(backbone)
+    for i, weight in enumerate(backbone.conditioner.parameters()):
+        if not weight.any():
+            weight.data = 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i))
+    return backbone
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_modules_sharded_over_ranks_learn_the_same(cache, tmp_path, checkpointing):
-    """FSDP2 gathers the modules' weights around their own calls: the text modules run before the backbone does."""
-    from torch.distributed import destroy_process_group, init_process_group
+@pytest.mark.parametrize("method", SHARDED.values(), ids=SHARDED)
+def test_modules_sharded_over_ranks_learn_the_same(cache, tmp_path, method, checkpointing):
+    """FSDP2 gathers the modules' weights around their own calls: some run before the backbone does."""
+    batch = cache(method.layout_for_training).batch(0)
+    if method.most_states:
+        batch = replace(batch, states=batch.text.embeddings[:, :, :5].expand(-1, 2, -1, -1))
+    levels = torch.full((4, 3), 0.6)
 
-    batch = cache(FCA.layout_for_training).batch(0)
-    levels = torch.full((4,), 0.6)
+    def gradients(backbone) -> dict[str, torch.Tensor]:
+        conditions = given_conditions(method, batch, 0, 0)
+        seen = {"text": batch.text} | method.prepare(backbone, batch.layout, batch.text, conditions)
+        told = method.model_levels(levels)
+        backbone(batch.latents, told, **seen, **method.backbone_kwargs(batch.layout)).square().mean().backward()
+        return {name: p.grad for name, p in trainable(backbone).items() if p.grad is not None}
 
-    def gradients(backbone) -> list[torch.Tensor]:
-        extra = FCA.prepare(backbone, batch.layout, batch.text, FCA.conditions(batch.latents, batch.layout))
-        out = backbone(batch.latents, levels, batch.text, **extra, **FCA.backbone_kwargs(batch.layout))
-        out.square().mean().backward()
-        return [p.grad for p in backbone.parameters() if p.requires_grad]
-
-    expected = gradients(adapted())
+    expected = gradients(opened(method))
     init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        sharded = prepare(adapted(), Parallel(sharded=True), activation_checkpointing=checkpointing)
-        found = [gradient.full_tensor() for gradient in gradients(sharded)]
+        sharded = prepare(opened(method), Parallel(sharded=True), activation_checkpointing=checkpointing)
+        gradients(sharded)
+        sharded.zero_grad()
+        found = {name: gradient.full_tensor() for name, gradient in gradients(sharded).items()}  # the second step's
     finally:
         destroy_process_group()
-    assert len(found) == len(expected)
-    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(expected, found, strict=True))
+    assert found.keys() == expected.keys() and any(name.startswith("conditioner.") for name in found)
+    for name, gradient in found.items():
+        assert torch.allclose(expected[name], gradient, rtol=1e-4, atol=1e-6), name

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from train.loop import LoopSettings, set_learning_rate
 from train.optim import EMA, clip_gradients, learning_rate_at, make_optimizer
 
 
@@ -30,6 +31,18 @@ def test_vectors_do_not_decay_and_low_precision_is_refused():
     ]
     with pytest.raises(TypeError, match="weight: torch.bfloat16"):
         make_optimizer(dict(layer.bfloat16().named_parameters()), 1e-3, 0.1)
+
+
+def test_parameters_learn_at_rates_of_their_own():
+    layers = nn.ModuleDict({"slow": nn.Linear(3, 2), "fast": nn.Linear(3, 2)})
+    scale = {"slow": 0.1, "fast": 1.0}
+    optimizer = make_optimizer(dict(layers.named_parameters()), 1e-3, 0.1, lambda name: scale[name.split(".")[0]])
+    settings = LoopSettings(steps=10, learning_rate=1e-2, warmup_steps=4)
+    assert set_learning_rate(optimizer, settings, 1) == 5e-3
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in layers.named_parameters():
+        assert rates[id(parameter)] == pytest.approx(5e-3 * scale[name.split(".")[0]])
+    assert {(g["weight_decay"], p.ndim) for g in optimizer.param_groups for p in g["params"]} == {(0.1, 2), (0.0, 1)}
 
 
 def test_clipping_scales_to_the_limit_and_zero_only_measures():

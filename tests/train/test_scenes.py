@@ -11,8 +11,8 @@ import torch
 
 from models.methods import get_method
 from models.tiny import TEXT_DIM
-from tests.train.tiny import CHANNELS, SIZE, TEXT_LENGTH
-from train.scenes import ShardDataset, TextDrop, Turns
+from tests.train.tiny import CHANNELS, SIZE, TEXT_LENGTH, write_dataset
+from train.scenes import ShardDataset, TextDrop, Turns, check_states_seen
 from train.shards import read_shard
 
 NULL = torch.full((TEXT_LENGTH, TEXT_DIM), -1.0)
@@ -181,3 +181,57 @@ def test_hostile_tensor_offsets_are_refused(dataset):
     shard.write_bytes(data.replace(b'"data_offsets":[0,', b'"data_offsets":[9,', 1).replace(b"[9,", b"[-", 1))
     with pytest.raises(ValueError, match="scenes-000000"):
         read_shard(shard)
+
+
+def test_given_frames_are_means_and_lost_ones_are_named(dataset):
+    folder = dataset([[3]] * 8)
+    drop = TextDrop(everything=0.2, given=0.2, both=0.3)
+    options = {"normalize": lambda x: x, "latents": "sample", "shots_per_scene": 1, "batch_size": 8}
+    means = open_dataset(folder, **options | {"latents": "mean"}).batch(0).latents
+    batch = open_dataset(folder, **options, given_frames=2).batch(0)
+    assert torch.equal(batch.latents[:, :, :2], means[:, :, :2]) and batch.given_lost is None
+    assert (batch.latents[:, :, 2] - means[:, :, 2]).std() > 0.05
+    data = open_dataset(folder, **options, given_frames=1, loses_given=True, text_drop=drop)
+    lost = torch.cat([data.batch(index).given_lost for index in range(50)])
+    assert float(lost.float().mean()) == pytest.approx(0.5, abs=0.1)
+
+
+def test_text_drops_that_would_do_nothing_or_are_needed_are_refused(dataset):
+    folder = dataset([[2]])
+    for drop in (TextDrop(given=0.1), TextDrop(both=0.1)):
+        with pytest.raises(ValueError, match=r"text_drop\.given is .* does not guide by given frames: set both to 0"):
+            open_dataset(folder, text_drop=drop)
+    with pytest.raises(ValueError, match=r"text_drop\.both is 0\.0, .* never be trained; set text_drop\.both, such as"):
+        open_dataset(folder, text_drop=TextDrop(given=0.1), given_frames=1, loses_given=True)
+
+
+def test_states_that_saw_more_than_is_given_are_refused(tmp_path):
+    """Predicted from the frames that are to be made, they would tell the model its future."""
+    check_states_seen(tmp_path, 1)
+    (tmp_path / "dataset.json").write_text('{"settings": {"states_frames": 5}}')
+    check_states_seen(tmp_path, 5)
+    with pytest.raises(ValueError, match=r"first 5 frames of a shot, but the model is given 1: .*states\.frames=1"):
+        check_states_seen(tmp_path, 1)
+
+
+def test_states_are_read_and_go_with_the_text(dataset):
+    folder = dataset([[2]] * 6, states=2)
+    null = NULL.clone()
+    null[3:] = 0
+    options = {"shots_per_scene": 1, "batch_size": 6, "most_states": 2, "given_frames": 1, "loses_given": True}
+    drop = TextDrop(everything=0.3, given=0.2, both=0.2)
+    data = open_dataset(folder, **options, null_text=null, text_drop=drop)
+    lost = {True: 0, False: 0}
+    for index in range(10):
+        batch = data.batch(index)
+        for states, text in zip(batch.states, batch.text.embeddings[:, 0], strict=True):
+            lost[gone := torch.equal(text, null)] += 1
+            if gone:  # the empty text as the only state, as in sampling
+                assert torch.equal(states[0, :3], null[:3]) and not states[0, 3:].any() and not states[1].any()
+            else:
+                assert states.shape == (2, 6, TEXT_DIM) and (states == 300).all()
+    assert lost[True] / 60 == pytest.approx(0.5, abs=0.15)
+    with pytest.raises(ValueError, match=r"makes one shot from its states; set shots_per_scene=1"):
+        open_dataset(
+            write_dataset(folder.parent / "two", [[2, 2]], states=2), **options | {"shots_per_scene": 2}, text_drop=drop
+        )

@@ -41,6 +41,7 @@ def write_dataset(
     per_shard: int = 2,
     made_with: tuple[str, str] = ("vae", "text"),
     references: Sequence[Sequence[tuple[str, int]]] = (),
+    states: int = 0,  # predicted states of every shot, of six tokens each
 ) -> Path:
     """Write scenes given as latent frames per shot (0 = not encoded). Shot i of scene n is filled around 10 n + i.
 
@@ -51,7 +52,7 @@ def write_dataset(
     pattern = str(folder / "shards" / "scenes-%06d.tar")
     with webdataset.ShardWriter(pattern, maxcount=per_shard, verbose=0) as writer:
         for number, frames in enumerate(scenes):
-            scene, tensors = make_scene(number, frames, generator)
+            scene, tensors = make_scene(number, frames, generator, states)
             scene.latents = LatentSource(*made_with, "float16")
             for r, (role, count) in enumerate(references[number] if references else ()):
                 scene.references.append(Reference(role, f"{number}-{r}"))
@@ -61,7 +62,9 @@ def write_dataset(
     return folder
 
 
-def make_scene(number: int, frames: Sequence[int], generator: torch.Generator) -> tuple[Scene, dict[str, torch.Tensor]]:
+def make_scene(
+    number: int, frames: Sequence[int], generator: torch.Generator, states: int = 0
+) -> tuple[Scene, dict[str, torch.Tensor]]:
     shots, tensors = [], {STORY_TEXT: torch.full((5, TEXT_DIM), 1.0 + number)}
     for i, count in enumerate(frames):
         span = EncodedSpan(i * 40, 4 * count - 3, 8.0, list(range(i * 40, i * 40 + 4 * count - 3)), 32, 32)
@@ -70,6 +73,8 @@ def make_scene(number: int, frames: Sequence[int], generator: torch.Generator) -
         shot.prompt, shot.sentence = f"shot {i}", f"scene {number} shot {i}" if i % 2 == 0 else ""
         shots.append(shot)
         tensors[shot_tensor_key(i, "text")] = torch.full((3 + i, TEXT_DIM), 100.0 + i)
+        if states:
+            tensors[shot_tensor_key(i, "states_text")] = torch.full((states, 6, TEXT_DIM), 300.0 + i)
         if shot.sentence:
             tensors[shot_tensor_key(i, "sentence_text")] = torch.full((4, TEXT_DIM), 200.0 + i)
         if count:
