@@ -29,7 +29,7 @@ def held_out_shots(count: int) -> list[ToyScene]:
 
 @dataclass(kw_only=True)
 class TableConfig:
-    """Keys of the table of claims. All but `cells`, `seeds`, `run`, `device`, `out` and `results` decide figures."""
+    """Keys of the table of claims. The first three and the last five say what is made, where and how fast; all others, what it is."""
 
     cells: list[str] = knob([], "only these cells of the paper; empty = all")
     seeds: list[int] = knob([0, 1], "of training: data order, noise, new weights")
@@ -47,6 +47,7 @@ class TableConfig:
     guidance: float = knob(3.0, "guidance scale of the text")
     image_guidance: float = knob(1.5, "guidance scale of the given frame (aid)")
     generate_at_once: int = knob(16, "shots made as one batch; changes rounding only")
+    compile: bool = knob(False, "torch.compile the blocks in training; changes rounding only, needs a C++ compiler")
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "where prompts are generated; training takes a GPU if any")
     out: Path = knob(Path("runs/claims/table"), "training data, runs and models; can be removed at any time")
     results: Path = knob(Path(__file__).resolve().parents[1] / "results", "folder for claims/, claims.json, claims.md")

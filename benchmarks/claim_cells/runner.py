@@ -33,7 +33,7 @@ from toyworld.render import render_shot
 
 VERSION = 1  # change it when equal settings would give other figures
 WARMUP = 30  # steps
-NOT_SETTINGS = ("cells", "seeds", "run", "model", "generate_at_once", "device", "out", "results")
+NOT_SETTINGS = ("cells", "seeds", "run", "model", "generate_at_once", "compile", "device", "out", "results")
 
 
 def settings_of(paper: Paper, cell: Cell, seed: int, config: TableConfig) -> dict[str, Any]:
@@ -133,6 +133,7 @@ def run_cell(paper: Paper, cell: Cell, seed: int, config: TableConfig, command: 
         "hash": digest(settings),
         "settings": settings,
         "steps": config.steps,
+        "device": device,
         "loss": losses,
         "seconds": {"train": round(trained - began, 1), "judge": round(time.monotonic() - trained, 1)},
         "scores": judged.scores,
@@ -198,6 +199,7 @@ def train_config(
         checkpoint_every=100,
         keep_checkpoints=1,
         log_every=max(1, steps // 20),
+        compile=config.compile,
         **given,
     )
 

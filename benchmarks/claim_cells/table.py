@@ -50,8 +50,8 @@ class Scores:
             return None if features is None else self._distance(name, np.array(features))
         if metric.name not in record["scores"]:
             return None
-        value = float(pooled(np.array(record["scores"][metric.name], dtype=np.float64)))
-        return value if math.isfinite(value) else None
+        sums = np.array(record["scores"][metric.name], dtype=np.float64)
+        return float(pooled(sums)) if sums[..., 1].any() else None
 
     def _distance(self, name: str, features: np.ndarray) -> float:
         return sample_distance(features, self.reference[name])
