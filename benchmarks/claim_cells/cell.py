@@ -29,7 +29,8 @@ def held_out_shots(count: int) -> list[ToyScene]:
 
 @dataclass(kw_only=True)
 class TableConfig:
-    """Keys of the table of claims. The first three and the last five say what is made, where and how fast; all others, what it is."""
+    """Keys of the table of claims. The first three and the last five say what is made, where and how fast; the others
+    decide figures."""
 
     cells: list[str] = knob([], "only these cells of the paper; empty = all")
     seeds: list[int] = knob([0, 1], "of training: data order, noise, new weights")
