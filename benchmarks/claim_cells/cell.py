@@ -76,17 +76,25 @@ class Stage:
 
 @dataclass(frozen=True)
 class Cell:
-    """`data` names the training set (data.py); `judged` says how prompts are made, as the paper's judge reads it."""
+    """`data` names the training set (data.py); `judged` says how prompts are made, as the paper's judge reads it.
+
+    `prompts` names the sets of prompts that it is judged on, the first part of a metric's name; empty = all.
+    """
 
     name: str
     data: str
     stages: tuple[Stage, ...]
     judged: Mapping[str, Any] = field(default_factory=dict)
+    prompts: tuple[str, ...] = ()
+
+    def has(self, metric: Metric) -> bool:
+        """Whether the metric is read of it."""
+        return not self.prompts or metric.prompts in self.prompts
 
 
 @dataclass(frozen=True)
 class Metric:
-    """`better` is 1 where high is better, -1 where low is. A "frechet" metric is `NAME.frechet`, of features NAME.
+    """`PROMPTS.SCORE`; `better` is 1 where high is better, -1 where low is. `PROMPTS.frechet` is of features PROMPTS.
 
     `margin` is how much worse still counts as not worse; of a Frechet distance it is a share of the baseline's.
     """
@@ -96,9 +104,12 @@ class Metric:
     margin: float = 0.05
 
     @property
+    def prompts(self) -> str:
+        return self.name.split(".")[0]
+
+    @property
     def feature_set(self) -> str | None:
-        head, _, tail = self.name.rpartition(".")
-        return head if tail == "frechet" else None
+        return self.prompts if self.name.endswith(".frechet") else None
 
 
 @dataclass(frozen=True)

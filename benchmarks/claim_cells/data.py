@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -106,7 +107,7 @@ def dataset(folder: Path, kind: str, count: int, model: Path, model_key: str, si
     made = folder / f"{kind}-{count}-{data_key(kind, count, model_key)}"
     if made.is_dir():
         return made
-    temporary = made.with_name(f".{made.name}.tmp")
+    temporary = made.with_name(f".{made.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     predictor = GrammarStates(STATES) if kind == "clips" else None
     encoder = Encoder.from_folder(model, threads=torch.get_num_threads(), states=predictor)

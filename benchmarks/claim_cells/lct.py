@@ -60,19 +60,27 @@ def judge(model: Model, cell: Cell, config: TableConfig) -> Judged:
             clips = generate_scenes(model, chosen, settings, seeds, independent=cell.judged.get("independent", False))
             for n, clip in zip(group, clips, strict=True):
                 readings[n] = read_storyboard(clip.frames, clip.cuts, boards[n])
-    return _judged([reading for reading in readings if reading is not None])
+    return _judged([reading for reading in readings if reading is not None], max(lengths))
 
 
-def _judged(readings: list[SceneReading]) -> Judged:
+def _judged(readings: list[SceneReading], longest: int) -> Judged:
     judged = Judged()
     for reading in readings:
         scores = score_scene_reading(reading)
         judged.add("scene", {name: scores[name] for name in KEPT})
+        if len(reading.readings) == longest:
+            judged.add("longest", {name: scores[name] for name in KEPT})
     judged.scores["scene.identity_unsaid"] = unsaid_sums(readings).round(5).tolist()
     return judged
 
 
-CLAIMED = {"scene.identity_said": "better", "scene.identity_unsaid": "better", "scene.place_agreement": "not worse"}
+CLAIMED = {
+    "scene.identity_said": "better",
+    "scene.identity_said_return": "better",
+    "scene.identity_unsaid": "better",
+    "scene.place_agreement": "not worse",
+    "scene.attributes": "not worse",
+}
 
 PAPER = Paper(
     name="lct",
@@ -97,9 +105,13 @@ PAPER = Paper(
         Metric("scene.place_agreement"),
         Metric("scene.attributes"),
         Metric("scene.action"),
+        Metric("longest.identity_said"),
+        Metric("longest.place_agreement"),
+        Metric("longest.attributes"),
+        Metric("longest.legibility"),
     ),
     comparisons=tuple(
-        Comparison(cell, "independent", CLAIMED | {"scene.attributes": "not worse"})  # type: ignore[arg-type]
+        Comparison(cell, "independent", CLAIMED)  # type: ignore[arg-type]
         for cell in ("joint", *(f"causal-tc{level:g}" for level in CONTEXT_LEVELS))
     ),
     judge=judge,

@@ -141,7 +141,7 @@ def compile_paper(paper: Paper, config: TableConfig) -> dict[str, Any]:
             "missing_seeds": [s for s in config.seeds if s not in records.get(cell.name, {})],
             "commands": {str(s): r["command"] for s, r in sorted(records.get(cell.name, {}).items())},
             "seconds": {str(s): r["seconds"] for s, r in sorted(records.get(cell.name, {}).items())},
-            "scores": {m.name: _rounded(scores.summary(m, cell.name)) for m in paper.metrics},
+            "scores": {m.name: _rounded(scores.summary(m, cell.name)) for m in paper.metrics if cell.has(m)},
         }
         for cell in paper.cells
     }
@@ -196,17 +196,12 @@ def text_of(figures: Mapping[str, Mapping[str, Any]]) -> str:
     """The tables as Markdown."""
     parts = [HEAD]
     for paper in figures.values():
-        names = list(next(iter(paper["cells"].values()))["scores"])
-        rows = [
-            [cell, str(len(one["seeds"])), *(_words(one["scores"][name]) for name in names)]
-            for cell, one in paper["cells"].items()
-        ]
         differences = [
             [row["cell"], row["baseline"], row["metric"], f"{row['expects']} ({row['better']})", *_row_words(row)]
             for row in paper["comparisons"]
         ]
         parts.append(f"## {paper['title']}\n\n{paper['steps']} steps a cell, {paper['prompts']} held-out prompts.\n")
-        parts.append(_common.table(["cell", "seeds", *names], rows) + "\n")
+        parts += [table + "\n" for table in _score_tables(paper["cells"])]
         header = ["cell", "baseline", "metric", "expected", "difference", "95 % interval", "per seed", "verdict"]
         parts.append(_common.table(header, differences) + "\n")
         if paper["missing"]:
@@ -226,6 +221,21 @@ difference of each seed. A verdict "holds" needs the whole interval and every se
 whole interval on the other side; "not worse" allows a margin (0.05 of a share, 0.5 dB, a tenth of a Frechet distance).
 Frechet distances are of the judge's clip features (`toyworld/frechet.py`); their level depends on how many there are.
 """
+
+
+def _score_tables(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One per set of prompts, of the cells that are judged on it."""
+    names = list(dict.fromkeys(name for one in cells.values() for name in one["scores"]))
+    tables = []
+    for prompts in dict.fromkeys(name.split(".")[0] for name in names):
+        own = [name for name in names if name.startswith(f"{prompts}.")]
+        rows = [
+            [cell, str(len(one["seeds"])), *(_words(one["scores"][name]) for name in own)]
+            for cell, one in cells.items()
+            if own[0] in one["scores"]
+        ]
+        tables.append(_common.table([prompts, "seeds", *(name.split(".", 1)[1] for name in own)], rows))
+    return tables
 
 
 def _words(summary: dict[str, Any] | None) -> str:

@@ -193,6 +193,7 @@ def test_what_is_missing_is_called_missing(tmp_path) -> None:  # noqa: ANN001
         f"{cell} seed {seed}" for cell in ("lora", "no-frame-text", "full") for seed in (0, 1)
     ]
     assert {row["verdict"] for row in figures["comparisons"]} == {"missing"}
+    assert "i2v.identity" not in compile_paper(PAPERS["tic_ft"], config)["cells"]["v2v-buffer0"]["scores"]
     text = text_of({"fca": figures})
     assert "Missing: lora seed 0" in text and "| full" in text
     assert goals("fca", figures, True) == []
