@@ -37,7 +37,7 @@ class TableConfig:
     run: bool = knob(True, "false = only compile the table of the cells that are finished")
     model: Path = knob(SHIPPED_WAN, "model that every cell starts from")
     steps: int = knob(500, "optimizer steps of every cell")
-    batch_size: int = knob(12, "samples per step; scenes of three shots count as three")
+    batch_size: int = knob(6, "samples per step; scenes of three shots count as three")
     clips: int = knob(800, "single training shots (fvdm, aid, fca)")
     scenes: int = knob(160, "training scenes of 3 to 6 shots (lct)")
     pairs: int = knob(20, "training pairs (tic_ft)")

@@ -114,7 +114,12 @@ def dataset(folder: Path, kind: str, count: int, model: Path, model_key: str, si
     with ShardWriter(temporary / "shards", SHARD_BYTES) as writer:
         for take in takes(kind, count, size):
             writer.write(take.name, encode_take(take, encoder))
-    temporary.rename(made)
+    try:
+        temporary.rename(made)
+    except OSError:  # another run has made it in the meantime
+        if not made.is_dir():
+            raise
+        shutil.rmtree(temporary)
     return made
 
 
