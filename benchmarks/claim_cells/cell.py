@@ -44,7 +44,7 @@ class TableConfig:
     prompts: int = knob(64, "held-out prompts per cell")
     reference: int = knob(256, "held-out rendered clips that the Frechet distance is taken from")
     scene_lengths: list[int] = knob([1, 3, 5, 9], "shots of the held-out scenes (lct), in turn")
-    sample_steps: int = knob(20, "denoising steps")
+    sample_steps: int = knob(10, "denoising steps")
     guidance: float = knob(3.0, "guidance scale of the text")
     image_guidance: float = knob(1.5, "guidance scale of the given frame (aid)")
     generate_at_once: int = knob(16, "shots made as one batch; changes rounding only")

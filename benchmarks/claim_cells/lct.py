@@ -52,7 +52,8 @@ def judge(model: Model, cell: Cell, config: TableConfig) -> Judged:
     readings: list[SceneReading | None] = [None] * len(boards)
     for turn, length in enumerate(lengths):
         members = list(range(turn, len(boards), len(lengths)))
-        at_once = max(1, config.generate_at_once // length)
+        together = not cell.judged  # all shots of a scene in one context
+        at_once = max(4, config.generate_at_once // length) if together else config.generate_at_once
         for begin in range(0, len(members), at_once):
             group = members[begin : begin + at_once]
             chosen = [boards[n] for n in group]
