@@ -1,0 +1,204 @@
+"""Fine-tuned with LCT, a single-shot model keeps who is in a scene better from shot to shot than it does alone.
+
+Long Context Tuning, 2503.10589. Same held-out storyboards, same start noise, same number of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import _common
+import numpy as np
+from _bootstrap import Difference, paired_bootstrap
+from _common import Goal
+
+from infra.config import knob
+from pipelines.demo_types import DemoConfig
+
+SCENE_METRICS = ("identity_said", "place_agreement", "colour", "shape", "place", "style", "action", "legibility")
+
+
+@dataclass(kw_only=True)
+class LctDemoClaim:
+    """Keys of lct-demo."""
+
+    model: Path | None = knob(None, "model fine-tuned with LCT; null = make one the way the demo does")
+    pairs: int = knob(32, "held-out scenes of three shots, each made by every side")
+    seed: int = knob(2, "of the held-out scenes and the start noise")
+    batch_size: int = knob(8, "scenes made at once")
+    out: Path = knob(Path("runs/claims/lct-demo"), "videos, and the data set and model if they are made here")
+    results: Path = knob(_common.RESULTS, "folder for lct_demo.json and lct_demo.md")
+    demo: DemoConfig = knob(DemoConfig, "what the demo would do: starting model, videos, steps, sampling")
+
+    def __post_init__(self) -> None:
+        if self.pairs < 2:
+            raise ValueError(f"pairs={self.pairs}: a comparison needs at least 2")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to make the scenes."""
+
+    name: str
+    tuned: bool
+    independent: bool
+    text: str
+
+
+# The first is the claim's baseline, the last the claim. Between them: the same baseline with the sentences it knows
+# best, and the tuned model without the other shots, which tells what sharing a context adds to tuning.
+SIDES = (
+    Side("single-shot", tuned=False, independent=True, text="scene"),
+    Side("single-shot, sentences", tuned=False, independent=True, text="sentence"),
+    Side("LCT, shots alone", tuned=True, independent=True, text="scene"),
+    Side("LCT", tuned=True, independent=False, text="scene"),
+)
+
+
+def lct_demo(claim: LctDemoClaim, quick: bool, command: str) -> tuple[dict[str, Any], list[Goal], str]:
+    """Figures, goals and a table of the claim."""
+    if quick:
+        claim = replace(claim, pairs=4, demo=replace(claim.demo, count=6, steps=20, sample_steps=4))
+    tuned = claim.model or _finetune(claim)
+    readings = {side.name: _make(claim, side, tuned) for side in SIDES}
+    sums = {name: _sums(side_readings) for name, side_readings in readings.items()}
+    baseline, lct = sums[SIDES[0].name], sums[SIDES[-1].name]
+    differences = {metric: _compare(baseline, lct, metric) for metric in baseline}
+    beyond = {
+        side.name: {m: _compare(sums[side.name], lct, m) for m in ("identity_said", "identity_unsaid")}
+        for side in SIDES[1:-1]
+    }
+    said, unsaid = differences["identity_said"], differences["identity_unsaid"]
+    goals = [
+        Goal("identity_said, LCT minus single-shot, lower end of the 95 % interval", said.low, ">", 0.0, not quick),
+        Goal(
+            "identity_unsaid, LCT minus single-shot, upper end of the 95 % interval", unsaid.high, "<", 0.0, not quick
+        ),
+        Goal("paired held-out scenes", claim.pairs, ">", 15, not quick),
+    ]
+    record = {
+        "claim": "lct-demo",
+        "quick": quick,
+        "command": command,
+        "pairs": claim.pairs,
+        "seed": claim.seed,
+        "sample_steps": claim.demo.sample_steps,
+        "guidance": claim.demo.guidance,
+        "trained": _trained(claim, tuned),
+        "metrics": {metric: _rounded(difference) for metric, difference in differences.items()},
+        "against_other_sides": {
+            name: {m: _rounded(difference) for m, difference in rows.items()} for name, rows in beyond.items()
+        },
+    }
+    return record, goals, _text(record)
+
+
+def _finetune(claim: LctDemoClaim) -> Path:
+    """A model made as the demo makes it; kept in `out` and taken up again by the next run with the same keys."""
+    from infra.ray_session import ray_session
+    from pipelines import demo_stages as work
+    from pipelines.demo_types import Stage
+
+    demo = claim.demo
+    folder = claim.out / f"model-{demo.count}-videos-{demo.steps}-steps-seed-{demo.seed}"
+    with ray_session():
+        work.prepare_dataset(demo, work.render(demo, folder / "videos", Stage("render")), folder / "dataset", Stage(""))
+        work.finetune(demo, folder / "dataset", folder / "train", Stage("train"))
+    return folder / "train" / "model"
+
+
+def _make(claim: LctDemoClaim, side: Side, tuned: Path) -> list[Any]:
+    """Generate every scene by one side and read it with the judge: one SceneReading per scene."""
+    from pipelines.demo_stages import held_out_storyboards
+    from pipelines.evaluate import read_storyboard
+    from pipelines.sample import SampleConfig, run_sample
+    from sample.video_io import read_video
+
+    folder = claim.out / "videos" / side.name.replace(", ", "-").replace(" ", "-")
+    boards = held_out_storyboards(claim.pairs, claim.seed)
+    report = run_sample(
+        SampleConfig(
+            model=tuned if side.tuned else claim.demo.model,
+            out=folder,
+            independent=side.independent,
+            text=side.text,  # type: ignore[arg-type]
+            steps=claim.demo.sample_steps,
+            guidance=claim.demo.guidance,
+            batch_size=claim.batch_size,
+            seed=claim.seed,
+        ),
+        boards,
+    )
+    readings = []
+    for board, record in zip(boards, report.records, strict=True):
+        if record["status"] != "completed":
+            raise ValueError(f"{side.name}: {record['name']} could not be made: {record['error']}")
+        frames, _ = read_video(folder / record["file"])
+        readings.append(read_storyboard(frames, record["cuts"], board))
+    return readings
+
+
+def _sums(readings: Sequence[Any]) -> dict[str, np.ndarray]:
+    """Per metric the sums [N,M,2] of every scene."""
+    from toyworld.judge import score_scene_reading, unsaid_sums
+
+    scores = [score_scene_reading(reading) for reading in readings]
+    sums = {
+        metric: np.array([[[s[metric].value * s[metric].count, s[metric].count]] for s in scores], dtype=np.float64)
+        for metric in SCENE_METRICS
+    }
+    return {**sums, "identity_unsaid": unsaid_sums(readings)}
+
+
+def _compare(before: dict[str, np.ndarray], after: dict[str, np.ndarray], metric: str) -> Difference:
+    return paired_bootstrap(before[metric], after[metric])
+
+
+def _trained(claim: LctDemoClaim, tuned: Path) -> dict[str, Any]:
+    """What the fine-tuned folder says of itself, and the demo's settings where the model was made here."""
+    from models.folder import load_model
+
+    settings = load_model(tuned, parts=()).settings
+    made = {} if claim.model else {k: v for k, v in asdict(claim.demo).items() if isinstance(v, int | float)}
+    return {"method": settings.method, "method_params": settings.method_params, "demo": made}
+
+
+def _rounded(difference: Difference) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in asdict(difference).items()}
+
+
+def _text(record: dict[str, Any]) -> str:
+    rows = [
+        [metric, f"{d['before']:.3f}", f"{d['after']:.3f}", f"{d['difference']:+.3f}",
+         f"[{d['low']:+.3f}, {d['high']:+.3f}]", str(d["count_after"])]
+        for metric, d in record["metrics"].items()
+    ]  # fmt: skip
+    other = [
+        [metric, name, f"{d['before']:.3f}", f"{d['difference']:+.3f}", f"[{d['low']:+.3f}, {d['high']:+.3f}]"]
+        for name, metrics in record["against_other_sides"].items()
+        for metric, d in metrics.items()
+    ]
+    main = _common.table(["metric", "single-shot", "LCT", "difference", "95 % interval", "readings"], rows)
+    rest = _common.table(["metric", "other side", "its score", "LCT minus it", "95 % interval"], other)
+    how = (
+        f"{record['pairs']} held-out scenes of three shots, seed {record['seed']}, {record['sample_steps']} steps, "
+        f"guidance {record['guidance']:g}. Each scene is made by both sides\n"
+        "from the same storyboard and start noise; intervals are percentiles of a paired bootstrap over scenes."
+    )
+    return f"""# LCT keeps who is in a scene from shot to shot
+
+    {record["command"]}
+
+{how}
+identity_unsaid is better when lower (1 = no memory of other shots), all others when higher.
+
+{main}
+
+"single-shot, sentences" reads self-contained sentences instead of story and shot prompt; "LCT, shots alone" is the
+fine-tuned model without the other shots in its context.
+
+{rest}
+"""
