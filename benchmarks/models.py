@@ -71,9 +71,7 @@ class Speed:
     causal_tokens: int = knob(1024, "group_causal: tokens of a shot")
     causal_heads: int = knob(1, "group_causal: attention heads; they are a batch to the kernels")
     guided_frames: list[int] = knob([1, 4, 8], "guidance: latent frames")
-    repetitions: int = knob(
-        7, "timed runs of each variant; per_frame, whose goal is the finest, has three times as many"
-    )
+    repetitions: int = knob(7, "timed runs of each variant; per_frame and guidance take three times as many")
     scene_repetitions: int = knob(3, "kv_cache: timed scenes of each variant")
     results: Path = knob(_common.RESULTS, "folder for models.json and models.md")
 
@@ -83,12 +81,7 @@ class Speed:
 
 
 QUICK = {"width": 256, "layers": 2, "steps": 4, "repetitions": 2, "scene_repetitions": 1, "guided_frames": [1, 4]}
-GPU = {
-    "width": 1536,
-    "causal_heads": 12,
-    "repetitions": 15,
-    "scene_repetitions": 5,
-}  # wide enough that a GPU has something to do
+GPU = {"width": 1536, "causal_heads": 12, "repetitions": 15, "scene_repetitions": 5}  # so that a GPU has work
 
 
 @dataclass(frozen=True)

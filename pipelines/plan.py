@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from models.layout import ClipLayout
 
 # Latent frames of the shots, and what a task is given, where the command is not told.
-SHOTS = {"lct": [3, 3, 3]}
+SHOTS: dict[tuple[str, str], list[int]] = {
+    ("lct", task): [3, 3, 3] for task in ("joint", "shot_conditioned", "autoregressive", "extension")
+}
 GIVENS: dict[tuple[str, str], dict[str, Any]] = {
     ("fvdm", "extension"): {"head": 2},
     ("fvdm", "transition"): {"head": 2, "tail": 2},
@@ -27,11 +29,16 @@ GIVENS: dict[tuple[str, str], dict[str, Any]] = {
     ("fvdm", "noisy_frames"): {"frames": [0]},
     ("fvdm", "edit"): {"frames": [2, 3, 4]},
     ("lct", "shot_conditioned"): {"given_shots": [0]},
+    ("lct", "composition"): {"condition_frames": [1, 1]},
     ("tic_ft", "i2v_in_context"): {"condition_frames": [4]},
     ("tic_ft", "multi_image"): {"condition_frames": [1, 4]},
     ("tic_ft", "keyframes"): {"condition_frames": [1, 4]},
     ("tic_ft", "v2v_style"): {"condition_frames": [5]},
     ("tic_ft", "action_transfer"): {"condition_frames": [5, 4]},
+}
+# What a method must be for a task, in the place of its defaults.
+PARAMS: dict[tuple[str, str], dict[str, Any]] = {
+    ("lct", task): {"attention_rule": "group_causal"} for task in ("autoregressive", "extension")
 }
 
 
@@ -44,7 +51,7 @@ class PlanConfig:
     shift: float = knob(3.0, "timestep shift of the levels")
     givens: dict[str, Any] = knob({}, "what the task is given, such as {head: 2}; empty = an example")
     options: dict[str, Any] = knob({}, "options of the task's plan, such as {lag: 2}")
-    method_params: dict[str, Any] = knob({}, "parameters of the method; empty = its defaults")
+    method_params: dict[str, Any] = knob({}, "parameters of the method, besides those that the task needs")
 
 
 def make_plan(method: str, task: str, config: PlanConfig) -> tuple[ClipLayout, Tensor]:
@@ -52,11 +59,11 @@ def make_plan(method: str, task: str, config: PlanConfig) -> tuple[ClipLayout, T
     from models.methods import get_method
     from models.noise import base_levels
 
-    made = get_method(method, **config.method_params)
+    made = get_method(method, **PARAMS.get((method, task), {}) | config.method_params)
     made.check_task(task)
     givens = config.givens or GIVENS.get((method, task), {})
     try:
-        layout = made.layout_for_task(task, config.shots or SHOTS.get(method, [7]), **givens)
+        layout = made.layout_for_task(task, config.shots or SHOTS.get((method, task), [7]), **givens)
         return layout, made.plan(layout, base_levels(config.steps, config.shift), task, **config.options)
     except TypeError as error:  # an argument that this method's task does not have
         raise ValueError(f"{method} {task} with givens {givens} and options {config.options}: {error}") from error
