@@ -20,7 +20,7 @@ import platform
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,8 @@ import _common
 import diffusers
 import torch
 from _common import Goal
-from _measure import Cost, Ratio, measure, ratio
+from _measure import measure
+from _ratios import Part, Quotient, figures, goals_of, report
 from diffusers import WanTransformer3DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor
@@ -82,27 +83,6 @@ class Speed:
 
 QUICK = {"width": 256, "layers": 2, "steps": 4, "repetitions": 2, "scene_repetitions": 1, "guided_frames": [1, 4]}
 GPU = {"width": 1536, "causal_heads": 12, "repetitions": 15, "scene_repetitions": 5}  # so that a GPU has work
-
-
-@dataclass(frozen=True)
-class Quotient:
-    """cost(over) / cost(under); with a goal, what it should be."""
-
-    name: str
-    over: str
-    under: str
-    relation: str = ""
-    target: float = 0.0
-
-
-@dataclass
-class Part:
-    """One comparison: what its variants cost, which ratios are read off, and how far their results are apart."""
-
-    name: str
-    costs: dict[str, Cost]
-    quotients: list[Quotient]
-    differences: dict[str, float] = field(default_factory=dict)  # largest difference over the rms of the reference
 
 
 @dataclass(frozen=True)
@@ -282,11 +262,11 @@ def group_causal(setup: Setup) -> list[Part]:
             out = attend(*leaves)
             return [out.detach(), *torch.autograd.grad(out, leaves, gradient)]
 
-        for name, run, asked in (("forward", forward, kernels), ("train", train, kernels | products)):
+        for name, passes, asked in (("forward", forward, kernels), ("train", train, kernels | products)):
             if name == "train" and setup.device.type != "cpu":
                 asked = kernels
             costs, outs = measure(
-                {key: partial(run, attend) for key, attend in asked.items()}, config.repetitions, setup.device
+                {key: partial(passes, attend) for key, attend in asked.items()}, config.repetitions, setup.device
             )
             quotients = [
                 Quotient("full", "group-causal", "full", "<", 0.70),
@@ -340,41 +320,6 @@ def difference(a: Tensor, b: Tensor) -> float:
     return float((a.float() - b.float()).abs().max() / b.float().square().mean().sqrt())
 
 
-def figures(parts: Sequence[Part], clock: str) -> dict[str, dict[str, Any]]:
-    """By name: each quotient with its interval, that of wall time and of FLOPs; and each difference."""
-    found: dict[str, dict[str, Any]] = {}
-    for part in parts:
-        for quotient in part.quotients:
-            over, under = part.costs[quotient.over], part.costs[quotient.under]
-            judged = ratio(getattr(over, clock), getattr(under, clock))
-            found[f"{part.name}.{quotient.name}"] = {
-                "of": f"{quotient.over} / {quotient.under}",
-                "clock": clock,
-                **{key: round(value, 4) for key, value in asdict(judged).items()},
-                "wall": round(ratio(over.wall_s, under.wall_s).value, 4),
-                "flops": round(over.flops / under.flops, 4),
-                "repetitions": len(over.cpu_s),
-            }
-        for name, value in part.differences.items():
-            found[f"{part.name}.{name}.difference"] = {"of": "largest difference / rms", "value": value}
-    return found
-
-
-def goals_of(parts: Sequence[Part], found: dict[str, dict[str, Any]], tolerance: float, judged: bool) -> list[Goal]:
-    """A goal per quotient that has one, and per difference: a wrong result is wrong in a quick run, too."""
-    goals = [
-        Goal(name, found[name]["value"], quotient.relation, quotient.target, judged)
-        for part in parts
-        for quotient in part.quotients
-        if quotient.relation and (name := f"{part.name}.{quotient.name}")
-    ]
-    return goals + [
-        Goal(f"{part.name}.{name}.difference", value, "<", tolerance)
-        for part in parts
-        for name, value in part.differences.items()
-    ]
-
-
 def run(
     config: Speed, device: torch.device, name: str, judged: bool, command: str
 ) -> tuple[dict[str, Any], list[Goal]]:
@@ -412,49 +357,6 @@ def run(
     }
     goals = goals_of(parts, found, setup.tolerance, judged)
     return record | {"goals": [goal.record() for goal in goals]}, goals
-
-
-def report(parts: dict[str, dict[str, Any]]) -> str:
-    """The record of each part, by "device.part", as Markdown."""
-    text = """# What the methods cost
-
-Random weights. Ratios are medians of paired, interleaved repetitions, in brackets the 95 % bootstrap interval of the
-median: of CPU-seconds of the process on a CPU, of wall time on a GPU. FLOPs are counted, not timed.
-"""
-    words = {True: "met", False: "MISSED", None: "not judged"}
-    for name, part in parts.items():
-        goals = {goal["name"]: f"{goal['goal']}: {words[goal['met']]}" for goal in part["goals"]}
-        rows, apart = [], []
-        for key, figure in part["figures"].items():
-            if "flops" not in figure:
-                apart.append([key, f"{figure['value']:.1e}", goals.get(key, "")])
-                continue
-            value = str(Ratio(figure["value"], figure["low"], figure["high"]))
-            rows.append(
-                [key, figure["of"], value, f"{figure['wall']:.3f}", f"{figure['flops']:.3f}", goals.get(key, "")]
-            )
-        costs = [
-            [key, f"{cost['cpu_s']:.4g}", f"{cost['wall_s']:.4g}", f"{cost['gflop']:.4g}"]
-            for key, cost in part["medians"].items()
-        ]
-        machine = ", ".join(f"{key} {value}" for key, value in part["machine"].items())
-        clock = "CPU-s" if name.startswith("cpu") else "wall"
-        sizes = ", ".join(f"{key} {value}" for key, value in part["sizes"].items())
-        text += f"""
-## {name}
-
-    {part["command"]}
-
-{machine}; {part["dtype"]}.
-{sizes}.
-
-{_common.table(["figure", "cost of", clock, "wall", "FLOPs", "goal"], rows)}
-
-{_common.table(["ways to one result", "difference / rms", "goal"], apart)}
-
-{_common.table(["median of one run", "CPU-seconds", "wall seconds", "GFLOP"], costs)}
-"""
-    return text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
