@@ -81,7 +81,7 @@ class Speed:
             raise ValueError(f"width={self.width}: heads are {HEAD} wide, so give a multiple of that")
 
 
-QUICK = {"width": 256, "layers": 2, "steps": 4, "repetitions": 2, "scene_repetitions": 1, "guided_frames": [1, 4]}
+QUICK = {"width": 256, "layers": 2, "steps": 4, "causal_tokens": 512, "repetitions": 2, "scene_repetitions": 1}
 GPU = {"width": 1536, "causal_heads": 12, "repetitions": 15, "scene_repetitions": 5}  # so that a GPU has work
 
 
