@@ -2,7 +2,7 @@
 # The first run downloads the packages of requirements.lock into .venv; later runs start at once.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow lint types toy-models lock clean
+.PHONY: help setup demo test slow lint types toy-models docs-figures lock clean
 MAKEFLAGS += --no-print-directory
 
 BIN := .venv/bin
@@ -10,7 +10,7 @@ STAMP := .venv/.installed
 UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## the environment in .venv, from requirements.lock
 	@echo "ready: $(BIN)/shotloom"
@@ -32,6 +32,15 @@ types: $(STAMP) ## mypy over models/ and infra/
 
 toy-models: $(STAMP) ## train the small shipped models again (hours; can be stopped and started); ARGS="steps=10000"
 	$(BIN)/python -m pipelines.toy_models $(ARGS)
+
+# METHOD/TASK of each picture
+PLANS := fvdm/i2v fvdm/diagonal tic_ft/i2v_in_context lct/shot_conditioned lct/autoregressive fca/tvp aid/tvp
+
+docs-figures: $(STAMP) ## draw the noise plans of docs/methods/ again
+	mkdir -p docs/methods/plans
+	for plan in $(PLANS); do \
+		$(BIN)/shotloom plan $${plan%/*} $${plan#*/} --plot docs/methods/plans/$${plan%/*}-$${plan#*/}.png || exit 1; \
+	done
 
 lock: $(UV) ## requirements.lock after a change of pyproject.toml; delete it first to move every version on
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) pip compile --quiet pyproject.toml --group dev \

@@ -34,7 +34,12 @@ class Goal:
 
     def record(self) -> dict[str, Any]:
         words = f"{self.relation} {self.target:g}"
-        return {"name": self.name, "value": round(self.value, 4), "goal": words, "met": self.met}
+        return {
+            "name": self.name,
+            "value": round(self.value, 4) or float(f"{self.value:.2g}"),
+            "goal": words,
+            "met": self.met,
+        }
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -63,6 +68,6 @@ def finish(record: dict[str, Any], goals: Sequence[Goal], text: str, *, as_json:
         print(text)
         for goal in goals:
             words = {True: "met", False: "MISSED", None: "not judged"}[goal.met]
-            print(f"goal {words}: {goal.name} {goal.value:.3f} {goal.relation} {goal.target:g}")
+            print(f"goal {words}: {goal.name} {goal.value:.3g} {goal.relation} {goal.target:g}")
     print(json.dumps(record, sort_keys=True), flush=True)
     return 1 if any(goal.met is False for goal in goals) else 0

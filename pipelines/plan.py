@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
     from models.layout import ClipLayout
 
-# Latent frames of the shots, what a task is given, and the method's parameters, where the command is not told.
-SHOTS = {"lct": [3, 3, 3]}
-SHOTS_OF = {("lct", "composition"): [5]}
+# Latent frames of the shots, and what a task is given, where the command is not told.
+SHOTS: dict[tuple[str, str], list[int]] = {
+    ("lct", task): [3, 3, 3] for task in ("joint", "shot_conditioned", "autoregressive", "extension")
+}
 GIVENS: dict[tuple[str, str], dict[str, Any]] = {
     ("fvdm", "extension"): {"head": 2},
     ("fvdm", "transition"): {"head": 2, "tail": 2},
@@ -35,9 +36,9 @@ GIVENS: dict[tuple[str, str], dict[str, Any]] = {
     ("tic_ft", "v2v_style"): {"condition_frames": [5]},
     ("tic_ft", "action_transfer"): {"condition_frames": [5, 4]},
 }
+# What a method must be for a task, in the place of its defaults.
 PARAMS: dict[tuple[str, str], dict[str, Any]] = {
-    ("lct", "autoregressive"): {"attention_rule": "group_causal"},
-    ("lct", "extension"): {"attention_rule": "group_causal"},
+    ("lct", task): {"attention_rule": "group_causal"} for task in ("autoregressive", "extension")
 }
 
 
@@ -50,7 +51,7 @@ class PlanConfig:
     shift: float = knob(3.0, "timestep shift of the levels")
     givens: dict[str, Any] = knob({}, "what the task is given, such as {head: 2}; empty = an example")
     options: dict[str, Any] = knob({}, "options of the task's plan, such as {lag: 2}")
-    method_params: dict[str, Any] = knob({}, "parameters of the method, where they are not what the task needs")
+    method_params: dict[str, Any] = knob({}, "parameters of the method, besides those that the task needs")
 
 
 def make_plan(method: str, task: str, config: PlanConfig) -> tuple[ClipLayout, Tensor]:
@@ -61,9 +62,8 @@ def make_plan(method: str, task: str, config: PlanConfig) -> tuple[ClipLayout, T
     made = get_method(method, **PARAMS.get((method, task), {}) | config.method_params)
     made.check_task(task)
     givens = config.givens or GIVENS.get((method, task), {})
-    shots = config.shots or SHOTS_OF.get((method, task)) or SHOTS.get(method, [7])
     try:
-        layout = made.layout_for_task(task, shots, **givens)
+        layout = made.layout_for_task(task, config.shots or SHOTS.get((method, task), [7]), **givens)
         return layout, made.plan(layout, base_levels(config.steps, config.shift), task, **config.options)
     except TypeError as error:  # an argument that this method's task does not have
         raise ValueError(f"{method} {task} with givens {givens} and options {config.options}: {error}") from error

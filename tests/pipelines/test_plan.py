@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,3 +95,17 @@ def test_without_a_picture_no_drawing_library_is_loaded(repo_root: Path) -> None
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=repo_root, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_pages_show_the_pictures_that_make_docs_figures_draws(repo_root: Path) -> None:
+    [line] = [line for line in (repo_root / "Makefile").read_text().splitlines() if line.startswith("PLANS := ")]
+    drawn = [tuple(plan.split("/")) for plan in line.removeprefix("PLANS := ").split()]
+    assert set(drawn) <= set(TASKS)
+    folder = repo_root / "docs" / "methods"
+    shown = {
+        picture: page.stem
+        for page in folder.glob("*.md")
+        for picture in re.findall(r"\]\(plans/([\w.-]+)\)", page.read_text())
+    }
+    assert shown == {f"{method}-{task}.png": method.replace("_", "-") for method, task in drawn}
+    assert {file.name for file in (folder / "plans").iterdir()} == set(shown)
