@@ -1,10 +1,11 @@
-"""Video to latents and back with a causal VAE (`AutoencoderKLWan`, `AutoencoderKLCogVideoX`).
+"""Video to latents and back: causal video VAEs (Wan, CogVideoX), and image VAEs, frame by frame (Latte, SVD).
 
-B batch, C latent channels, F latent frames, T = 4(F-1)+1 video frames, H W video size, h w latent size. Rule: what must
-be known without the future is encoded alone: every shot by itself, a given frame by itself. For Wan, a prefix encoded
-alone has the latents that it has in its clip. For CogVideoX it has not: it works in pieces of 9, then 8, video frames
-and its group norms average over a piece, so that a latent changes with later frames of its piece, and cutting given
-frames out of an encoded clip would leak what is to be generated.
+B batch, C latent channels, F latent frames, T video frames, H W video size, h w latent size. A causal VAE of temporal
+stride 4 makes F latents of T = 4(F-1)+1 frames, an image VAE one of each. Rule: what must be known without the future
+is encoded alone: every shot by itself, a given frame by itself. For Wan, a prefix encoded alone has the latents that it
+has in its clip. For CogVideoX it has not: it works in pieces of 9, then 8, video frames and its group norms average
+over a piece, so that a latent changes with later frames of its piece, and cutting given frames out of an encoded clip
+would leak what is to be generated.
 """
 
 from __future__ import annotations
@@ -12,29 +13,63 @@ from __future__ import annotations
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan
+from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLTemporalDecoder, AutoencoderKLWan
 from torch import Tensor
 
 from models.text import weights_hash
+
+VideoVAE = AutoencoderKLWan | AutoencoderKLCogVideoX
+ImageVAE = AutoencoderKL | AutoencoderKLTemporalDecoder  # the latter's decoder sees all frames of a clip
+VAE = VideoVAE | ImageVAE
+
+
+def posterior(vae: VAE, video: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance, each [B,C,F,h,w] in raw VAE units, of video [B,3,T,H,W]."""
+    model: Any = vae
+    if not isinstance(vae, ImageVAE):
+        found = model.encode(video).latent_dist
+        return found.mean, found.logvar
+    found = model.encode(video.transpose(1, 2).flatten(0, 1)).latent_dist
+    mean, logvar = (x.unflatten(0, (len(video), -1)).transpose(1, 2) for x in (found.mean, found.logvar))
+    return mean, logvar
+
+
+def decode_latents(vae: VAE, latents: Tensor) -> Tensor:
+    """Video [B,3,T,H,W] from raw latents [B,C,F,h,w]."""
+    model: Any = vae
+    if not isinstance(vae, ImageVAE):
+        return model.decode(latents).sample
+    frames = latents.transpose(1, 2).flatten(0, 1)
+    options = {"num_frames": latents.shape[2]} if isinstance(vae, AutoencoderKLTemporalDecoder) else {}
+    return model.decode(frames, **options).sample.unflatten(0, (len(latents), -1)).transpose(1, 2)
 
 
 class VideoCodec:
     """Encodes and decodes one clip or a batch of equal ones. Holds caches while it runs: one thread at a time."""
 
-    def __init__(self, vae: AutoencoderKLWan | AutoencoderKLCogVideoX) -> None:
+    def __init__(self, vae: VAE) -> None:
         self.vae = cast(Any, vae)
+        self.temporal_stride: int
+        self.spatial_stride: int
+        self.latent_channels: int
+        self.frame_step: int  # a clip that comes back at its length has frame_step * k + 1 video frames
         self.vae.eval().requires_grad_(False)
         config = self.vae.config
-        if isinstance(vae, AutoencoderKLCogVideoX):
-            self.temporal_stride: int = int(config.temporal_compression_ratio)
-            self.spatial_stride: int = 2 ** (len(config.block_out_channels) - 1)
-            self.latent_channels: int = config.latent_channels
+        if isinstance(vae, ImageVAE):
+            self.temporal_stride, self.frame_step = 1, 1
+            self.spatial_stride = 2 ** (len(config.block_out_channels) - 1)
+            self.latent_channels = config.latent_channels
+            mean, std = _scaling(config)
+        elif isinstance(vae, AutoencoderKLCogVideoX):
+            self.temporal_stride = int(config.temporal_compression_ratio)
+            self.spatial_stride = 2 ** (len(config.block_out_channels) - 1)
+            self.latent_channels = config.latent_channels
             # it decodes latents in pairs after the first; of an even number it makes 4F frames, not 4(F-1)+1
-            self.frame_step: int = self.temporal_stride * self.vae.num_latent_frames_batch_size
-            mean, std = [0.0] * config.latent_channels, [1 / config.scaling_factor] * config.latent_channels
+            self.frame_step = self.temporal_stride * self.vae.num_latent_frames_batch_size
+            mean, std = _scaling(config)
         else:
             self.temporal_stride = config.scale_factor_temporal
             self.spatial_stride = config.scale_factor_spatial
@@ -56,7 +91,7 @@ class VideoCodec:
         config = path / "config.json"
         if not config.is_file():
             raise FileNotFoundError(f"{config} is missing: a model folder keeps its VAE there")
-        classes: dict[str, Any] = {c.__name__: c for c in (AutoencoderKLWan, AutoencoderKLCogVideoX)}
+        classes: dict[str, Any] = {c.__name__: c for c in get_args(VAE)}
         if (kind := json.loads(config.read_text()).get("_class_name")) not in classes:
             raise ValueError(f"{config}: _class_name is {kind!r}, supported are {', '.join(classes)}")
         vae: Any = classes[kind].from_pretrained(
@@ -74,9 +109,9 @@ class VideoCodec:
         return weights_hash(sorted(self.vae.state_dict().items()), dict(self.vae.config))
 
     def num_latent_frames(self, num_frames: int) -> int:
-        """F for T video frames; ValueError unless T = step*k + 1, where the step is 4 for Wan and 8 for CogVideoX."""
+        """F for T video frames; ValueError unless T = step*k + 1: the step is 4 for Wan, 8 for CogVideoX, else 1."""
         step = self.frame_step
-        if num_frames < 1 or num_frames % step != 1:
+        if num_frames < 1 or (num_frames - 1) % step:
             raise ValueError(
                 f"{num_frames} frames: the VAE takes {step}k+1 frames (1, {step + 1}, {2 * step + 1}, ...)"
             )
@@ -91,14 +126,13 @@ class VideoCodec:
         height, width = video.shape[3:]
         if height % self.spatial_stride or width % self.spatial_stride:
             raise ValueError(f"video is {height}x{width}, the VAE needs multiples of {self.spatial_stride}")
-        posterior = self.vae.encode(video.to(self.device, self.vae.dtype)).latent_dist
-        return posterior.mean, posterior.logvar
+        return posterior(self.vae, video.to(self.device, self.vae.dtype))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Video [B,3,T,H,W] in [-1,1] from normalised latents [B,C,F,h,w]."""
         self.num_latent_frames((latents.shape[2] - 1) * self.temporal_stride + 1)
-        return self.vae.decode(self.denormalize(latents.to(self.device)).to(self.vae.dtype)).sample
+        return decode_latents(self.vae, self.denormalize(latents.to(self.device)).to(self.vae.dtype))
 
     def normalize(self, mean: Tensor) -> Tensor:
         """Raw VAE latents [...,C,F,h,w] to the backbone's units: zero mean, unit deviation per channel."""
@@ -107,3 +141,9 @@ class VideoCodec:
     def denormalize(self, z: Tensor) -> Tensor:
         """Inverse of `normalize`."""
         return z * self._std.to(z) + self._mean.to(z)
+
+
+def _scaling(config: Any) -> tuple[list[float], list[float]]:
+    """Mean and deviation per channel of a VAE whose latents are (raw - shift) * scale to its model."""
+    shift = getattr(config, "shift_factor", None) or 0.0
+    return [shift] * config.latent_channels, [1 / config.scaling_factor] * config.latent_channels

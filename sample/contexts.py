@@ -76,7 +76,7 @@ def states_of(
 def encode_context(texts: list[str], model: Model) -> Tensor:
     """One context [L, D]. Raises ValueError for texts that do not fit, also for one that the encoder would cut."""
     before = model.text.truncated
-    context = pack_text(model.text.encode(texts), model.settings.text_length)
+    context = pack_text(model.text.encode(model.text.parts(texts)), model.settings.text_length)
     if model.text.truncated > before:
         raise ValueError(f"a text has more than the model's {model.settings.text_length} tokens; shorten it")
     return context

@@ -99,7 +99,7 @@ def generate_scenes(
     for a storyboard that the model cannot make, naming the shot and the field.
     """
     for board in storyboards:
-        board.validate(temporal_stride=model.codec.temporal_stride)
+        board.validate(frame_step=model.codec.frame_step)
     if independent:
         return _generate_shots_alone(model, storyboards, settings, seeds, states, callback)
     shapes = {scene_shape(board, model.settings) for board in storyboards}

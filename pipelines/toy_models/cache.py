@@ -61,6 +61,13 @@ def _dressed(scene: ToyScene, shot: int, rng: np.random.Generator) -> ToyScene:
     return replace(scene, characters=(*scene.characters[:who], dressed, *scene.characters[who + 1 :]))
 
 
+def readable(texts: list[tuple[str, ...]], encoder: TextEncoder, scene: ToyScene) -> list[tuple[str, ...]]:
+    """The texts that a model reads whole, as the strings that its encoder is given; the plainest wording, if none."""
+    found = [tuple(encoder.parts(text)) for text in texts]
+    fitting = [text for text in found if sum(encoder.num_tokens(part) for part in text) <= encoder.max_length]
+    return fitting or [tuple(encoder.parts([sentence(scene, 0)]))]
+
+
 @torch.no_grad()
 def build_cache(
     folder: Path, codec: VideoCodec, encoder: TextEncoder, *, level: LevelName, split: Split, seed: int, clips: int,
@@ -68,7 +75,8 @@ def build_cache(
 ) -> list[Path]:  # fmt: skip
     """Write `clips` clips to `folder` in parts of `part_size` and return the parts; those already there are kept.
 
-    Every clip stands in its part once per text (`TEXTS_PER_CLIP` rows share one latent).
+    Every clip stands in its part once per text that the model reads whole (at most `TEXTS_PER_CLIP` rows share one
+    latent).
     """
     paths = []
     known: dict[str, Tensor] = {}
@@ -81,6 +89,7 @@ def build_cache(
         bank: dict[tuple[str, ...], int] = {}
         for index in range(begin, min(begin + part_size, clips)):
             alone, texts = cache_clip(level, split, seed, index, patterned)
+            texts = readable(texts, encoder, alone)
             mean, _ = codec.encode(to_video(render_shot(alone, 0, SIZE))[None])
             latents += [codec.normalize(mean)[0].half()] * len(texts)
             ids += [bank.setdefault(text, len(bank)) for text in texts]

@@ -11,7 +11,7 @@ from torch import Tensor
 from models.folder import Model
 from models.noise import base_levels
 from models.text import null_text, pack_text
-from pipelines.toy_models.cache import cache_clip
+from pipelines.toy_models.cache import cache_clip, readable
 from pipelines.toy_models.data import SIZE, pixel_weights, to_video
 from toyworld.render import render_shot
 from toyworld.vocabulary import LevelName
@@ -47,7 +47,7 @@ def _denoised_group(model: Model, level: LevelName, seed: int, group: int) -> tu
     video = torch.stack([to_video(render_shot(alone, 0, SIZE)) for alone, _ in clips])
     clean = model.codec.normalize(model.codec.encode(video)[0])
     length = model.settings.text_length
-    tokens = model.text.encode([texts[0][0] for _, texts in clips])
+    tokens = model.text.encode([readable(texts[:1], model.text, alone)[0][0] for alone, texts in clips])
     text = torch.stack([pack_text([one.float()], length) for one in tokens])  # [B,L,D]
     nothing = null_text(model.text, length).expand_as(text)
 
@@ -58,10 +58,10 @@ def _denoised_group(model: Model, level: LevelName, seed: int, group: int) -> tu
     levels = torch.cat([torch.tensor([start]), levels[levels < start]])
     x = process.add_noise(clean, noise, levels[0])
     for now, then in zip(levels, levels[1:], strict=False):
-        times = now.expand(GROUP)
-        prediction = model.backbone(x, times, text)
+        times, scaled = now.expand(GROUP), process.precondition(x, now)
+        prediction = model.backbone(scaled, times, text)
         if guidance != 1.0:
-            without = model.backbone(x, times, nothing)
+            without = model.backbone(scaled, times, nothing)
             prediction = without + guidance * (prediction - without)
         x = process.step(x, prediction, now, then)
     return model.codec.denormalize(x), video

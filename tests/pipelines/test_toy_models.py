@@ -14,7 +14,7 @@ from pipelines.toy_models.cache import cache_clip
 from pipelines.toy_models.data import IMAGE_STEPS, vae_batch
 from pipelines.toy_models.measure import PROMPT_SEED, held_out_scenes
 from pipelines.toy_models.texts import SLOTS, text_batch
-from toyworld.text import parse_sentence, parse_shot_prompt, parse_story
+from toyworld.text import parse_sentence, parse_shot_prompt, parse_story, sentence
 from toyworld.vocabulary import ACTIONS, COLOURS
 from toyworld.world import is_held_out
 from train.text_encoder import TextEncoderSettings, train_text_encoder
@@ -128,3 +128,54 @@ def test_the_whole_run_in_miniature(tmp_path: Path) -> None:
     card = (tmp_path / "onward-model" / "README.md").read_text()
     assert card.index("steps=2 ") < card.index("steps=1 ")  # the card tells of both runs, in order
     assert card.count("| transformer | step") == 2 and card.count("| vae | step") == 1
+
+
+@pytest.mark.parametrize("backbone", ["cogvideox", "latte"])
+def test_the_shipped_sizes_are_small(backbone) -> None:
+    from pipelines.toy_models.parts import SMALL
+
+    small = SMALL[backbone]
+    parts = (small.make_vae(), small.make_transformer(small.width, small.layers))
+    assert sum(p.numel() for part in parts for p in part.parameters()) <= 2_500_000
+
+
+def test_texts_that_the_model_would_cut_are_left_out() -> None:
+    from models.text import TextStyle
+    from models.tiny import tiny_text_encoder
+    from pipelines.toy_models.cache import readable
+
+    scene, texts = cache_clip("small", "train", 0, 3)
+    assert readable(texts, tiny_text_encoder(max_length=256), scene) == texts
+    for encoder in (tiny_text_encoder(max_length=120), tiny_text_encoder(max_length=120, style=TextStyle(padded=True))):
+        found = readable(texts, encoder, scene)
+        assert found == [text for text in texts[:2] if len(text[0]) < 120], "the story is longer"
+        assert readable([("x" * 120,)], encoder, scene) == [(sentence(scene, 0),)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["cogvideox", "latte"])
+def test_the_other_families_in_miniature(tmp_path: Path, backbone) -> None:
+    import diffusers
+    from safetensors import safe_open
+
+    from models.families import FAMILIES
+    from models.folder import load_model
+    from pipelines.toy_models.build import build_toy_models
+    from pipelines.toy_models.settings import ToyModelsConfig
+
+    config = ToyModelsConfig(
+        backbone=backbone, run_dir=tmp_path / "run", out=tmp_path / "model", vae_steps=2, vae_polish_steps=1, clips=4,
+        patterned=4, steps=2, batch_size=4, decoder_steps=2, width=64, layers=1, prompts=2,
+    )  # fmt: skip
+    assert build_toy_models(config) == tmp_path / "model" and not (tmp_path / "run" / "text_encoder").exists()
+    card = (tmp_path / "model" / "README.md").read_text()
+    family = FAMILIES[backbone]
+    assert f"python -m pipelines.toy_models steps=2 backbone={backbone} " in card and "| decoder | step" in card
+    assert f"`{family.vae_class.__name__}`" in card and f"`{family.pipeline}.from_pretrained(FOLDER)`" in card
+    for file in (tmp_path / "model").rglob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"F16"}  # noqa: SIM118
+    getattr(diffusers, family.pipeline).from_pretrained(tmp_path / "model", local_files_only=True)
+    model = load_model(tmp_path / "model")
+    latents = model.codec.normalize(model.codec.encode(vae_batch(0, 0, images=True)[0])[0])
+    assert 0.3 < latents.std() < 3.0 and latents.mean().abs() < 0.5, "the model's units"
