@@ -17,6 +17,7 @@ from typing import Any, get_args
 import diffusers
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from models.backbones.base import Backbone
 from models.codecs import VideoCodec
@@ -262,7 +263,7 @@ def save_model(
 
 def _in_type(module: Any, dtype: torch.dtype | None) -> Any:
     """The module, or a copy of it in another type."""
-    return module if dtype is None else copy.deepcopy(module).to(dtype)
+    return module if dtype is None else nn.Module.to(copy.deepcopy(module), dtype)
 
 
 def _scheduler(model: Model, settings: ModelSettings, copy_parts_from: Path | str | None) -> Any:

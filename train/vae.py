@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSpatialNorm3D
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch import Tensor, nn
 
@@ -88,23 +89,27 @@ def _posterior_head(vae: VAE) -> nn.Conv2d | nn.Conv3d:
 
 
 @torch.no_grad()
-def whiten_latents(vae: VAE, mean: list[float], std: list[float]) -> None:
-    """Put mean and deviation per channel [C] into the 1x1 convolutions around the latents, in place.
+def scale_latents(vae: VAE, std: list[float]) -> None:
+    """Divide each channel of the latents by its deviation [C], in place, in the layers that write and read them.
 
-    For a family whose configuration has one scale for all channels: its latents then have mean 0 and deviation 1, and
-    what it decodes from them stays.
+    For a family whose configuration has one scale for all channels. What it decodes from its latents stays.
     """
+    head, scale = _posterior_head(vae), torch.tensor(std)
+    head.weight[: len(scale)] /= scale.view(-1, *[1] * (head.weight.ndim - 1))
+    head.bias[: len(scale)] /= scale  # type: ignore[index]
+    head.bias[len(scale) :] -= 2 * scale.log()  # type: ignore[index]
+    for layer in _latent_readers(vae):
+        layer.weight *= scale.view(1, -1, *[1] * (layer.weight.ndim - 2))
+
+
+def _latent_readers(vae: VAE) -> list[nn.Conv2d | nn.Conv3d]:
+    """The layers of the decoder that latents go into; CogVideoX's norms read them, too."""
     model: Any = vae
-    shift, scale = torch.tensor(mean), torch.tensor(std)
-    before, after = (getattr(layer, "conv", layer) for layer in (model.quant_conv, model.post_quant_conv))
-    if {*before.kernel_size, *after.kernel_size} != {1}:
-        raise ValueError(f"{type(vae).__name__} has wide convolutions around its latents, which cannot be folded")
-    channels, ones = len(shift), [1] * (before.weight.ndim - 1)
-    before.weight[:channels] /= scale.view(-1, *ones)
-    before.bias[:channels] = (before.bias[:channels] - shift) / scale
-    before.bias[channels:] -= 2 * scale.log()
-    after.bias += (after.weight * shift.view(1, -1, *ones[1:])).flatten(1).sum(dim=1)
-    after.weight *= scale.view(1, -1, *ones[1:])
+    if getattr(model, "post_quant_conv", None) is not None:
+        return [model.post_quant_conv]
+    norms = [module for module in model.decoder.modules() if isinstance(module, CogVideoXSpatialNorm3D)]
+    layers = [model.decoder.conv_in, *(layer for norm in norms for layer in (norm.conv_y, norm.conv_b))]
+    return [getattr(layer, "conv", layer) for layer in layers]
 
 
 def _learning_rate(settings: VaeSettings, step: int) -> float:

@@ -29,7 +29,7 @@ from pipelines.toy_models.denoised import denoised_source
 from pipelines.toy_models.measure import held_out_scores
 from pipelines.toy_models.parts import SMALL, TEXT_WIDTH, scaled
 from pipelines.toy_models.settings import ToyModelsConfig
-from pipelines.toy_models.texts import SLOTS, text_batch
+from pipelines.toy_models.texts import SLOTS, fitting, text_batch
 from toyworld.vocabulary import FPS, SHOT_FRAMES
 from train.batches import LatentCache
 from train.decoder import DecoderSettings, train_decoder
@@ -139,33 +139,39 @@ def _fresh(config: ToyModelsConfig, say: Callable[[str], None]) -> tuple[Backbon
     if config.text_from:
         found = load_model(config.text_from, parts=("text",)).text
         tokenizer, text_model = found.tokenizer, found.model
+        if style.padded:  # it has to learn to read padding, which hides the text from one that never saw it
+            text_model = _train_text_encoder(config, tokenizer, text_model.requires_grad_(True), say, small.text_length)
     else:
         tokenizer = ByT5Tokenizer()
-        text_model = _text_encoder(config, tokenizer, say)
+        text_model = _train_text_encoder(config, tokenizer, _text_encoder(config, tokenizer), say)
     encoder = TextEncoder(tokenizer, text_model, max_length=small.text_length, style=style)
     torch.manual_seed(config.seed)
     backbone = small.backbone(config.backbone, config.width or small.width, config.layers or small.layers)
     return backbone, VideoCodec(_vae(config, say)), encoder
 
 
-def _text_encoder(config: ToyModelsConfig, tokenizer: ByT5Tokenizer, say: Callable[[str], None]) -> T5EncoderModel:
+def _text_encoder(config: ToyModelsConfig, tokenizer: ByT5Tokenizer) -> T5EncoderModel:
     torch.manual_seed(config.seed)
-    encoder = T5EncoderModel(
+    return T5EncoderModel(
         T5Config(
             vocab_size=384, d_model=TEXT_WIDTH, d_kv=24, num_heads=4, d_ff=256, num_layers=3, dropout_rate=0.0,
             feed_forward_proj="gated-gelu", pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
         )
     )  # fmt: skip
+
+
+def _train_text_encoder(
+    config: ToyModelsConfig, tokenizer: Any, encoder: Any, say: Callable[[str], None], pad_to: int | None = None
+) -> Any:
+    """`encoder`, trained; with `pad_to` on texts that are so many tokens with their padding."""
+
+    def texts(step: int) -> tuple[list[str], dict[str, list[int]]]:
+        batch = text_batch(config.seed, step)
+        return batch if pad_to is None else fitting(batch, pad_to - 1)
+
     settings = TextEncoderSettings(steps=config.text_steps, seed=config.seed)
-    train_text_encoder(
-        encoder,
-        tokenizer,
-        SLOTS,
-        lambda step: text_batch(config.seed, step),
-        settings,
-        config.folder / "text_encoder",
-        say,
-    )
+    folder = config.folder / "text_encoder"
+    train_text_encoder(encoder, tokenizer, SLOTS, texts, settings, folder, say, pad_to=pad_to)
     return encoder.requires_grad_(False)
 
 

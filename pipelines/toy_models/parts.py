@@ -21,7 +21,7 @@ from models.families import FAMILIES, FamilyName
 from models.schedules import process_of_scheduler
 from pipelines.toy_models.data import SIZE, TEXT_LENGTH
 from toyworld.vocabulary import SHOT_FRAMES
-from train.vae import whiten_latents
+from train.vae import scale_latents
 
 LATENT_CHANNELS = 8
 TEXT_WIDTH = 96
@@ -56,9 +56,9 @@ def wan_vae(mean: list[float] | None = None, std: list[float] | None = None) -> 
 
 
 def scaled(vae: VAE, mean: list[float], std: list[float]) -> VAE:
-    """The VAE as its family knows the mean and deviation of its latents: by its configuration, or by its weights."""
+    """The VAE as its family knows the deviation of its latents: by its configuration (Wan) or its weights."""
     if not isinstance(vae, AutoencoderKLWan):
-        whiten_latents(vae, mean, std)
+        scale_latents(vae, std)
         return vae
     measured = wan_vae(mean, std)
     measured.load_state_dict(vae.state_dict())
@@ -76,7 +76,7 @@ def _wan(width: int, layers: int) -> WanTransformer3DModel:
 def _cogvideox_vae() -> AutoencoderKLCogVideoX:
     return AutoencoderKLCogVideoX(
         block_out_channels=(12, 24, 24, 24), layers_per_block=1, latent_channels=LATENT_CHANNELS, norm_num_groups=4,
-        sample_height=SIZE, sample_width=SIZE, use_quant_conv=True, use_post_quant_conv=True, scaling_factor=1.0,
+        sample_height=SIZE, sample_width=SIZE, scaling_factor=1.0,
     )  # fmt: skip
 
 
