@@ -13,34 +13,37 @@ from typing import Any, Literal
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLCogVideoX,
+    AutoencoderKLTemporalDecoder,
     AutoencoderKLWan,
     CogVideoXTransformer3DModel,
     LatteTransformer3DModel,
+    UNetSpatioTemporalConditionModel,
     WanTransformer3DModel,
 )
 
 from models.backbones.base import Backbone
 from models.backbones.cogvideox import CogVideoXBackbone
 from models.backbones.latte import LatteBackbone
+from models.backbones.svd import SVDBackbone
 from models.backbones.wan import WanBackbone
 from models.process import FlowMatching, Process
 from models.text import TextStyle
 
-FamilyName = Literal["wan", "cogvideox", "latte"]
+FamilyName = Literal["wan", "cogvideox", "latte", "svd"]
 Part = Literal["backbone", "codec", "text"]
 
 
 @dataclass(frozen=True)
 class Family:
     pipeline: str  # the diffusers class that opens the folder
-    model_class: Any  # of `transformer/`
+    model_class: Any  # of `transformer/`, or `unet/`
     vae_class: Any  # of `vae/`
     build: Callable[[Any, Process], Backbone]
-    settings: Callable[[Mapping[str, Any]], dict[str, Any]]  # of a plain folder, from the config of `transformer/`
-    text_style: TextStyle = TextStyle()
+    settings: Callable[[Mapping[str, Any]], dict[str, Any]]  # of a plain folder, from the config of its model
+    text_style: TextStyle | None = TextStyle()  # None: it reads an image (`models.image_encoder`)
     # further entries of model_index.json
     index: Mapping[str, Any] = field(default_factory=dict)
-    # the folders of each part
+    # the folders of each part, of its model first; those of text and backbone are called as what holds them calls it
     folders: Mapping[Part, tuple[str, ...]] = field(
         default_factory=lambda: {"backbone": ("transformer",), "codec": ("vae",), "text": ("text_encoder", "tokenizer")}
     )
@@ -78,6 +81,13 @@ def _latte_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _svd_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "method": "svd", "frames_per_shot": config["num_frames"], "height": 576, "width": 1024, "fps": 7.0,
+        "text_length": 1, "level_shift": 1.0,
+    }  # fmt: skip
+
+
 FAMILIES: dict[FamilyName, Family] = {
     "wan": Family(
         "WanPipeline", WanTransformer3DModel, AutoencoderKLWan, _wan, lambda config: {},
@@ -91,14 +101,17 @@ FAMILIES: dict[FamilyName, Family] = {
         "LattePipeline", LatteTransformer3DModel, AutoencoderKL, LatteBackbone, _latte_settings,
         text_style=TextStyle(lowercase=True),
     ),
+    "svd": Family(
+        "StableVideoDiffusionPipeline", UNetSpatioTemporalConditionModel, AutoencoderKLTemporalDecoder, SVDBackbone,
+        _svd_settings, text_style=None,
+        folders={"backbone": ("unet",), "codec": ("vae",), "text": ("image_encoder", "feature_extractor")},
+    ),
 }  # fmt: skip
 
 # pipelines whose classes Shotloom knows and whose folders it does not open: why, and what to use instead
 REFUSED = {
     "HunyuanVideoPipeline": "a HunyuanVideo reads two texts, of a LLaMA behind a prompt template and of a CLIP, and a "
     "model folder holds one text encoder; use models.backbones.hunyuan from Python, or another model",
-    "StableVideoDiffusionPipeline": "a Stable Video Diffusion reads an image in place of a text, and prepare and "
-    "sample have texts for it only; use models.backbones.svd from Python, or another model",
     "CogVideoXImageToVideoPipeline": "it takes its image beside the noisy latents; use the text-to-video model, which "
     "learns image conditions as clean frames (method fvdm)",
     "WanImageToVideoPipeline": "it takes its image beside the noisy latents; use the text-to-video model, which learns "

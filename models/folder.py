@@ -1,6 +1,7 @@
 """Model folders: the diffusers layout, which the family's plain pipeline reads, plus `shotloom.json`.
 
 model_index.json  transformer/  vae/  text_encoder/  tokenizer/  scheduler/  shotloom.json
+Stable Video Diffusion: unet/ for transformer/, image_encoder/ and feature_extractor/ for text_encoder/ and tokenizer/
 conditioner/  a method's own modules, where it has some (FCA); plain diffusers leaves them out
 """
 
@@ -21,7 +22,8 @@ from torch import nn
 
 from models.backbones.base import Backbone
 from models.codecs import VideoCodec
-from models.families import FAMILIES, FamilyName, Part, family_of_pipeline
+from models.families import FAMILIES, Family, FamilyName, Part, family_of_pipeline
+from models.image_encoder import ImageEncoder
 from models.methods import get_method
 from models.records import RecordError, decode
 from models.schedules import process_of_scheduler
@@ -56,7 +58,7 @@ class Model:
         self,
         backbone: Backbone | None,
         codec: VideoCodec | None,
-        text: TextEncoder | None,
+        text: TextEncoder | ImageEncoder | None,
         settings: ModelSettings,
         scheduler: Mapping[str, Any] | None = None,  # its diffusers config; None: Wan's
     ) -> None:
@@ -74,7 +76,22 @@ class Model:
 
     @property
     def text(self) -> TextEncoder:
+        """ValueError for a model that reads an image in place of a text."""
+        if isinstance(self._part("text"), ImageEncoder):
+            raise ValueError(
+                f"a {self.settings.backbone} reads an image, no text: sample from a first frame; to prepare or train "
+                "use another model, or train it from Python (method svd)"
+            )
         return self._part("text")
+
+    @property
+    def image_encoder(self) -> ImageEncoder:
+        """Of a model that `reads_images`."""
+        return self._part("text")
+
+    @property
+    def reads_images(self) -> bool:
+        return FAMILIES[self.settings.backbone].text_style is None
 
     @property
     def device(self) -> torch.device:
@@ -106,14 +123,15 @@ def load_model(
         for name in family.folders[part]:
             if not (path / name).is_dir():
                 raise FileNotFoundError(f"{path / name} is missing: the {part} of a model folder lies there")
-    backbone, codec, text, scheduler = None, None, None, None
+    backbone, codec, scheduler = None, None, None
+    text: TextEncoder | ImageEncoder | None = None
     if "backbone" in parts:
         if (path / "transformer_2").is_dir():
             raise ValueError(f"{path}: two-expert Wan 2.2 models are not supported; use Wan 2.1 or a one-expert model")
         scheduler = _read_scheduler(path)
         # from_pretrained, not .to(dtype): it keeps the time embedding in float32
         loaded: Any = family.model_class.from_pretrained(
-            path / "transformer", torch_dtype=dtype, local_files_only=True, use_safetensors=True
+            path / family.folders["backbone"][0], torch_dtype=dtype, local_files_only=True, use_safetensors=True
         )
         try:
             backbone = family.build(loaded.to(device), process_of_scheduler(scheduler)).eval()
@@ -129,7 +147,10 @@ def load_model(
                 f"{family.vae_class.__name__}"
             )
     if "text" in parts:
-        text = TextEncoder.from_folder(path, settings.text_length, device, dtype, family.text_style)
+        if family.text_style is None:
+            text = ImageEncoder.from_folder(path, device, dtype)
+        else:
+            text = TextEncoder.from_folder(path, settings.text_length, device, dtype, family.text_style)
     return Model(backbone, codec, text, settings, scheduler)
 
 
@@ -167,7 +188,7 @@ def load_settings(path: Path | str) -> ModelSettings:
         raise RecordError(f"{index}: {error}") from error
     file = path / SETTINGS_FILE
     if not file.is_file():
-        config = path / "transformer" / "config.json"
+        config = path / FAMILIES[family].folders["backbone"][0] / "config.json"
         known = FAMILIES[family].settings(json.loads(config.read_text())) if config.is_file() else {}
         return ModelSettings(backbone=family, **known)
     settings = decode(ModelSettings, json.loads(file.read_text()), str(file))
@@ -211,15 +232,16 @@ def save_model(
         **family.index,
     }
     if model.has("backbone"):
-        transformer: Any = model.backbone.transformer
+        (folder,) = family.folders["backbone"]
+        transformer: Any = getattr(model.backbone, folder, None)
         if not isinstance(transformer, family.model_class):
             raise ValueError(
                 f"settings.backbone is {settings.backbone!r}, but the model is {type(transformer).__name__}"
             )
         if getattr(transformer, "peft_config", None):
             raise ValueError("the backbone still has LoRA layers: merge_lora it first, or save_lora them on their own")
-        _in_type(transformer, dtype).save_pretrained(temporary / "transformer")
-        index["transformer"] = ["diffusers", type(transformer).__name__]
+        _in_type(transformer, dtype).save_pretrained(temporary / folder)
+        index[folder] = ["diffusers", type(transformer).__name__]
         if model.backbone.conditioner is not None:
             weights = {name: w.contiguous() for name, w in model.backbone.conditioner.state_dict().items()}
             (temporary / CONDITIONER_FILE).parent.mkdir()
@@ -228,15 +250,7 @@ def save_model(
         _in_type(model.codec.vae, dtype).save_pretrained(temporary / "vae")
         index["vae"] = ["diffusers", type(model.codec.vae).__name__]
     if model.has("text"):
-        if model.text.style != family.text_style:
-            raise ValueError(
-                f"a {settings.backbone} reads texts as {family.text_style}, its encoder is {model.text.style}"
-            )
-        text_model: Any = model.text.model
-        _in_type(text_model, dtype).save_pretrained(temporary / "text_encoder")
-        model.text.tokenizer.save_pretrained(temporary / "tokenizer")
-        index["text_encoder"] = ["transformers", type(model.text.model).__name__]
-        index["tokenizer"] = ["transformers", type(model.text.tokenizer).__name__]
+        _write_text(model, family, temporary, dtype, index)
     for part in get_args(Part):
         if not model.has(part):
             if copy_parts_from is None:
@@ -259,6 +273,18 @@ def save_model(
         path.rename(old)
     temporary.rename(path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_text(model: Model, family: Family, path: Path, dtype: torch.dtype | None, index: dict[str, Any]) -> None:
+    """The encoder of texts or images, and what prepares them for it."""
+    encoder: Any = model.image_encoder if family.text_style is None else model.text
+    if (style := getattr(encoder, "style", None)) != family.text_style:
+        raise ValueError(f"a {family.pipeline} reads texts as {family.text_style}, this encoder as {style}")
+    folder, prepares = family.folders["text"]
+    _in_type(encoder.model, dtype).save_pretrained(path / folder)
+    getattr(encoder, prepares).save_pretrained(path / prepares)
+    index[folder] = ["transformers", type(encoder.model).__name__]
+    index[prepares] = ["transformers", type(getattr(encoder, prepares)).__name__]
 
 
 def _in_type(module: Any, dtype: torch.dtype | None) -> Any:

@@ -10,24 +10,30 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import CogVideoXPipeline, DDIMScheduler, LattePipeline
+from diffusers import CogVideoXPipeline, DDIMScheduler, LattePipeline, StableVideoDiffusionPipeline
 from torch import Tensor
 
 from models.backbones.cogvideox import CogVideoXBackbone
 from models.backbones.latte import LatteBackbone
+from models.backbones.svd import SVDBackbone
 from models.folder import Model, ModelSettings, load_model, save_model
 from models.noise import base_levels
-from models.process import VPDiffusion
+from models.process import EDM, VPDiffusion
 from models.records import RecordError
 from models.schedules import process_of_scheduler
 from models.text import null_text, pack_text
 from models.tiny import build_tiny_folder
 from models.tiny_cogvideox import build_tiny_cogvideox_folder
 from models.tiny_latte import build_tiny_latte_folder
+from models.tiny_svd import build_tiny_svd_folder
 
 PROMPTS = ["red", "a box"]
-BUILDERS: dict[str, Callable[..., Model]] = {"cogvideox": build_tiny_cogvideox_folder, "latte": build_tiny_latte_folder}
-PIPELINES: dict[str, Any] = {"cogvideox": CogVideoXPipeline, "latte": LattePipeline}
+BUILDERS: dict[str, Callable[..., Model]] = {
+    "cogvideox": build_tiny_cogvideox_folder, "latte": build_tiny_latte_folder, "svd": build_tiny_svd_folder,
+}  # fmt: skip
+PIPELINES: dict[str, Any] = {
+    "cogvideox": CogVideoXPipeline, "latte": LattePipeline, "svd": StableVideoDiffusionPipeline,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +120,29 @@ def test_latte_encodes_every_frame_alone(folders, pipelines):
     assert torch.allclose(model.codec.denormalize(model.codec.normalize(mean)), mean, atol=1e-6)
 
 
+@torch.no_grad()
+def test_svd_sees_images_and_decodes_as_its_pipeline_does(folders, pipelines):
+    from PIL import Image
+
+    model, pipeline = load_model(folders["svd"]), pipelines["svd"]
+    assert isinstance(model.backbone, SVDBackbone) and isinstance(model.backbone.process, EDM) and model.reads_images
+    assert model.backbone.process.sigma_max == 700.0
+    pixels = torch.randint(0, 256, (24, 40, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    image = pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
+    theirs = pipeline._encode_image(Image.fromarray(pixels.numpy()), "cpu", 1, False)
+    ours = model.image_encoder.encode(image)
+    assert ours.shape == (1, 1, 16) and torch.allclose(ours, theirs, atol=1e-5)
+    mean, _ = model.codec.encode(image[:, :, None])
+    assert torch.allclose(mean[:, :, 0], pipeline._encode_vae_image(image, "cpu", 1, False), atol=1e-5)
+    latents = randn(2, 4, 6, 4, 4)
+    video = model.codec.decode(latents)
+    assert video.shape == (2, 3, 6, 8, 8)
+    plain = torch.cat([pipeline.decode_latents(one[None].transpose(1, 2), 6) for one in latents])
+    assert torch.allclose(video, plain, atol=1e-4), "its decoder sees the frames of one clip together"
+    with pytest.raises(ValueError, match="a svd reads an image, no text: sample from a first frame"):
+        _ = model.text
+
+
 def test_a_shift_of_the_latents_is_undone():
     from models.codecs import VideoCodec
     from models.tiny_latte import tiny_image_vae
@@ -151,7 +180,8 @@ def test_latte_reads_lower_case_with_zeros_after_it(folders, pipelines):
 
 def test_what_reads_texts_otherwise_has_another_hash(folders, tmp_path):
     wan = build_tiny_folder(tmp_path / "wan", text_length=7)
-    hashes = {wan.text.hash, *(load_model(folder, parts=("text",)).text.hash for folder in folders.values())}
+    others = [load_model(folders[name], parts=("text",)) for name in ("cogvideox", "latte")]
+    hashes = {wan.text.hash, *(model.text.hash for model in others)}
     assert len(hashes) == 3, "the weights are the same"
 
 
@@ -166,7 +196,7 @@ def test_a_folder_comes_back_as_it_was_written(tmp_path, folders, name):
         states = [(m if part == "backbone" else m.vae).state_dict() for m in (one, other)]
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
-    assert first.text.hash == again.text.hash
+    assert first._parts["text"].hash == again._parts["text"].hash
     for file in ("scheduler/scheduler_config.json", "model_index.json"):
         assert (tmp_path / "again" / file).read_text() == (folders[name] / file).read_text()
 
@@ -196,6 +226,9 @@ def test_plain_folders_say_what_they_were_trained_for(tmp_path, folders):
         found[name] = load_model(tmp_path / name, parts=()).settings
     shared = {"fps": 8.0, "level_shift": 1.0, "method_params": {"shift": 1.0}, "width": 32, "height": 32}
     assert found["cogvideox"] == ModelSettings(backbone="cogvideox", text_length=7, frames_per_shot=21, **shared)
+    assert found["svd"] == ModelSettings(
+        backbone="svd", method="svd", text_length=1, level_shift=1.0, fps=7.0, frames_per_shot=6, height=576, width=1024
+    )
     assert found["latte"] == ModelSettings(backbone="latte", text_length=120, frames_per_shot=6, **shared)
 
 

@@ -18,6 +18,7 @@ from models.folder import Model, load_model
 from models.scene import STORY_TEXT, EncodedSpan, Scene, Shot, Source, link_shots, shot_tensor_key
 from models.tiny_cogvideox import build_tiny_cogvideox_folder
 from models.tiny_latte import build_tiny_latte_folder
+from models.tiny_svd import build_tiny_svd_folder
 from pipelines.prepare import PrepareConfig, make_settings
 from pipelines.train import TrainConfig, run_train
 from preprocess.encode import Encoder, scene_texts
@@ -154,3 +155,29 @@ def test_parts_of_a_joined_text_cannot_be_dropped(family, folder, dataset, tmp_p
     }  # fmt: skip
     with pytest.raises(ValueError, match=r"encoded as one text.*set text_drop.story=0"):
         run_train(load_config(TrainConfig, None, [f"{key}={value}" for key, value in keys.items()]))
+
+
+def test_svd_makes_a_shot_of_its_first_frame(tmp_path):
+    from PIL import Image
+
+    from pipelines.serve import ServeConfig, server_settings
+
+    build_tiny_svd_folder(tmp_path / "svd")
+    model = load_model(tmp_path / "svd")
+    for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
+    settings = GenerateSettings(steps=2, image_guidance=2.0)
+
+    def make(image: str, seed: int = 0) -> np.ndarray:
+        board = Storyboard("one", shots=[StoryboardShot("go", first_frame=str(tmp_path / f"{image}.png"))])
+        return generate_scene(model, board, settings, seed)[0]
+
+    frames = make("red")
+    assert frames.shape == (6, 8, 8, 3) and np.array_equal(frames, make("red"))
+    assert not np.array_equal(frames, make("blue")) and not np.array_equal(frames, make("red", seed=1))
+    with pytest.raises(StoryboardError, match="method 'svd' cannot make 1 shots .* .its tasks: i2v"):
+        generate_scene(model, Storyboard("one", shots=[StoryboardShot("go")]), settings, 0)
+    service = server_settings(ServeConfig(model=tmp_path / "svd", folder=tmp_path / "jobs")).service
+    assert service.first_frame and service.max_shots == 1 and service.frame_step == 1
+    with pytest.raises(ValueError, match="reads an image, no text.*to prepare or train use another model"):
+        Encoder.from_folder(tmp_path / "svd")

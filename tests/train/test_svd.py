@@ -15,7 +15,7 @@ from models.methods import get_method
 from models.process import EDM
 from models.schedules import process_of_scheduler
 from models.text import TextContext
-from models.tiny_svd import tiny_svd
+from models.tiny_svd import SCHEDULER, tiny_svd
 from sample.guidance import Guidance
 from sample.sampler import sample
 from tests.train.tiny import tiny_backbone
@@ -23,11 +23,6 @@ from train.batches import LatentCache, write_cache
 from train.loop import LoopSettings, draw, given_conditions, run_loop
 from train.metrics import read
 
-SCHEDULER = {  # the published model's
-    "_class_name": "EulerDiscreteScheduler", "prediction_type": "v_prediction", "timestep_type": "continuous",
-    "timestep_spacing": "leading", "use_karras_sigmas": True, "sigma_min": 0.002, "sigma_max": 700.0,
-    "interpolation_type": "linear", "num_train_timesteps": 1000,
-}  # fmt: skip
 METHOD = get_method("svd", latent_scale=0.5)
 SETTINGS = LoopSettings(steps=2, log_every=1, warmup_steps=0)
 FRAMES, WIDTH = 3, 16
