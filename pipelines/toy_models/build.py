@@ -20,14 +20,14 @@ from models.backbones.base import Backbone
 from models.codecs import VAE, VideoCodec
 from models.families import FAMILIES
 from models.folder import Model, ModelSettings, load_model, save_model
-from models.methods import get_method
+from models.image_encoder import ImageEncoder
 from models.text import TextEncoder, null_text
 from pipelines.toy_models.cache import build_cache
 from pipelines.toy_models.card import model_card, run_record
 from pipelines.toy_models.data import SIZE, vae_batch
 from pipelines.toy_models.denoised import denoised_source
 from pipelines.toy_models.measure import held_out_scores
-from pipelines.toy_models.parts import SMALL, TEXT_WIDTH, scaled
+from pipelines.toy_models.parts import IMAGE_WIDTH, SMALL, TEXT_WIDTH, image_encoder, scaled
 from pipelines.toy_models.settings import ToyModelsConfig
 from pipelines.toy_models.texts import SLOTS, fitting, text_batch
 from toyworld.vocabulary import FPS, SHOT_FRAMES
@@ -57,8 +57,9 @@ def build_toy_models(config: ToyModelsConfig) -> Path:
         + latents(split="train", seed=config.seed + 3, clips=config.patterned, patterned=True),
         "test": latents(split="test", seed=config.seed + 1, clips=96),
     }
-    method = get_method("fvdm", p=0.0, clean_prob=0.0, shift=small.level_shift, density="uniform")
-    null = null_text(encoder, small.text_length)
+    method = small.training()
+    images = isinstance(encoder, ImageEncoder)
+    null = torch.zeros(1, IMAGE_WIDTH) if images else null_text(encoder, small.text_length)
 
     def source(split: str, drop: float) -> LatentCache:
         return LatentCache(
@@ -67,7 +68,7 @@ def build_toy_models(config: ToyModelsConfig) -> Path:
         )  # fmt: skip
 
     settings = ModelSettings(
-        method="fvdm", method_params=method.config(), backbone=config.backbone, text_length=small.text_length,
+        method=method.name, method_params=method.config(), backbone=config.backbone, text_length=small.text_length,
         level_shift=small.level_shift, frames_per_shot=SHOT_FRAMES, height=SIZE, width=SIZE, fps=FPS,
         train={"world": {"level": config.level, "seed": config.seed}},
     )  # fmt: skip
@@ -119,23 +120,40 @@ def _words(figures: dict[str, Any]) -> str:
 @torch.no_grad()
 def _round_to_half(model: Model) -> None:
     """What will be written is what is scored."""
-    for part in (model.backbone, model.codec.vae, model.text.model):
+    for part in (model.backbone, model.codec.vae, _encoder(model).model):
         for value in part.state_dict().values():
             if value.is_floating_point():
                 value.copy_(value.half())
 
 
-def _start(config: ToyModelsConfig) -> tuple[Backbone, VideoCodec, TextEncoder]:
+def _encoder(model: Model) -> TextEncoder | ImageEncoder:
+    return model.image_encoder if model.reads_images else model.text
+
+
+def _start(config: ToyModelsConfig) -> tuple[Backbone, VideoCodec, TextEncoder | ImageEncoder]:
     """The parts of an earlier model; the transformer trains on, the VAE's and the text encoder's stages are skipped."""
     assert config.start is not None
     model = load_model(config.start)
     if model.settings.backbone != config.backbone:
         raise ValueError(f"{config.start} is a {model.settings.backbone}; set backbone={model.settings.backbone}")
-    return model.backbone.requires_grad_(True), model.codec, model.text
+    return model.backbone.requires_grad_(True), model.codec, _encoder(model)
 
 
-def _fresh(config: ToyModelsConfig, say: Callable[[str], None]) -> tuple[Backbone, VideoCodec, TextEncoder]:
+def _fresh(
+    config: ToyModelsConfig, say: Callable[[str], None]
+) -> tuple[Backbone, VideoCodec, TextEncoder | ImageEncoder]:
+    small = SMALL[config.backbone]
+    encoder = _read_encoder(config, say)
+    torch.manual_seed(config.seed)
+    backbone = small.backbone(config.backbone, config.width or small.width, config.layers or small.layers)
+    return backbone, VideoCodec(_vae(config, say)), encoder
+
+
+def _read_encoder(config: ToyModelsConfig, say: Callable[[str], None]) -> TextEncoder | ImageEncoder:
     small, style = SMALL[config.backbone], FAMILIES[config.backbone].text_style
+    if style is None:
+        torch.manual_seed(config.seed)
+        return image_encoder()
     if config.text_from:
         found = load_model(config.text_from, parts=("text",)).text
         tokenizer, text_model = found.tokenizer, found.model
@@ -144,10 +162,7 @@ def _fresh(config: ToyModelsConfig, say: Callable[[str], None]) -> tuple[Backbon
     else:
         tokenizer = ByT5Tokenizer()
         text_model = _train_text_encoder(config, tokenizer, _text_encoder(config, tokenizer), say)
-    encoder = TextEncoder(tokenizer, text_model, max_length=small.text_length, style=style)
-    torch.manual_seed(config.seed)
-    backbone = small.backbone(config.backbone, config.width or small.width, config.layers or small.layers)
-    return backbone, VideoCodec(_vae(config, say)), encoder
+    return TextEncoder(tokenizer, text_model, max_length=small.text_length, style=style)
 
 
 def _text_encoder(config: ToyModelsConfig, tokenizer: ByT5Tokenizer) -> T5EncoderModel:

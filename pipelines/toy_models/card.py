@@ -55,15 +55,19 @@ def model_card(config: ToyModelsConfig, scores: dict[str, dict[str, float]], run
     )
     family, small = FAMILIES[config.backbone], SMALL[config.backbone]
     name = family.pipeline.removesuffix("Pipeline")
+    task, reader, asked = "text", "`T5EncoderModel` with the byte-level `ByT5Tokenizer`", "single-shot prompts"
+    if family.text_style is None:
+        task, reader = "image", "`CLIPVisionModelWithProjection` of random weights"
+        asked = "clips, each asked for by its first frame alone: nothing says what will happen,"
     return f"""---
 license: apache-2.0
 library_name: diffusers
-pipeline_tag: text-to-video
+pipeline_tag: {task}-to-video
 ---
 # ToyWorld {name}, level `{config.level}`
 
-A small single-shot text-to-video model in the real diffusers classes (`{family.model_class.__name__}`,
-`{family.vae_class.__name__}`, `T5EncoderModel` with the byte-level `ByT5Tokenizer`): {SHAPE}. It plays the part of a
+A small single-shot {task}-to-video model in the real diffusers classes (`{family.model_class.__name__}`,
+`{family.vae_class.__name__}`, {reader}): {SHAPE}. It plays the part of a
 big pretrained model in Shotloom's demo, tests and claims. It knows ToyWorld and nothing else.
 
 Use it with Shotloom (`shotloom sample model=FOLDER ...`) or with plain diffusers
@@ -71,7 +75,7 @@ Use it with Shotloom (`shotloom sample model=FOLDER ...`) or with plain diffuser
 
 ## How well it obeys
 
-The judge's reading of {config.prompts} held-out single-shot prompts (20 steps, guidance 3), measured by the last
+The judge's reading of {config.prompts} held-out {asked} (20 steps, guidance 3), measured by the last
 command below when it ended. No training clip shows a held-out identity, or a held-out identity doing what it does.
 
 | metric | value | readings |

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLCogVideoX,
+    AutoencoderKLTemporalDecoder,
     AutoencoderKLWan,
     CogVideoXTransformer3DModel,
     LatteTransformer3DModel,
+    UNetSpatioTemporalConditionModel,
     WanTransformer3DModel,
 )
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from models.backbones.base import Backbone
 from models.codecs import VAE
 from models.families import FAMILIES, FamilyName
+from models.image_encoder import ImageEncoder
+from models.methods import Method, get_method
 from models.schedules import process_of_scheduler
 from pipelines.toy_models.data import SIZE, TEXT_LENGTH
-from toyworld.vocabulary import SHOT_FRAMES
+from toyworld.vocabulary import FPS, SHOT_FRAMES
 from train.vae import scale_latents
 
 LATENT_CHANNELS = 8
 TEXT_WIDTH = 96
+IMAGE_WIDTH = 32
 LATENT_SIZE = SIZE // 8
 
 
@@ -40,10 +46,19 @@ class Small:
     width: int
     layers: int
     images_for_vae: bool = False  # single frames are all that an image VAE sees
+    method: str = "fvdm"
+    method_params: Mapping[str, Any] = field(
+        default_factory=lambda: {"p": 0.0, "clean_prob": 0.0, "density": "uniform"}
+    )
     call: str = ""  # what to tell the family's diffusers pipeline besides
 
     def backbone(self, name: FamilyName, width: int, layers: int) -> Backbone:
+        """Of random weights."""
         return FAMILIES[name].build(self.make_transformer(width, layers), process_of_scheduler(self.scheduler))
+
+    def training(self) -> Method:
+        """The method that it is pretrained with, which makes single shots from nothing, or from their first frame."""
+        return get_method(self.method, shift=self.level_shift, **self.method_params)
 
 
 def wan_vae(mean: list[float] | None = None, std: list[float] | None = None) -> AutoencoderKLWan:
@@ -107,6 +122,32 @@ def _latte(width: int, layers: int) -> LatteTransformer3DModel:
     )  # fmt: skip
 
 
+def _svd_vae() -> AutoencoderKLTemporalDecoder:
+    return AutoencoderKLTemporalDecoder(
+        block_out_channels=(32, 32, 32, 32), down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=1,
+        latent_channels=LATENT_CHANNELS, sample_size=SIZE, scaling_factor=1.0,
+    )  # fmt: skip
+
+
+def _svd(width: int, layers: int) -> UNetSpatioTemporalConditionModel:
+    return UNetSpatioTemporalConditionModel(
+        in_channels=2 * LATENT_CHANNELS, out_channels=LATENT_CHANNELS, block_out_channels=(width, 2 * width),
+        layers_per_block=layers, addition_time_embed_dim=16, projection_class_embeddings_input_dim=48,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"), cross_attention_dim=IMAGE_WIDTH,
+        num_attention_heads=(2, 2), sample_size=LATENT_SIZE, num_frames=SHOT_FRAMES,
+    )  # fmt: skip
+
+
+def image_encoder() -> ImageEncoder:
+    """A CLIP that learns nothing: the image itself stands beside every frame, this only tells that there is one."""
+    config = CLIPVisionConfig(
+        hidden_size=IMAGE_WIDTH, intermediate_size=2 * IMAGE_WIDTH, projection_dim=IMAGE_WIDTH, num_hidden_layers=2,
+        num_attention_heads=2, image_size=224, patch_size=32,
+    )  # fmt: skip
+    return ImageEncoder(CLIPImageProcessor(), CLIPVisionModelWithProjection(config))
+
+
 SMALL: dict[FamilyName, Small] = {
     "wan": Small(
         wan_vae, _wan, {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, TEXT_LENGTH,
@@ -128,5 +169,15 @@ SMALL: dict[FamilyName, Small] = {
             "prediction_type": "epsilon", "timestep_spacing": "trailing", "clip_sample": False,
         },
         text_length=120, level_shift=1.0, width=128, layers=4, images_for_vae=True, call="`video_length=17`",
+    ),
+    "svd": Small(
+        _svd_vae, _svd,
+        {
+            "_class_name": "EulerDiscreteScheduler", "prediction_type": "v_prediction", "timestep_type": "continuous",
+            "timestep_spacing": "leading", "use_karras_sigmas": True, "sigma_min": 0.002, "sigma_max": 700.0,
+            "interpolation_type": "linear",
+        },
+        text_length=1, level_shift=1.0, width=32, layers=2, method="svd",
+        method_params={"latent_scale": 1.0, "fps": float(FPS)}, call=f"`fps={FPS}`, `noise_aug_strength=0`",
     ),
 }  # fmt: skip

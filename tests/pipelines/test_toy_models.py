@@ -11,7 +11,7 @@ import torch
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
 from pipelines.toy_models.cache import cache_clip
-from pipelines.toy_models.data import IMAGE_STEPS, vae_batch
+from pipelines.toy_models.data import IMAGE_STEPS, TEXT_LENGTH, vae_batch
 from pipelines.toy_models.measure import PROMPT_SEED, held_out_scenes
 from pipelines.toy_models.texts import SLOTS, fitting, text_batch
 from toyworld.text import parse_sentence, parse_shot_prompt, parse_story, sentence
@@ -60,7 +60,7 @@ def test_training_never_shows_what_is_held_out() -> None:
         assert not is_held_out(who, shot.action) and not any(is_held_out(c) for c in scene.characters)
         trained.add((who.colour, who.shape, who.pattern, shot.action))
         assert len(texts) == 3 and len(texts[2]) == 2
-        assert len(" ".join(texts[2])) <= 254
+        assert sum(len(part) + 1 for part in texts[2]) <= TEXT_LENGTH
     patterns = Counter(pattern for _, _, pattern, _ in trained)
     assert len(patterns) == 3 and len({(colour, shape) for colour, shape, *_ in trained}) == 18
     for scene in held_out_scenes("small", 64):
@@ -149,7 +149,7 @@ def test_the_whole_run_in_miniature(tmp_path: Path) -> None:
     assert card.count("| transformer | step") == 2 and card.count("| vae | step") == 1
 
 
-@pytest.mark.parametrize("backbone", ["cogvideox", "latte"])
+@pytest.mark.parametrize("backbone", ["cogvideox", "latte", "svd"])
 def test_the_shipped_sizes_are_small(backbone) -> None:
     from pipelines.toy_models.parts import SMALL
 
@@ -172,7 +172,7 @@ def test_texts_that_the_model_would_cut_are_left_out() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["cogvideox", "latte"])
+@pytest.mark.parametrize("backbone", ["cogvideox", "latte", "svd"])
 def test_the_other_families_in_miniature(tmp_path: Path, backbone) -> None:
     import diffusers
     from safetensors import safe_open
@@ -184,7 +184,8 @@ def test_the_other_families_in_miniature(tmp_path: Path, backbone) -> None:
 
     config = ToyModelsConfig(
         backbone=backbone, run_dir=tmp_path / "run", out=tmp_path / "model", vae_steps=2, vae_polish_steps=1,
-        text_steps=2, clips=4, patterned=4, steps=2, batch_size=4, decoder_steps=2, width=64, layers=1, prompts=2,
+        text_steps=2, clips=4, patterned=4, steps=2, batch_size=4, decoder_steps=2,
+        width=32 if backbone == "svd" else 64, layers=1, prompts=2,
     )  # fmt: skip
     assert build_toy_models(config) == tmp_path / "model"
     assert (tmp_path / "run" / "text_encoder").exists() == (backbone == "cogvideox"), "it learns to read padding"
