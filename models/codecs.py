@@ -11,6 +11,7 @@ would leak what is to be generated.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -24,6 +25,7 @@ from models.text import weights_hash
 VideoVAE = AutoencoderKLWan | AutoencoderKLCogVideoX
 ImageVAE = AutoencoderKL | AutoencoderKLTemporalDecoder  # the latter's decoder sees all frames of a clip
 VAE = VideoVAE | ImageVAE
+CLASSES: dict[str, Any] = {c.__name__: c for c in get_args(VAE)}
 
 
 def posterior(vae: VAE, video: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,11 +57,11 @@ class VideoCodec:
         self.temporal_stride: int
         self.spatial_stride: int
         self.latent_channels: int
-        self.frame_step: int  # a clip that comes back at its length has frame_step * k + 1 video frames
+        self.frame_step = _frame_step(type(vae).__name__, vae.config)  # a clip has frame_step * k + 1 video frames
         self.vae.eval().requires_grad_(False)
         config = self.vae.config
         if isinstance(vae, ImageVAE):
-            self.temporal_stride, self.frame_step = 1, 1
+            self.temporal_stride = 1
             self.spatial_stride = 2 ** (len(config.block_out_channels) - 1)
             self.latent_channels = config.latent_channels
             mean, std = _scaling(config)
@@ -67,14 +69,11 @@ class VideoCodec:
             self.temporal_stride = int(config.temporal_compression_ratio)
             self.spatial_stride = 2 ** (len(config.block_out_channels) - 1)
             self.latent_channels = config.latent_channels
-            # it decodes latents in pairs after the first; of an even number it makes 4F frames, not 4(F-1)+1
-            self.frame_step = self.temporal_stride * self.vae.num_latent_frames_batch_size
             mean, std = _scaling(config)
         else:
             self.temporal_stride = config.scale_factor_temporal
             self.spatial_stride = config.scale_factor_spatial
             self.latent_channels = config.z_dim
-            self.frame_step = self.temporal_stride
             mean, std = config.latents_mean, config.latents_std
         if {len(mean), len(std)} != {self.latent_channels}:
             raise ValueError(
@@ -87,17 +86,17 @@ class VideoCodec:
     @staticmethod
     def from_folder(path: Path | str, device: torch.device | str = "cpu") -> VideoCodec:
         """Reads `vae/` of a model folder, in float32 (diffusers' advice for Wan: bfloat16 shows in the pixels)."""
-        path = Path(path) / "vae"
-        config = path / "config.json"
-        if not config.is_file():
-            raise FileNotFoundError(f"{config} is missing: a model folder keeps its VAE there")
-        classes: dict[str, Any] = {c.__name__: c for c in get_args(VAE)}
-        if (kind := json.loads(config.read_text()).get("_class_name")) not in classes:
-            raise ValueError(f"{config}: _class_name is {kind!r}, supported are {', '.join(classes)}")
-        vae: Any = classes[kind].from_pretrained(
-            path, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
+        kind = _read_config(path)["_class_name"]
+        vae: Any = CLASSES[kind].from_pretrained(
+            Path(path) / "vae", torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
         )
         return VideoCodec(vae.to(device))
+
+    @staticmethod
+    def frame_step_of(path: Path | str) -> int:
+        """`frame_step` of the VAE of a model folder, without loading it."""
+        config = _read_config(path)
+        return _frame_step(config["_class_name"], config)
 
     @property
     def device(self) -> torch.device:
@@ -147,3 +146,22 @@ def _scaling(config: Any) -> tuple[list[float], list[float]]:
     """Mean and deviation per channel of a VAE whose latents are (raw - shift) * scale to its model."""
     shift = getattr(config, "shift_factor", None) or 0.0
     return [shift] * config.latent_channels, [1 / config.scaling_factor] * config.latent_channels
+
+
+def _read_config(path: Path | str) -> dict[str, Any]:
+    """The configuration of the VAE of a model folder; ValueError for one of an unknown class."""
+    file = Path(path) / "vae" / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: a model folder keeps its VAE there")
+    config = json.loads(file.read_text())
+    if (kind := config.get("_class_name")) not in CLASSES:
+        raise ValueError(f"{file}: _class_name is {kind!r}, supported are {', '.join(CLASSES)}")
+    return config
+
+
+def _frame_step(kind: str, config: Mapping[str, Any]) -> int:
+    """A clip that comes back at its length has so many times k frames, and one."""
+    if kind == AutoencoderKLCogVideoX.__name__:
+        # it decodes latents in pairs after the first; of an even number it makes 4F frames, not 4(F-1)+1
+        return 2 * int(config.get("temporal_compression_ratio", 4))
+    return int(config.get("scale_factor_temporal", 4)) if kind == AutoencoderKLWan.__name__ else 1

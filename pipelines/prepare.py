@@ -185,7 +185,7 @@ def make_settings(config: PrepareConfig) -> PrepareSettings:
         height=config.height or model.height,
         width=config.width or model.width,
         fps=config.fps or model.fps,
-        frame_step=VideoCodec.from_folder(config.model).frame_step,
+        frame_step=VideoCodec.frame_step_of(config.model),
         shot_frames=config.shot_frames or model.frames_per_shot,
         min_shot_frames=config.min_shot_frames,
         max_shots=config.max_shots,

@@ -16,6 +16,7 @@ from torch import Tensor
 from models.backbones.cogvideox import CogVideoXBackbone
 from models.backbones.latte import LatteBackbone
 from models.backbones.svd import SVDBackbone
+from models.codecs import VideoCodec
 from models.folder import Model, ModelSettings, load_model, save_model
 from models.noise import base_levels
 from models.process import EDM, VPDiffusion
@@ -143,8 +144,15 @@ def test_svd_sees_images_and_decodes_as_its_pipeline_does(folders, pipelines):
         _ = model.text
 
 
+def test_how_many_frames_a_folder_takes_needs_no_weights(folders, tmp_path):
+    build_tiny_folder(tmp_path / "wan")
+    steps = {name: VideoCodec.frame_step_of(path) for name, path in (folders | {"wan": tmp_path / "wan"}).items()}
+    assert steps == {"wan": 4, "cogvideox": 8, "latte": 1, "svd": 1}
+    for name, path in folders.items():
+        assert load_model(path, parts=("codec",)).codec.frame_step == steps[name]
+
+
 def test_a_shift_of_the_latents_is_undone():
-    from models.codecs import VideoCodec
     from models.tiny_latte import tiny_image_vae
 
     vae: Any = tiny_image_vae()
