@@ -57,7 +57,7 @@ class VideoCodec:
         self.temporal_stride: int
         self.spatial_stride: int
         self.latent_channels: int
-        self.frame_step = _frame_step(type(vae).__name__, vae.config)  # a clip has frame_step * k + 1 video frames
+        self.frame_step = _frame_step(type(vae).__name__, self.vae.config)  # a clip has frame_step * k + 1 video frames
         self.vae.eval().requires_grad_(False)
         config = self.vae.config
         if isinstance(vae, ImageVAE):
