@@ -32,7 +32,7 @@ class ToyModelsConfig:
     batch_size: int = knob(16, "clips per step of the transformer")
     decoder_steps: int = knob(900, "steps of the decoder on latents that the transformer has denoised")
     learning_rate: float = knob(1e-3, "peak learning rate of the transformer; cosine to a tenth")
-    width: int | None = knob(None, "width of the transformer, whose heads are 32 wide; null = the shipped model's")
+    width: int | None = knob(None, "width of the transformer (heads of 32) or U-Net; null = the shipped model's")
     layers: int | None = knob(None, "blocks of the transformer; null = the shipped model's")
     save_half: bool | None = knob(None, "write weights in 16 bits; null = all but wan's")
     precision: Literal["fp32", "bf16"] = knob("fp32", "bf16 pays on cores that calculate in it (avx512_bf16, amx)")

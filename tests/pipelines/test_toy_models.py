@@ -155,7 +155,7 @@ def test_the_shipped_sizes_are_small(backbone) -> None:
 
     small = SMALL[backbone]
     parts = (small.make_vae(), small.make_transformer(small.width, small.layers))
-    assert sum(p.numel() for part in parts for p in part.parameters()) <= 2_500_000
+    assert sum(p.numel() for part in parts for p in part.parameters()) <= 2_900_000
 
 
 def test_texts_that_the_model_would_cut_are_left_out() -> None:
@@ -185,7 +185,7 @@ def test_the_other_families_in_miniature(tmp_path: Path, backbone) -> None:
     config = ToyModelsConfig(
         backbone=backbone, run_dir=tmp_path / "run", out=tmp_path / "model", vae_steps=2, vae_polish_steps=1,
         text_steps=2, clips=4, patterned=4, steps=2, batch_size=4, decoder_steps=2,
-        width=32 if backbone == "svd" else 64, layers=1, prompts=2,
+        width=64, layers=1, prompts=2,
     )  # fmt: skip
     assert build_toy_models(config) == tmp_path / "model"
     assert (tmp_path / "run" / "text_encoder").exists() == (backbone == "cogvideox"), "it learns to read padding"
