@@ -1,45 +1,79 @@
-"""Video to latents and back with a causal VAE (`AutoencoderKLWan`, `AutoencoderKLCogVideoX`).
+"""Video to latents and back: causal video VAEs (Wan, CogVideoX), and image VAEs, frame by frame (Latte, SVD).
 
-B batch, C latent channels, F latent frames, T = 4(F-1)+1 video frames, H W video size, h w latent size. Rule: what must
-be known without the future is encoded alone: every shot by itself, a given frame by itself. For Wan, a prefix encoded
-alone has the latents that it has in its clip. For CogVideoX it has not: it works in pieces of 9, then 8, video frames
-and its group norms average over a piece, so that a latent changes with later frames of its piece, and cutting given
-frames out of an encoded clip would leak what is to be generated.
+B batch, C latent channels, F latent frames, T video frames, H W video size, h w latent size. A causal VAE of temporal
+stride 4 makes F latents of T = 4(F-1)+1 frames, an image VAE one of each. Rule: what must be known without the future
+is encoded alone: every shot by itself, a given frame by itself. For Wan, a prefix encoded alone has the latents that it
+has in its clip. For CogVideoX it has not: it works in pieces of 9, then 8, video frames and its group norms average
+over a piece, so that a latent changes with later frames of its piece, and cutting given frames out of an encoded clip
+would leak what is to be generated.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan
+from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLTemporalDecoder, AutoencoderKLWan
 from torch import Tensor
 
 from models.text import weights_hash
+
+VideoVAE = AutoencoderKLWan | AutoencoderKLCogVideoX
+ImageVAE = AutoencoderKL | AutoencoderKLTemporalDecoder  # the latter's decoder sees all frames of a clip
+VAE = VideoVAE | ImageVAE
+CLASSES: dict[str, Any] = {c.__name__: c for c in get_args(VAE)}
+
+
+def posterior(vae: VAE, video: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance, each [B,C,F,h,w] in raw VAE units, of video [B,3,T,H,W]."""
+    model: Any = vae
+    if not isinstance(vae, ImageVAE):
+        found = model.encode(video).latent_dist
+        return found.mean, found.logvar
+    found = model.encode(video.transpose(1, 2).flatten(0, 1)).latent_dist
+    mean, logvar = (x.unflatten(0, (len(video), -1)).transpose(1, 2) for x in (found.mean, found.logvar))
+    return mean, logvar
+
+
+def decode_latents(vae: VAE, latents: Tensor) -> Tensor:
+    """Video [B,3,T,H,W] from raw latents [B,C,F,h,w]."""
+    model: Any = vae
+    if not isinstance(vae, ImageVAE):
+        return model.decode(latents).sample
+    frames = latents.transpose(1, 2).flatten(0, 1)
+    options = {"num_frames": latents.shape[2]} if isinstance(vae, AutoencoderKLTemporalDecoder) else {}
+    return model.decode(frames, **options).sample.unflatten(0, (len(latents), -1)).transpose(1, 2)
 
 
 class VideoCodec:
     """Encodes and decodes one clip or a batch of equal ones. Holds caches while it runs: one thread at a time."""
 
-    def __init__(self, vae: AutoencoderKLWan | AutoencoderKLCogVideoX) -> None:
+    def __init__(self, vae: VAE) -> None:
         self.vae = cast(Any, vae)
+        self.temporal_stride: int
+        self.spatial_stride: int
+        self.latent_channels: int
+        self.frame_step = _frame_step(type(vae).__name__, self.vae.config)  # a clip has frame_step * k + 1 video frames
         self.vae.eval().requires_grad_(False)
         config = self.vae.config
-        if isinstance(vae, AutoencoderKLCogVideoX):
-            self.temporal_stride: int = int(config.temporal_compression_ratio)
-            self.spatial_stride: int = 2 ** (len(config.block_out_channels) - 1)
-            self.latent_channels: int = config.latent_channels
-            # it decodes latents in pairs after the first; of an even number it makes 4F frames, not 4(F-1)+1
-            self.frame_step: int = self.temporal_stride * self.vae.num_latent_frames_batch_size
-            mean, std = [0.0] * config.latent_channels, [1 / config.scaling_factor] * config.latent_channels
+        if isinstance(vae, ImageVAE):
+            self.temporal_stride = 1
+            self.spatial_stride = 2 ** (len(config.block_out_channels) - 1)
+            self.latent_channels = config.latent_channels
+            mean, std = _scaling(config)
+        elif isinstance(vae, AutoencoderKLCogVideoX):
+            self.temporal_stride = int(config.temporal_compression_ratio)
+            self.spatial_stride = 2 ** (len(config.block_out_channels) - 1)
+            self.latent_channels = config.latent_channels
+            mean, std = _scaling(config)
         else:
             self.temporal_stride = config.scale_factor_temporal
             self.spatial_stride = config.scale_factor_spatial
             self.latent_channels = config.z_dim
-            self.frame_step = self.temporal_stride
             mean, std = config.latents_mean, config.latents_std
         if {len(mean), len(std)} != {self.latent_channels}:
             raise ValueError(
@@ -52,17 +86,17 @@ class VideoCodec:
     @staticmethod
     def from_folder(path: Path | str, device: torch.device | str = "cpu") -> VideoCodec:
         """Reads `vae/` of a model folder, in float32 (diffusers' advice for Wan: bfloat16 shows in the pixels)."""
-        path = Path(path) / "vae"
-        config = path / "config.json"
-        if not config.is_file():
-            raise FileNotFoundError(f"{config} is missing: a model folder keeps its VAE there")
-        classes: dict[str, Any] = {c.__name__: c for c in (AutoencoderKLWan, AutoencoderKLCogVideoX)}
-        if (kind := json.loads(config.read_text()).get("_class_name")) not in classes:
-            raise ValueError(f"{config}: _class_name is {kind!r}, supported are {', '.join(classes)}")
-        vae: Any = classes[kind].from_pretrained(
-            path, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
+        kind = _read_config(path)["_class_name"]
+        vae: Any = CLASSES[kind].from_pretrained(
+            Path(path) / "vae", torch_dtype=torch.float32, local_files_only=True, use_safetensors=True
         )
         return VideoCodec(vae.to(device))
+
+    @staticmethod
+    def frame_step_of(path: Path | str) -> int:
+        """`frame_step` of the VAE of a model folder, without loading it."""
+        config = _read_config(path)
+        return _frame_step(config["_class_name"], config)
 
     @property
     def device(self) -> torch.device:
@@ -74,9 +108,9 @@ class VideoCodec:
         return weights_hash(sorted(self.vae.state_dict().items()), dict(self.vae.config))
 
     def num_latent_frames(self, num_frames: int) -> int:
-        """F for T video frames; ValueError unless T = step*k + 1, where the step is 4 for Wan and 8 for CogVideoX."""
+        """F for T video frames; ValueError unless T = step*k + 1: the step is 4 for Wan, 8 for CogVideoX, else 1."""
         step = self.frame_step
-        if num_frames < 1 or num_frames % step != 1:
+        if num_frames < 1 or (num_frames - 1) % step:
             raise ValueError(
                 f"{num_frames} frames: the VAE takes {step}k+1 frames (1, {step + 1}, {2 * step + 1}, ...)"
             )
@@ -91,14 +125,13 @@ class VideoCodec:
         height, width = video.shape[3:]
         if height % self.spatial_stride or width % self.spatial_stride:
             raise ValueError(f"video is {height}x{width}, the VAE needs multiples of {self.spatial_stride}")
-        posterior = self.vae.encode(video.to(self.device, self.vae.dtype)).latent_dist
-        return posterior.mean, posterior.logvar
+        return posterior(self.vae, video.to(self.device, self.vae.dtype))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Video [B,3,T,H,W] in [-1,1] from normalised latents [B,C,F,h,w]."""
         self.num_latent_frames((latents.shape[2] - 1) * self.temporal_stride + 1)
-        return self.vae.decode(self.denormalize(latents.to(self.device)).to(self.vae.dtype)).sample
+        return decode_latents(self.vae, self.denormalize(latents.to(self.device)).to(self.vae.dtype))
 
     def normalize(self, mean: Tensor) -> Tensor:
         """Raw VAE latents [...,C,F,h,w] to the backbone's units: zero mean, unit deviation per channel."""
@@ -107,3 +140,28 @@ class VideoCodec:
     def denormalize(self, z: Tensor) -> Tensor:
         """Inverse of `normalize`."""
         return z * self._std.to(z) + self._mean.to(z)
+
+
+def _scaling(config: Any) -> tuple[list[float], list[float]]:
+    """Mean and deviation per channel of a VAE whose latents are (raw - shift) * scale to its model."""
+    shift = getattr(config, "shift_factor", None) or 0.0
+    return [shift] * config.latent_channels, [1 / config.scaling_factor] * config.latent_channels
+
+
+def _read_config(path: Path | str) -> dict[str, Any]:
+    """The configuration of the VAE of a model folder; ValueError for one of an unknown class."""
+    file = Path(path) / "vae" / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: a model folder keeps its VAE there")
+    config = json.loads(file.read_text())
+    if (kind := config.get("_class_name")) not in CLASSES:
+        raise ValueError(f"{file}: _class_name is {kind!r}, supported are {', '.join(CLASSES)}")
+    return config
+
+
+def _frame_step(kind: str, config: Mapping[str, Any]) -> int:
+    """A clip that comes back at its length has so many times k frames, and one."""
+    if kind == AutoencoderKLCogVideoX.__name__:
+        # it decodes latents in pairs after the first; of an even number it makes 4F frames, not 4(F-1)+1
+        return 2 * int(config.get("temporal_compression_ratio", 4))
+    return int(config.get("scale_factor_temporal", 4)) if kind == AutoencoderKLWan.__name__ else 1

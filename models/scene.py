@@ -51,8 +51,9 @@ class State:
 
 @dataclass
 class EncodedSpan:
-    """The frames of a shot that went through the VAE: `num_frames` = 4k+1 frames at `fps`, sized `height` x `width`.
+    """The frames of a shot that went through the VAE: `num_frames` at `fps`, sized `height` x `width`.
 
+    A video VAE takes 4k+1 (Wan) or 8k+1 (CogVideoX) of them, an image VAE any number.
     `start_frame` is a source frame number; `pts` holds the source timestamp of each encoded frame.
     """
 
@@ -132,6 +133,7 @@ class LatentSource:
     vae_hash: str
     text_hash: str
     dtype: str
+    texts_joined: bool = False  # story and prompt are encoded as one text (`models.text.TextStyle.padded`), no story
 
 
 @dataclass
@@ -233,8 +235,8 @@ def _validate_span(at: str, shot: Shot) -> None:
     span = shot.encoded
     if span is None:
         return
-    if span.num_frames < 1 or span.num_frames % 4 != 1:
-        raise SceneError(f"{at}.encoded: num_frames is {span.num_frames}, expected 4k+1 (1, 5, 9, ...)")
+    if span.num_frames < 1:
+        raise SceneError(f"{at}.encoded: num_frames is {span.num_frames}, expected at least 1")
     _equal(f"{at}.encoded", "len(pts)", len(span.pts), span.num_frames)
     if span.fps <= 0 or span.height <= 0 or span.width <= 0:
         raise SceneError(

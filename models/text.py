@@ -1,7 +1,9 @@
 """Text for the backbone: encode prompts, pack them into contexts, and say which frames read which context.
 
-B batch, G text groups, L text tokens, D width of the text, F latent frames. Wan's convention: a context is a fixed
-number of tokens, zeros after the valid ones, and no mask; other backbones take the number of valid tokens.
+B batch, G text groups, L text tokens, D width of the text, F latent frames. A context is a fixed number of tokens,
+which a backbone reads without a mask. Wan and Latte have zeros after the valid tokens, so several texts make a context
+one after another. CogVideoX reads the padding, too, which the encoder has seen: its context is one text, padded before
+it was encoded, and several texts are first joined (`TextStyle.padded`). HunyuanVideo takes the number of valid tokens.
 """
 
 from __future__ import annotations
@@ -83,14 +85,30 @@ def stack_samples(contexts: Sequence[TextContext]) -> TextContext:
     )
 
 
+@dataclass(frozen=True)
+class TextStyle:
+    """What a family of models does with a text before its backbone reads it; the default is Wan's way."""
+
+    padded: bool = False  # tokens are padded to `max_length`, encoded without a mask, and all are read (CogVideoX)
+    lowercase: bool = False  # Latte
+
+
 class TextEncoder:
     """A tokenizer and a T5 or UMT5 encoder.
 
-    Each text is encoded alone, unpadded: an embedding never depends on what else is in the batch.
+    Each text is encoded alone: an embedding never depends on what else is in the batch.
     """
 
-    def __init__(self, tokenizer: Any, model: nn.Module, max_length: int = 512, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        model: nn.Module,
+        max_length: int = 512,
+        folder: Path | None = None,
+        style: TextStyle | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
+        self.style = style or TextStyle()
         self.model = model.eval().requires_grad_(False)
         self.max_length = max_length  # tokens; longer texts are cut
         self.truncated = 0  # texts cut so far
@@ -102,6 +120,7 @@ class TextEncoder:
         max_length: int = 512,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        style: TextStyle | None = None,
     ) -> TextEncoder:
         """Reads `tokenizer/` and `text_encoder/` of a model folder."""
         from transformers import AutoTokenizer, T5EncoderModel, UMT5EncoderModel
@@ -116,7 +135,7 @@ class TextEncoder:
             raise ValueError(f"{config}: model_type is {kind!r}, supported are {', '.join(classes)}")
         tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer", local_files_only=True)
         model = classes[kind].from_pretrained(path / "text_encoder", local_files_only=True, dtype=dtype)
-        return TextEncoder(tokenizer, model.to(device), max_length, path / "text_encoder")
+        return TextEncoder(tokenizer, model.to(device), max_length, path / "text_encoder", style)
 
     @property
     def dim(self) -> int:
@@ -124,15 +143,29 @@ class TextEncoder:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 over the weights as they are on disk, whatever type they were loaded in, and the tokenizer's name."""
+        """SHA-256 over the weights as on disk, whatever type they were loaded in, tokenizer's name and style."""
         weights = stored_weights(self._folder) if self._folder else sorted(self.model.state_dict().items())
-        return weights_hash(weights, {"tokenizer": type(self.tokenizer).__name__})
+        config: dict[str, Any] = {"tokenizer": type(self.tokenizer).__name__}
+        if self.style.padded:
+            config["padded_to"] = self.max_length
+        if self.style.lowercase:
+            config["lowercase"] = True
+        return weights_hash(weights, config)
+
+    def parts(self, texts: Sequence[str]) -> list[str]:
+        """The strings that a context of these texts is encoded from: each alone, or all as one where it is padded."""
+        return [" ".join(text for text in texts if text)] if self.style.padded else list(texts)
+
+    def num_tokens(self, text: str) -> int:
+        """Valid tokens of a text, with its end token."""
+        return len(self.tokenizer(self._clean(text), verbose=False).input_ids)
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> list[Tensor]:
         """One embedding [L_i,D] per text, float32 on the CPU, valid tokens only; L_i >= 1 (an empty text's end token).
 
-        Texts of more than `max_length` tokens are cut, counted in `truncated`, and warned about.
+        With a padded style L_i is `max_length` and the rows are those of the padding, too. Texts of more than
+        `max_length` tokens are cut, counted in `truncated`, and warned about.
         """
         device = next(self.model.parameters()).device
         done: dict[str, Tensor] = {}
@@ -140,19 +173,26 @@ class TextEncoder:
         for text in texts:
             if text in done:
                 continue
-            ids = self.tokenizer(clean_prompt(text), return_tensors="pt", verbose=False).input_ids
+            ids = self.tokenizer(self._clean(text), return_tensors="pt", verbose=False).input_ids
             if ids.shape[1] > self.max_length:
                 cut += 1
                 ids = torch.cat([ids[:, : self.max_length - 1], ids[:, -1:]], dim=1)  # the end token stays
+            if self.style.padded:
+                missing = self.max_length - ids.shape[1]
+                ids = torch.nn.functional.pad(ids, (0, missing), value=self.tokenizer.pad_token_id)
             done[text] = self.model(ids.to(device)).last_hidden_state[0].float().cpu()
         if cut:
             self.truncated += cut
             warnings.warn(f"{cut} of {len(done)} texts have over {self.max_length} tokens and were cut", stacklevel=2)
         return [done[text] for text in texts]
 
+    def _clean(self, text: str) -> str:
+        text = clean_prompt(text)
+        return text.lower() if self.style.lowercase else text
+
 
 def null_text(encoder: TextEncoder, length: int) -> Tensor:
-    """The context of "no text", [length,D]: the packed encoding of the empty string, Wan's own convention."""
+    """The context of "no text", [length,D]: the packed encoding of the empty string, as the models' pipelines do."""
     return pack_text(encoder.encode([""]), length)
 
 

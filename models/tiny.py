@@ -12,7 +12,7 @@ from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 from models.backbones.wan import WanBackbone
 from models.codecs import VideoCodec
 from models.folder import Model, ModelSettings, save_model
-from models.text import TextEncoder
+from models.text import TextEncoder, TextStyle
 
 TEXT_DIM = 32
 LATENT_CHANNELS = 4
@@ -40,7 +40,7 @@ def tiny_vae(seed: int = 0) -> AutoencoderKLWan:
         )  # fmt: skip
 
 
-def tiny_text_encoder(seed: int = 0, max_length: int = 512) -> TextEncoder:
+def tiny_text_encoder(seed: int = 0, max_length: int = 512, style: TextStyle | None = None) -> TextEncoder:
     """Byte tokens, one layer of width 32."""
     tokenizer = ByT5Tokenizer()
     with torch.random.fork_rng(devices=[]):
@@ -48,7 +48,7 @@ def tiny_text_encoder(seed: int = 0, max_length: int = 512) -> TextEncoder:
         model = T5EncoderModel(
             T5Config(vocab_size=384, d_model=TEXT_DIM, d_kv=8, num_heads=4, d_ff=64, num_layers=1, dropout_rate=0.0)
         )
-    return TextEncoder(tokenizer, model, max_length)
+    return TextEncoder(tokenizer, model, max_length, style=style)
 
 
 def build_tiny_folder(

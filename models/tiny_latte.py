@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import LatteTransformer3DModel
+from diffusers import AutoencoderKL, LatteTransformer3DModel
+
+from models.backbones.latte import LatteBackbone
+from models.codecs import VideoCodec
+from models.families import FAMILIES
+from models.folder import Model, ModelSettings, save_model
+from models.schedules import process_of_scheduler
+from models.tiny import LATENT_CHANNELS, tiny_text_encoder
+
+SCHEDULER = {  # the published ones'
+    "_class_name": "DDIMScheduler", "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
+    "prediction_type": "epsilon", "clip_sample": False,
+}  # fmt: skip
 
 
 def tiny_latte(seed: int = 0, **changes: Any) -> LatteTransformer3DModel:
@@ -19,3 +32,29 @@ def tiny_latte(seed: int = 0, **changes: Any) -> LatteTransformer3DModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LatteTransformer3DModel(**config | changes)
+
+
+def tiny_image_vae(seed: int = 0) -> AutoencoderKL:
+    """Stride 8, 4 latent channels."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoencoderKL(
+            block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=LATENT_CHANNELS, norm_num_groups=4,
+            sample_size=32, scaling_factor=0.7,
+        )  # fmt: skip
+
+
+def build_tiny_latte_folder(path: Path | str, seed: int = 0, *, text_length: int = 120, **settings: Any) -> Model:
+    """Write a tiny random Latte folder to `path` and return its model; `settings` are those of ModelSettings."""
+    given = {"frames_per_shot": 6, "height": 32, "width": 32, "fps": 8.0, "level_shift": 1.0} | settings
+    described = ModelSettings(backbone="latte", text_length=text_length, **given)
+    model = Model(
+        LatteBackbone(tiny_latte(seed, sample_size=4), process_of_scheduler(SCHEDULER)).eval(),
+        VideoCodec(tiny_image_vae(seed)),
+        tiny_text_encoder(seed, text_length, FAMILIES["latte"].text_style),
+        described,
+        SCHEDULER,
+    )
+    save_model(path, model, described)
+    return model

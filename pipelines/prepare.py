@@ -39,8 +39,8 @@ class PrepareConfig:
     height: int | None = knob(None, "of the encoded frames; null = the model's")
     width: int | None = knob(None, "of the encoded frames; null = the model's")
     fps: float | None = knob(None, "of the encoded frames; null = the model's")
-    shot_frames: int | None = knob(None, "encoded frames per shot at most, 4k+1; null = the model's")
-    min_shot_frames: int = knob(5, "a shot with fewer encoded frames is recorded but not encoded, 4k+1")
+    shot_frames: int | None = knob(None, "encoded frames per shot at most (Wan: 4k+1); null = the model's")
+    min_shot_frames: int = knob(5, "a shot with fewer encoded frames is recorded but not encoded")
     max_shots: int = knob(9, "shots per scene at most")
     captions: CaptionBackend = knob("sidecar_or_describe", "sidecar = X.json beside X.mp4, describe = measured")
     max_seconds_per_video: float | None = knob(None, "take this much of each video; null = all")
@@ -177,6 +177,7 @@ def _data_context() -> Iterator[None]:
 
 def make_settings(config: PrepareConfig) -> PrepareSettings:
     """The stages' settings, with what is not given taken from the model folder."""
+    from models.codecs import VideoCodec
     from models.folder import load_settings
 
     model = load_settings(config.model)
@@ -184,6 +185,7 @@ def make_settings(config: PrepareConfig) -> PrepareSettings:
         height=config.height or model.height,
         width=config.width or model.width,
         fps=config.fps or model.fps,
+        frame_step=VideoCodec.frame_step_of(config.model),
         shot_frames=config.shot_frames or model.frames_per_shot,
         min_shot_frames=config.min_shot_frames,
         max_shots=config.max_shots,

@@ -116,7 +116,7 @@ def server_settings(config: ServeConfig) -> ServerSettings:
         height=height,
         fps=described.fps,
         frames_per_shot=described.frames_per_shot,
-        temporal_stride=VideoCodec.from_folder(config.model).temporal_stride,
+        frame_step=VideoCodec.frame_step_of(config.model),
         max_frames=config.max_frames or described.frames_per_shot,
         max_shots=min(config.max_shots, largest_scene(described)),
         first_frame=starts_from_image(described),

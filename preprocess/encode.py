@@ -17,10 +17,10 @@ from torch import Tensor
 
 from infra.storage import sha256_file
 from models.codecs import VideoCodec
-from models.folder import PART_FOLDERS, load_model, load_settings
-from models.scene import STORY_TEXT, LatentSource, Scene, State, shot_tensor_key
+from models.folder import load_model, load_settings, part_folders
+from models.scene import STORY_TEXT, LatentSource, Scene, Shot, State, shot_tensor_key
 from models.states import StatePredictor, encode_states, instruction_of
-from models.text import TextEncoder, clean_prompt
+from models.text import TextEncoder
 from preprocess.outcome import Failed, short
 from preprocess.settings import StoreType
 
@@ -87,17 +87,9 @@ class Encoder:
         """
         torch.set_num_threads(self.threads)
         texts = list(dict.fromkeys(text for scene in scenes for text in scene_texts(scene).values()))
-        lengths = {text: self._tokens(text) for text in texts}
         for scene in scenes:
-            story = lengths[scene.story]
             for shot in scene.shots:
-                longest = max(story + lengths[shot.prompt], lengths[shot.sentence] if shot.sentence else 0)
-                if longest > self.text_length:
-                    raise Failed(
-                        "encode",
-                        f"the texts of shot {shot.index} of {scene.scene_id} have {longest} tokens (story {story}, "
-                        f"prompt {lengths[shot.prompt]}), the model reads {self.text_length}; shorten the captions",
-                    )
+                self._check_length(scene, shot)
         return {
             text: embedding.to(_DTYPES[dtype]).contiguous()
             for text, embedding in zip(texts, self.text.encode(texts), strict=True)
@@ -130,17 +122,31 @@ class Encoder:
         }
 
     def source(self, dtype: StoreType) -> LatentSource:
-        return LatentSource(self.codec.hash, self.text.hash, dtype)
+        return LatentSource(self.codec.hash, self.text.hash, dtype, self.text.style.padded)
 
-    def _tokens(self, text: str) -> int:
-        return len(self.text.tokenizer(clean_prompt(text), verbose=False).input_ids)
+    def _check_length(self, scene: Scene, shot: Shot) -> None:
+        together = self.text.parts([scene.story, shot.prompt])
+        longest = max(
+            sum(self.text.num_tokens(text) for text in together),
+            self.text.num_tokens(shot.sentence) if shot.sentence else 0,
+        )
+        if longest > self.text_length:
+            story, prompt = self.text.num_tokens(scene.story), self.text.num_tokens(shot.prompt)
+            raise Failed(
+                "encode",
+                f"the texts of shot {shot.index} of {scene.scene_id} have {longest} tokens (story {story}, "
+                f"prompt {prompt}), the model reads {self.text_length}; shorten the captions",
+            )
 
 
 def encoder_key(path: Path | str) -> str:
     """Changes when a model folder would encode otherwise. Reads the files without loading them."""
-    digest = hashlib.sha256(str(load_settings(path).text_length).encode())
+    settings = load_settings(path)
+    digest = hashlib.sha256(str(settings.text_length).encode())
+    if settings.backbone != "wan":  # what the same files make of a text depends on the family
+        digest.update(settings.backbone.encode())
     for part in ("codec", "text"):
-        for folder in PART_FOLDERS[part]:
+        for folder in part_folders(path)[part]:
             for file in sorted(p for p in (Path(path) / folder).rglob("*") if p.is_file()):
                 digest.update(f"{file.relative_to(path).as_posix()} {sha256_file(file)} ".encode())
     return digest.hexdigest()[:16]
@@ -148,9 +154,11 @@ def encoder_key(path: Path | str) -> str:
 
 def scene_texts(scene: Scene) -> dict[str, str]:
     """Tensor name -> text, of every text of a scene that is encoded."""
-    texts = {STORY_TEXT: scene.story}
+    joined = scene.latents is not None and scene.latents.texts_joined
+    texts = {} if joined else {STORY_TEXT: scene.story}
     for shot in scene.shots:
-        texts[shot_tensor_key(shot.index, "text")] = shot.prompt
+        prompt = " ".join(text for text in (scene.story, shot.prompt) if text) if joined else shot.prompt
+        texts[shot_tensor_key(shot.index, "text")] = prompt
         if shot.sentence:
             texts[shot_tensor_key(shot.index, "sentence_text")] = shot.sentence
     return texts

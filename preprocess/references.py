@@ -18,7 +18,7 @@ STILL_FRAMES = 17  # an image is encoded as a still clip of so many frames; a me
 
 
 def read_reference(reference: Reference, folder: Path, settings: PrepareSettings) -> np.ndarray:
-    """uint8 [n,H,W,3], n = 4k+1, of a file whose path is relative to `folder`.
+    """uint8 [n,H,W,3], as many frames as the VAE takes, of a file whose path is relative to `folder`.
 
     A clip is read as a source is: at the training rate, and the same frames of it. Raises Failed naming the file.
     """

@@ -20,7 +20,8 @@ class PrepareSettings:
     height: int = 64
     width: int = 64
     fps: float = 8.0  # of the encoded frames
-    shot_frames: int = 17  # encoded frames per shot at most, 4k+1
+    frame_step: int = 4  # the VAE takes frame_step * k + 1 frames: 4 Wan, 8 CogVideoX, 1 an image VAE
+    shot_frames: int = 17  # encoded frames per shot at most
     min_shot_frames: int = 5  # a shorter shot stays in the record, without latents
     max_shots: int = 9  # shots per scene
     max_seconds: float | None = None  # of each video
@@ -33,15 +34,16 @@ class PrepareSettings:
     states_frames: int = 1  # encoded frames of a shot that the predictor is shown, from the first
 
     def __post_init__(self) -> None:
-        for name in ("shot_frames", "min_shot_frames"):
-            if getattr(self, name) % 4 != 1:
-                raise ValueError(f"{name}={getattr(self, name)}: the VAE takes 4k+1 frames (5, 9, 13, 17, ...)")
+        for name in ("shot_frames", "states_frames"):
+            if (getattr(self, name) - 1) % self.frame_step:
+                lengths = ", ".join(str(self.frame_step * k + 1) for k in range(4))
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: the VAE takes {self.frame_step}k+1 frames ({lengths}, ...)"
+                )
         if self.min_shot_frames > self.shot_frames:
             raise ValueError(f"min_shot_frames={self.min_shot_frames} is more than shot_frames={self.shot_frames}")
         if self.height % 8 or self.width % 8 or min(self.height, self.width) < 8:
             raise ValueError(f"{self.height}x{self.width}: height and width must be multiples of 8")
-        if self.states_frames % 4 != 1:
-            raise ValueError(f"states_frames={self.states_frames}: given frames are 4k+1 (1, 5, 9, ...)")
         if self.fps <= 0 or self.max_shots < 1 or self.seconds_per_video <= 0:
             raise ValueError("fps, max_shots and seconds_per_video must be positive")
         if self.max_seconds is not None and self.max_seconds <= 0:

@@ -120,7 +120,8 @@ class _ShotBuilder:
             self.opening.confidence,
         )
         chosen = self.span.finish(end_pts)
-        keep = (len(chosen) - 1) // 4 * 4 + 1 if chosen else 0
+        step = self.settings.frame_step
+        keep = (len(chosen) - 1) // step * step + 1 if chosen else 0
         if keep >= self.settings.min_shot_frames:
             chosen = chosen[:keep]
             shot.span_frames = [frame.index for frame, _ in chosen]

@@ -48,7 +48,7 @@ class VideoService:
     height: int
     fps: float
     frames_per_shot: int
-    temporal_stride: int
+    frame_step: int
     max_frames: int  # of one shot
     max_shots: int
     first_frame: bool  # whether a shot can start from a given image
@@ -227,7 +227,7 @@ def parse_request(body: dict[str, Any], service: VideoService) -> dict[str, Any]
     story = "" if request.shots is None else request.prompt
     board = Storyboard("video", story, shots, negative=request.negative_prompt, seed=request.seed)
     try:
-        board.validate(temporal_stride=service.temporal_stride, max_shots=service.max_shots)
+        board.validate(frame_step=service.frame_step, max_shots=service.max_shots)
     except StoryboardError as error:
         raise ApiError(400, str(error), param=error.param) from error
     return {
@@ -244,7 +244,7 @@ def parse_request(body: dict[str, Any], service: VideoService) -> dict[str, Any]
 def _frames(seconds: float | None, service: VideoService, param: str) -> int:
     if seconds is None:
         return service.frames_per_shot
-    frames = nearest_frames(seconds * service.fps, service.temporal_stride)
+    frames = nearest_frames(seconds * service.fps, service.frame_step)
     if frames > service.max_frames:
         longest = math.floor(service.max_frames / service.fps * 100) / 100
         raise ApiError(400, f"{param}: {seconds:g} s is too long; a shot here lasts up to {longest:g} s", param=param)

@@ -43,6 +43,21 @@ def encode_texts(
     return contexts.to(*to), null_contexts.to(*to)
 
 
+def image_contexts(
+    storyboards: Sequence[Storyboard], media: list[np.ndarray | None], layout: ClipLayout, model: Model
+) -> tuple[TextContext, TextContext]:
+    """For a model that reads images: the first frame's embedding as the context of the one shot, and none."""
+    first = media[0]
+    if first is None:
+        raise StoryboardError(
+            f"{where(storyboards[0], 0)}: this model starts from a first_frame", "shots.0.first_frame"
+        )
+    image = torch.tensor(first[:1]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    found = TextContext(model.image_encoder.encode(image)[None].expand(len(storyboards), -1, -1, -1), layout.text_ids)
+    to = model.device, model.backbone.dtype
+    return found.to(*to), TextContext(torch.zeros_like(found.embeddings), layout.text_ids).to(*to)
+
+
 def states_of(
     storyboards: Sequence[Storyboard],
     media: list[np.ndarray | None],
@@ -76,7 +91,7 @@ def states_of(
 def encode_context(texts: list[str], model: Model) -> Tensor:
     """One context [L, D]. Raises ValueError for texts that do not fit, also for one that the encoder would cut."""
     before = model.text.truncated
-    context = pack_text(model.text.encode(texts), model.settings.text_length)
+    context = pack_text(model.text.encode(model.text.parts(texts)), model.settings.text_length)
     if model.text.truncated > before:
         raise ValueError(f"a text has more than the model's {model.settings.text_length} tokens; shorten it")
     return context

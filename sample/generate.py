@@ -24,7 +24,7 @@ from models.noise import base_levels
 from models.scene import MAX_HISTORY
 from models.solvers import SolverName
 from models.states import StatePredictor
-from sample.contexts import encode_texts, states_of
+from sample.contexts import encode_texts, image_contexts, states_of
 from sample.given import encode_media, latent_size, load_media, load_references, num_latent_frames, where
 from sample.guidance import Guidance
 from sample.rollout import RolloutShot, rollout
@@ -100,7 +100,7 @@ def generate_scenes(
     for a storyboard that the model cannot make, naming the shot and the field.
     """
     for board in storyboards:
-        board.validate(temporal_stride=model.codec.temporal_stride)
+        board.validate(frame_step=model.codec.frame_step)
     if independent:
         return _generate_shots_alone(model, storyboards, settings, seeds, states, callback)
     shapes = {scene_shape(board, model.settings) for board in storyboards}
@@ -118,7 +118,10 @@ def generate_scenes(
     references = load_references(first, method, model)
     layout, task = _layout(method, first, media, references, model)
     levels = base_levels(settings.steps, shift=model.settings.level_shift)
-    text, null = encode_texts(storyboards, layout, model, settings.text)
+    if model.reads_images:
+        text, null = image_contexts(storyboards, media, layout, model)
+    else:
+        text, null = encode_texts(storyboards, layout, model, settings.text)
     read = states_of(storyboards, media, method, model, states)
     shape = (len(storyboards), model.codec.latent_channels, layout.num_frames, *latent_size(model))
     given = encode_media(media, references, layout, model, len(storyboards))

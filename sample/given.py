@@ -23,7 +23,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 def load_media(storyboard: Storyboard, index: int, model: Model) -> np.ndarray | None:
-    """The given pixels of a shot at the model's size, uint8 [T, H, W, 3] with T = 4k+1: its frames, or its first."""
+    """The given pixels of a shot at the model's size, uint8 [T, H, W, 3]: what the VAE takes, or the first frame."""
     shot = storyboard.shots[index]
     field, path = ("given", shot.given) if shot.given else ("first_frame", shot.first_frame)
     if not path:
@@ -45,7 +45,8 @@ def load_media(storyboard: Storyboard, index: int, model: Model) -> np.ndarray |
     if storyboard.task in ("progressive", "progressive_min"):  # every frame starts from the image
         frames, start = frames[:1].repeat(length, axis=0), length
     longest = start if shot.first_frame and not whole else length
-    frames = frames[: (min(len(frames), longest) - 1) // stride * stride + 1]
+    step = model.codec.frame_step
+    frames = frames[: (min(len(frames), longest) - 1) // step * step + 1]
     return fit_frames(frames, model.settings.height, model.settings.width)
 
 
@@ -63,7 +64,8 @@ def load_references(storyboard: Storyboard, method: Method, model: Model) -> lis
             image = one.role in IMAGE_ROLES
             clips.append(read_image(one.path)[None] if image else read_video(one.path)[0])
             longest = min(len(clips[-1]), model.settings.frames_per_shot)
-            lengths.append(None if image else (longest - 1) // stride + 1)
+            step = model.codec.frame_step
+            lengths.append(None if image else (longest - 1) // step * step // stride + 1)
         latent_frames = method.condition_frames([one.role for _, one in wanted], lengths)
     except ValueError as error:
         raise StoryboardError(

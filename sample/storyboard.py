@@ -57,7 +57,7 @@ class Storyboard:
     plan: dict[str, Any] = field(default_factory=dict)  # options of a `FrameTask`, such as {edit_level: 0.6}
     history: int | None = None  # how many earlier shots a shot sees, the nearest ones; None: the run's
 
-    def validate(self, *, temporal_stride: int = 4, max_shots: int | None = None) -> None:
+    def validate(self, *, frame_step: int = 4, max_shots: int | None = None) -> None:
         """Raise StoryboardError at the first thing wrong."""
         if not NAME.fullmatch(self.name):
             raise StoryboardError(
@@ -77,10 +77,10 @@ class Storyboard:
                 raise StoryboardError(
                     f"{where}: prompt and sentence are both empty; write one", f"shots.{index}.prompt"
                 )
-            if shot.frames is not None and (shot.frames < 1 or (shot.frames - 1) % temporal_stride):
-                near = nearest_frames(shot.frames, temporal_stride)
+            if shot.frames is not None and (shot.frames < 1 or (shot.frames - 1) % frame_step):
+                near = nearest_frames(shot.frames, frame_step)
                 raise StoryboardError(
-                    f"{where}: frames={shot.frames}; a shot holds {temporal_stride}k+1 frames, the nearest is {near}",
+                    f"{where}: frames={shot.frames}; a shot holds {frame_step}k+1 frames, the nearest is {near}",
                     f"shots.{index}.frames",
                 )
             if shot.given and shot.first_frame:
@@ -203,9 +203,9 @@ class Storyboard:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def nearest_frames(frames: float, temporal_stride: int = 4) -> int:
+def nearest_frames(frames: float, frame_step: int = 4) -> int:
     """The nearest length of the form stride*k+1, at least 1."""
-    return max(0, round((frames - 1) / temporal_stride)) * temporal_stride + 1
+    return max(0, round((frames - 1) / frame_step)) * frame_step + 1
 
 
 def derive_seed(*parts: int | str) -> int:

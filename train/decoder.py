@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from models.codecs import VAE
 from train.snapshot import load_snapshot, save_snapshot
 from train.vae import decode_unclamped, freeze_encoder, reconstruction_loss
 
@@ -43,7 +43,7 @@ class DecoderSettings:
 
 
 def train_decoder(
-    vae: AutoencoderKLWan, latents: LatentSource, settings: DecoderSettings, run_dir: Path,
+    vae: VAE, latents: LatentSource, settings: DecoderSettings, run_dir: Path,
     say: Callable[[str], None] = print,
 ) -> None:  # fmt: skip
     """Train `vae`'s decoder in place from step 0 or from the last snapshot in `run_dir`; it ends with its EMA weights.

@@ -65,7 +65,9 @@ class HeldOutLoss:
 
                 def error(text: TextContext) -> Tensor:  # [B]
                     told = self.method.model_levels(levels)  # noqa: B023
-                    prediction = backbone(noisy, told, text, **self.method.backbone_kwargs(batch.layout))  # noqa: B023
+                    conditions = self.method.conditions(batch.latents, batch.layout, batch.labels)  # noqa: B023
+                    seen = {"text": text} | self.method.prepare(backbone, batch.layout, text, conditions)  # noqa: B023
+                    prediction = backbone(noisy, told, **seen, **self.method.backbone_kwargs(batch.layout))  # noqa: B023
                     return (prediction.float() - target).square().mean(dim=(1, 2, 3, 4))  # noqa: B023
 
                 _add(sums, f"loss/{level:g}", error(batch.text))

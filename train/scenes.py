@@ -145,10 +145,19 @@ class ShardDataset:
         for record in self.records:
             scene = Scene.from_json(record.json)
             _check_encoders(record, scene, made_with)
+            self._check_drop(record, scene)
             for run in encoded_runs(record, len(scene.shots)):
                 self._add(record, scene, run)
         self._weights = self._bucket_weights()
         self._turns = Turns(np.array(list(self._weights.values())))
+
+    def _check_drop(self, record: Record, scene: Scene) -> None:
+        joined = scene.latents is not None and scene.latents.texts_joined
+        if joined and (self.text_drop.story or self.text_drop.prompts):
+            raise ValueError(
+                f"{record.shard}: {scene.scene_id}: story and prompts are encoded as one text, as the model reads it, "
+                "so neither can be dropped alone; set text_drop.story=0 text_drop.prompts=0"
+            )
 
     def _add(self, record: Record, scene: Scene, run: range) -> None:
         conditions = self._conditions(record, scene, run) if self.condition_frames else ()
@@ -317,8 +326,10 @@ class ShardDataset:
 
 
 def scene_texts(scene: Scene, shot: int) -> tuple[str, ...]:
-    """Tensors of a shot's context inside its scene: [story; its prompt]."""
+    """Tensors of a shot's context inside its scene: [story; its prompt], or the two encoded as one text."""
     own = "text" if scene.shots[shot].prompt or not scene.shots[shot].sentence else "sentence_text"
+    if scene.latents is not None and scene.latents.texts_joined:
+        return (shot_tensor_key(shot, own),)
     return (STORY_TEXT,) * bool(scene.story) + (shot_tensor_key(shot, own),)
 
 

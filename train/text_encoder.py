@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,10 +56,11 @@ class SlotReader(nn.Module):
 
 def train_text_encoder(
     encoder: T5EncoderModel, tokenizer: PreTrainedTokenizerBase, slots: dict[str, int], texts: TextSource,
-    settings: TextEncoderSettings, run_dir: Path, say: Callable[[str], None] = print,
+    settings: TextEncoderSettings, run_dir: Path, say: Callable[[str], None] = print, pad_to: int | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Train `encoder` in place (resuming from `run_dir`); returns the last accuracy per slot on fresh texts.
 
+    With `pad_to` texts are padded to so many tokens, and the padding is read as text is (`TextStyle.padded`).
     `texts(step)` must be a pure function of the step.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -74,8 +76,10 @@ def train_text_encoder(
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * min((step + 1) / settings.warmup_steps, 1.0) * (1.0 - 0.97 * share)
         prompts, classes = texts(step)
-        tokens = tokenizer(prompts, padding=True, return_tensors="pt")
-        logits = reader(tokens.input_ids, tokens.attention_mask)
+        padding: dict[str, Any] = {"padding": True if pad_to is None else "max_length", "max_length": pad_to}
+        tokens = tokenizer(prompts, **padding, return_tensors="pt")
+        mask = tokens.attention_mask if pad_to is None else torch.ones_like(tokens.attention_mask)
+        logits = reader(tokens.input_ids, mask)
         losses, accuracy = [], {}
         for name, values in logits.items():
             truth = torch.tensor(classes[name])

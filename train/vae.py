@@ -1,4 +1,4 @@
-"""Train a small causal video VAE (`AutoencoderKLWan`) from a stream of clips. One process, resumable, seeded.
+"""Train a small VAE, of videos or of images (`models.codecs.VAE`), from a stream of clips. Resumable, seeded.
 
 Shapes: B batch, C channels, T video frames, H W size.
 """
@@ -10,12 +10,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSpatialNorm3D
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
-from torch import Tensor
+from torch import Tensor, nn
 
+from models.codecs import VAE, decode_latents, posterior
 from train.snapshot import load_snapshot, save_snapshot
 
 # step -> (video [B,3,T,H,W] in [-1,1], weight [B,1,T,H,W] of each pixel in the reconstruction loss)
@@ -42,35 +45,71 @@ class VaeSettings:
 
 
 @torch.no_grad()
-def initialise_vae(
-    vae: AutoencoderKLWan, generator: torch.Generator, log_variance: float = -6.0, bias_scale: float = 0.3
-) -> None:
+def initialise_vae(vae: VAE, generator: torch.Generator, log_variance: float = -6.0, bias_scale: float = 0.3) -> None:
     """Initialise a VAE for fast training from nothing, in place.
 
     PyTorch's default halves the signal at every convolution while the biases stay, so that after a few layers the
-    norms see hardly anything of the input. Here every convolution keeps the variance, a causal 3-D kernel starts as an
-    image kernel on its last tap, a change of frame rate as a repeat or a skip, residual branches start at zero, and
-    the posterior starts narrow.
+    norms see hardly anything of the input. Here every convolution keeps the variance, a 3-D kernel starts as an image
+    kernel on the tap of its own frame, a change of frame rate as a repeat or a skip, residual branches start at zero,
+    CogVideoX's norms in the decoder start as plain ones, and the posterior starts narrow.
     """
     for name, module in vae.named_modules():
         if not isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d):
             continue
-        weight = module.weight
+        weight, name = module.weight, name.removesuffix(".conv")
         fan_in = weight[0].numel() // (weight.shape[2] if weight.ndim == 5 else 1)
         values = torch.randn(weight.shape, generator=generator) / fan_in**0.5
-        if weight.ndim == 5:
-            values[:, :, :-1] = 0.0
+        if weight.ndim == 5:  # causal kernels are padded in front, outside of the layer
+            own = weight.shape[2] // 2 if module.padding[0] else weight.shape[2] - 1
+            values[:, :, [tap for tap in range(weight.shape[2]) if tap != own]] = 0.0
         if name.endswith("time_conv"):  # changes of frame rate start as "repeat" and "keep the last"
             values = torch.zeros_like(values)
             channels = torch.arange(weight.shape[0])
             values[channels, channels % weight.shape[1], -1] = 1.0
-        weight.copy_(torch.zeros_like(values) if name.endswith("conv2") else values)
+        steered = name.endswith((".conv_y", ".conv_b"))  # what a CogVideoX decoder multiplies and adds after a norm
+        weight.copy_(torch.zeros_like(values) if name.endswith("conv2") or steered else values)
         if module.bias is not None:
             bias = torch.randn(module.bias.shape, generator=generator) * bias_scale
-            module.bias.copy_(torch.zeros_like(bias) if name.endswith("time_conv") else bias)
-    channels = vae.config.z_dim
-    vae.quant_conv.weight[channels:] *= 0.1
-    vae.quant_conv.bias[channels:] = log_variance
+            module.bias.copy_(torch.zeros_like(bias) if name.endswith("time_conv") or steered else bias)
+            if name.endswith(".conv_y"):
+                module.bias.fill_(1.0)
+    head = _posterior_head(vae)
+    channels = len(head.weight) // 2
+    head.weight[channels:] *= 0.1
+    head.bias[channels:] = log_variance  # type: ignore[index]
+
+
+def _posterior_head(vae: VAE) -> nn.Conv2d | nn.Conv3d:
+    """The layer that gives means and log-variances."""
+    model: Any = vae
+    head = getattr(model, "quant_conv", None)
+    if head is None:
+        head = model.encoder.conv_out
+    return getattr(head, "conv", head)
+
+
+@torch.no_grad()
+def scale_latents(vae: VAE, std: list[float]) -> None:
+    """Divide each channel of the latents by its deviation [C], in place, in the layers that write and read them.
+
+    For a family whose configuration has one scale for all channels. What it decodes from its latents stays.
+    """
+    head, scale = _posterior_head(vae), torch.tensor(std)
+    head.weight[: len(scale)] /= scale.view(-1, *[1] * (head.weight.ndim - 1))
+    head.bias[: len(scale)] /= scale  # type: ignore[index]
+    head.bias[len(scale) :] -= 2 * scale.log()  # type: ignore[index]
+    for layer in _latent_readers(vae):
+        layer.weight *= scale.view(1, -1, *[1] * (layer.weight.ndim - 2))
+
+
+def _latent_readers(vae: VAE) -> list[nn.Conv2d | nn.Conv3d]:
+    """The layers of the decoder that latents go into; CogVideoX's norms read them, too."""
+    model: Any = vae
+    if getattr(model, "post_quant_conv", None) is not None:
+        return [model.post_quant_conv]
+    norms = [module for module in model.decoder.modules() if isinstance(module, CogVideoXSpatialNorm3D)]
+    layers = [model.decoder.conv_in, *(layer for norm in norms for layer in (norm.conv_y, norm.conv_b))]
+    return [getattr(layer, "conv", layer) for layer in layers]
 
 
 def _learning_rate(settings: VaeSettings, step: int) -> float:
@@ -84,17 +123,24 @@ def _learning_rate(settings: VaeSettings, step: int) -> float:
     return peak + share * (settings.final_learning_rate - peak)
 
 
-def freeze_encoder(vae: AutoencoderKLWan) -> None:
+def freeze_encoder(vae: VAE) -> None:
     """From here on only the decoder learns."""
-    vae.encoder.requires_grad_(False)
-    vae.quant_conv.requires_grad_(False)
+    model: Any = vae
+    model.encoder.requires_grad_(False)
+    if getattr(model, "quant_conv", None) is not None:
+        model.quant_conv.requires_grad_(False)
 
 
-def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """`vae.decode` without its final clamp to [-1,1], whose gradient is zero wherever a young decoder overshoots.
+def decode_unclamped(vae: VAE, latents: Tensor) -> Tensor:
+    """Video [B,3,T,H,W] from raw latents [B,C,F,h,w], not clamped to [-1,1].
 
-    latents [B,C,F,H,W] -> video [B,3,4F-3,8H,8W], latent frame by latent frame through the causal cache.
+    A Wan clamps what it decodes, and the gradient of that is zero wherever a young decoder overshoots.
     """
+    return _decode_wan(vae, latents) if isinstance(vae, AutoencoderKLWan) else decode_latents(vae, latents)
+
+
+def _decode_wan(vae: Any, latents: Tensor) -> Tensor:
+    """`vae.decode` without its final clamp: latent frame by latent frame through the causal cache."""
     vae.clear_cache()
     hidden = vae.post_quant_conv(latents)
     frames = []
@@ -107,13 +153,13 @@ def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     return video if vae.config.patch_size is None else unpatchify(video, patch_size=vae.config.patch_size)
 
 
-def vae_loss(vae: AutoencoderKLWan, video: Tensor, weight: Tensor, settings: VaeSettings, generator: torch.Generator):
+def vae_loss(vae: VAE, video: Tensor, weight: Tensor, settings: VaeSettings, generator: torch.Generator):
     """(loss, figures) of one batch; the posterior is sampled with `generator`."""
-    posterior = vae.encode(video).latent_dist
-    noise = torch.randn(posterior.mean.shape, generator=generator)
-    latents = posterior.mean + posterior.std * noise
+    mean, logvar = posterior(vae, video)
+    noise = torch.randn(mean.shape, generator=generator)
+    latents = mean + torch.exp(0.5 * logvar) * noise
     loss, figures = reconstruction_loss(decode_unclamped(vae, latents), video, weight, settings.mse_weight)
-    kl = 0.5 * (posterior.mean.square() + posterior.var - 1.0 - posterior.logvar).mean()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).mean()
     return loss + settings.kl_weight * kl, {**figures, "kl": kl.item()}
 
 
@@ -128,8 +174,8 @@ def reconstruction_loss(
 
 
 def train_vae(
-    vae: AutoencoderKLWan, clips: ClipSource, settings: VaeSettings, run_dir: Path, say: Callable[[str], None] = print
-) -> AutoencoderKLWan:
+    vae: Any, clips: ClipSource, settings: VaeSettings, run_dir: Path, say: Callable[[str], None] = print
+) -> Any:
     """Train `vae` in place from step 0 or from the last snapshot in `run_dir`; returns it with its EMA weights.
 
     `clips(step)` must be a pure function of the step, so that a resumed run sees what the unbroken one would have seen.
@@ -178,11 +224,11 @@ def train_vae(
 
 
 @torch.no_grad()
-def latent_statistics(vae: AutoencoderKLWan, clips: ClipSource, batches: int) -> tuple[list[float], list[float]]:
-    """Per-channel mean and standard deviation of posterior means over `batches` batches, for the VAE's config."""
+def latent_statistics(vae: VAE, clips: ClipSource, batches: int) -> tuple[list[float], list[float]]:
+    """Per-channel mean and standard deviation of posterior means over `batches` batches."""
     total, square, count = 0.0, 0.0, 0
     for index in range(batches):
-        mean = vae.encode(clips(index)[0]).latent_dist.mean.double()
+        mean = posterior(vae, clips(index)[0])[0].double()
         total = total + mean.sum(dim=(0, 2, 3, 4))
         square = square + mean.square().sum(dim=(0, 2, 3, 4))
         count += mean.shape[0] * mean[0, 0].numel()

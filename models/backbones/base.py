@@ -36,6 +36,7 @@ class Capabilities:
     reasons: dict[str, str]
     kv_cache: bool = False  # shots of the past can be kept (models/kv_cache.py) instead of run again
     layer_branch: bool = False  # takes a `LayerBranch`
+    image_beside: bool = False  # takes `image`, an image's latents beside those of every frame
 
 
 _REASONS = {  # of a lack that the backbone gives no reason for
@@ -43,6 +44,7 @@ _REASONS = {  # of a lack that the backbone gives no reason for
     "text_per_shot": "not supported",
     "kv_cache": "not supported",
     "layer_branch": "modules beside its layers are only made for Wan",
+    "image_beside": "only Stable Video Diffusion reads an image beside its frames; use method fvdm",
 }
 
 
@@ -55,6 +57,7 @@ def require(
     text_per_shot: bool = False,
     kv_cache: bool = False,
     layer_branch: bool = False,
+    image_beside: bool = False,
 ) -> None:
     """Raises ValueError with the reason when the backbone lacks something of what is asked for."""
     for field, asked in (
@@ -62,6 +65,7 @@ def require(
         ("text_per_shot", text_per_shot),
         ("kv_cache", kv_cache),
         ("layer_branch", layer_branch),
+        ("image_beside", image_beside),
     ):
         if asked and not getattr(capabilities, field):
             raise ValueError(f"this backbone has no {field}: {capabilities.reasons.get(field, _REASONS[field])}")

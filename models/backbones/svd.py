@@ -37,6 +37,7 @@ CAPABILITIES = Capabilities(
     position_modes=frozenset({"contiguous"}),
     attention_rules=frozenset({"full", "same_frame"}),
     text_per_shot=True,
+    image_beside=True,
     reasons={
         "time_gap": "SVD's temporal convolutions take frames side by side for neighbours in time, whatever their "
         "number, so a gap would be half a gap",

@@ -11,9 +11,10 @@ from models.methods.base import Method
 from models.methods.fca import FCA
 from models.methods.fvdm import FVDM
 from models.methods.lct import LCT
+from models.methods.svd import SVD
 from models.methods.tic_ft import TICFT
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (FVDM, LCT, TICFT, FCA, AID)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (FVDM, LCT, TICFT, FCA, AID, SVD)}
 
 
 def get_method(name: str, **params: Any) -> Method:

@@ -1,4 +1,4 @@
-"""Pretrain the small ToyWorld Wan from nothing: VAE, text encoder, latents, transformer, decoder, scores, card.
+"""Pretrain a small ToyWorld model from nothing: VAE, text encoder, latents, transformer, decoder, scores, card.
 
 Every stage is seeded, logged and resumable: start the same command again and it goes on where it was. The result is a
 diffusers model folder that plays the part of a big pretrained single-shot text-to-video model.
@@ -12,23 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
 
 from infra.log import get_logger
 from infra.storage import atomic_write_text
-from models.backbones.wan import WanBackbone
-from models.codecs import VideoCodec
+from models.backbones.base import Backbone
+from models.codecs import VAE, VideoCodec
+from models.families import FAMILIES
 from models.folder import Model, ModelSettings, load_model, save_model
-from models.methods import get_method
+from models.image_encoder import ImageEncoder
 from models.text import TextEncoder, null_text
 from pipelines.toy_models.cache import build_cache
 from pipelines.toy_models.card import model_card, run_record
-from pipelines.toy_models.data import SIZE, TEXT_LENGTH, vae_batch
+from pipelines.toy_models.data import SIZE, vae_batch
 from pipelines.toy_models.denoised import denoised_source
 from pipelines.toy_models.measure import held_out_scores
+from pipelines.toy_models.parts import IMAGE_WIDTH, SMALL, TEXT_WIDTH, image_encoder, scaled
 from pipelines.toy_models.settings import ToyModelsConfig
-from pipelines.toy_models.texts import SLOTS, text_batch
+from pipelines.toy_models.texts import SLOTS, fitting, text_batch
 from toyworld.vocabulary import FPS, SHOT_FRAMES
 from train.batches import LatentCache
 from train.decoder import DecoderSettings, train_decoder
@@ -38,37 +39,37 @@ from train.parallel import Parallel, prepare
 from train.text_encoder import TextEncoderSettings, train_text_encoder
 from train.vae import VaeSettings, initialise_vae, latent_statistics, train_vae
 
-LATENT_CHANNELS = 8
 JUDGE_EVERY = 3_000  # steps of the transformer
-LEVEL_SHIFT = 3.0  # shape and motion are decided at high noise, which unshifted levels hardly visit
 
 
 def build_toy_models(config: ToyModelsConfig) -> Path:
     """Run every stage that is not finished yet; returns the model folder."""
-    log = get_logger("toy-models")
+    assert config.out is not None
+    log, small, run_dir = get_logger("toy-models"), SMALL[config.backbone], config.folder
     earlier = load_model(config.start, parts=()).settings.train.get("runs", []) if config.start else []
-    config.run_dir.mkdir(parents=True, exist_ok=True)
+    run_dir.mkdir(parents=True, exist_ok=True)
     backbone, codec, encoder = _start(config) if config.start else _fresh(config, log.info)
     latents = partial(
-        build_cache, config.run_dir / f"latents-{config.level}", codec, encoder, level=config.level, say=log.info
+        build_cache, run_dir / f"latents-{config.level}", codec, encoder, level=config.level, say=log.info
     )
     caches = {
         "train": latents(split="train", seed=config.seed, clips=config.clips)
         + latents(split="train", seed=config.seed + 3, clips=config.patterned, patterned=True),
         "test": latents(split="test", seed=config.seed + 1, clips=96),
     }
-    method = get_method("fvdm", p=0.0, clean_prob=0.0, shift=LEVEL_SHIFT, density="uniform")
-    null = null_text(encoder, TEXT_LENGTH)
+    method = small.training()
+    images = isinstance(encoder, ImageEncoder)
+    null = torch.zeros(1, IMAGE_WIDTH) if images else null_text(encoder, small.text_length)
 
     def source(split: str, drop: float) -> LatentCache:
         return LatentCache(
-            caches[split], batch_size=config.batch_size, text_length=TEXT_LENGTH, null_text=null,
+            caches[split], batch_size=config.batch_size, text_length=small.text_length, null_text=null,
             layout_for=method.layout_for_training, text_drop_prob=drop, seed=config.seed,
         )  # fmt: skip
 
     settings = ModelSettings(
-        method="fvdm", method_params=method.config(), backbone="wan", text_length=TEXT_LENGTH, level_shift=LEVEL_SHIFT,
-        frames_per_shot=SHOT_FRAMES, height=SIZE, width=SIZE, fps=FPS,
+        method=method.name, method_params=method.config(), backbone=config.backbone, text_length=small.text_length,
+        level_shift=small.level_shift, frames_per_shot=SHOT_FRAMES, height=SIZE, width=SIZE, fps=FPS,
         train={"world": {"level": config.level, "seed": config.seed}},
     )  # fmt: skip
     held_out = HeldOutLoss(source("test", 0.0), method)
@@ -89,22 +90,24 @@ def build_toy_models(config: ToyModelsConfig) -> Path:
     )  # fmt: skip
     prepare(backbone, Parallel(), compile_blocks=config.compile)
     result = run_loop(
-        backbone, method, source("train", 0.1), loop, config.run_dir / "transformer", evaluate=evaluate,
+        backbone, method, source("train", 0.1), loop, run_dir / "transformer", evaluate=evaluate,
         on_log=lambda line: log.info(_words(line)),
     )  # fmt: skip
     with torch.no_grad():
         for name, parameter in backbone.named_parameters():
             if name in result.average:
                 parameter.copy_(result.average[name])
-    model = Model(backbone.eval().requires_grad_(False), codec, encoder, settings)
+    model = Model(backbone.eval().requires_grad_(False), codec, encoder, settings, small.scheduler)
     if config.decoder_steps:
         train_decoder(
             codec.vae, denoised_source(model, config.level, config.seed),
-            DecoderSettings(steps=config.decoder_steps, seed=config.seed), config.run_dir / "decoder", log.info,
+            DecoderSettings(steps=config.decoder_steps, seed=config.seed), run_dir / "decoder", log.info,
         )  # fmt: skip
+    if config.save_half:
+        _round_to_half(model)
     scores = held_out_scores(model, level=config.level, seed=config.seed, prompts=config.prompts)
     settings.train |= {"runs": [*earlier, run_record(config)], "scores": scores}
-    save_model(config.out, model, settings)
+    save_model(config.out, model, settings, dtype=torch.float16 if config.save_half else None)
     atomic_write_text(config.out / "README.md", model_card(config, scores, settings.train["runs"]))
     log.info(f"wrote {config.out}")
     return config.out
@@ -114,63 +117,85 @@ def _words(figures: dict[str, Any]) -> str:
     return " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items())
 
 
-def _start(config: ToyModelsConfig) -> tuple[WanBackbone, VideoCodec, TextEncoder]:
+@torch.no_grad()
+def _round_to_half(model: Model) -> None:
+    """What will be written is what is scored."""
+    for part in (model.backbone, model.codec.vae, _encoder(model).model):
+        for value in part.state_dict().values():
+            if value.is_floating_point():
+                value.copy_(value.half())
+
+
+def _encoder(model: Model) -> TextEncoder | ImageEncoder:
+    return model.image_encoder if model.reads_images else model.text
+
+
+def _start(config: ToyModelsConfig) -> tuple[Backbone, VideoCodec, TextEncoder | ImageEncoder]:
     """The parts of an earlier model; the transformer trains on, the VAE's and the text encoder's stages are skipped."""
     assert config.start is not None
     model = load_model(config.start)
-    return model.backbone.requires_grad_(True), model.codec, model.text
+    if model.settings.backbone != config.backbone:
+        raise ValueError(f"{config.start} is a {model.settings.backbone}; set backbone={model.settings.backbone}")
+    return model.backbone.requires_grad_(True), model.codec, _encoder(model)
 
 
-def _fresh(config: ToyModelsConfig, say: Callable[[str], None]) -> tuple[WanBackbone, VideoCodec, TextEncoder]:
-    tokenizer = ByT5Tokenizer()
-    encoder = TextEncoder(tokenizer, _text_encoder(config, tokenizer, say), max_length=TEXT_LENGTH)
-    return _backbone(config), VideoCodec(_vae(config, say)), encoder
-
-
-def _text_encoder(config: ToyModelsConfig, tokenizer: ByT5Tokenizer, say: Callable[[str], None]) -> T5EncoderModel:
+def _fresh(
+    config: ToyModelsConfig, say: Callable[[str], None]
+) -> tuple[Backbone, VideoCodec, TextEncoder | ImageEncoder]:
+    small = SMALL[config.backbone]
+    encoder = _read_encoder(config, say)
     torch.manual_seed(config.seed)
-    encoder = T5EncoderModel(
+    backbone = small.backbone(config.backbone, config.width or small.width, config.layers or small.layers)
+    return backbone, VideoCodec(_vae(config, say)), encoder
+
+
+def _read_encoder(config: ToyModelsConfig, say: Callable[[str], None]) -> TextEncoder | ImageEncoder:
+    small, style = SMALL[config.backbone], FAMILIES[config.backbone].text_style
+    if style is None:
+        torch.manual_seed(config.seed)
+        return image_encoder()
+    if config.text_from:
+        found = load_model(config.text_from, parts=("text",)).text
+        tokenizer, text_model = found.tokenizer, found.model
+        if style.padded:  # it has to learn to read padding, which hides the text from one that never saw it
+            text_model = _train_text_encoder(config, tokenizer, text_model.requires_grad_(True), say, small.text_length)
+    else:
+        tokenizer = ByT5Tokenizer()
+        text_model = _train_text_encoder(config, tokenizer, _text_encoder(config, tokenizer), say)
+    return TextEncoder(tokenizer, text_model, max_length=small.text_length, style=style)
+
+
+def _text_encoder(config: ToyModelsConfig, tokenizer: ByT5Tokenizer) -> T5EncoderModel:
+    torch.manual_seed(config.seed)
+    return T5EncoderModel(
         T5Config(
-            vocab_size=384, d_model=96, d_kv=24, num_heads=4, d_ff=256, num_layers=3, feed_forward_proj="gated-gelu",
-            dropout_rate=0.0, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+            vocab_size=384, d_model=TEXT_WIDTH, d_kv=24, num_heads=4, d_ff=256, num_layers=3, dropout_rate=0.0,
+            feed_forward_proj="gated-gelu", pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
         )
     )  # fmt: skip
+
+
+def _train_text_encoder(
+    config: ToyModelsConfig, tokenizer: Any, encoder: Any, say: Callable[[str], None], pad_to: int | None = None
+) -> Any:
+    """`encoder`, trained; with `pad_to` on texts that are so many tokens with their padding."""
+
+    def texts(step: int) -> tuple[list[str], dict[str, list[int]]]:
+        batch = text_batch(config.seed, step)
+        return batch if pad_to is None else fitting(batch, pad_to - 1)
+
     settings = TextEncoderSettings(steps=config.text_steps, seed=config.seed)
-    train_text_encoder(
-        encoder,
-        tokenizer,
-        SLOTS,
-        lambda step: text_batch(config.seed, step),
-        settings,
-        config.run_dir / "text_encoder",
-        say,
-    )
+    folder = config.folder / "text_encoder"
+    train_text_encoder(encoder, tokenizer, SLOTS, texts, settings, folder, say, pad_to=pad_to)
     return encoder.requires_grad_(False)
 
 
-def _vae(config: ToyModelsConfig, say: Callable[[str], None]) -> AutoencoderKLWan:
-    architecture = {
-        "base_dim": 16, "decoder_base_dim": 24, "z_dim": LATENT_CHANNELS, "dim_mult": [1, 2, 2], "num_res_blocks": 1,
-        "temperal_downsample": [True, True], "patch_size": 2, "in_channels": 12, "out_channels": 12,
-        "scale_factor_spatial": 8, "scale_factor_temporal": 4,
-    }  # fmt: skip
-    unit = {"latents_mean": [0.0] * LATENT_CHANNELS, "latents_std": [1.0] * LATENT_CHANNELS}
-    vae = AutoencoderKLWan(**architecture, **unit)
+def _vae(config: ToyModelsConfig, say: Callable[[str], None]) -> VAE:
+    small = SMALL[config.backbone]
+    clips = partial(vae_batch, images=small.images_for_vae)
+    vae = small.make_vae()
     initialise_vae(vae, torch.Generator().manual_seed(config.seed))
     settings = VaeSettings(steps=config.vae_steps, polish_steps=config.vae_polish_steps, seed=config.seed)
-    vae = train_vae(vae, lambda step: vae_batch(config.seed, step), settings, config.run_dir / "vae", say)
-    mean, std = latent_statistics(vae, lambda step: vae_batch(config.seed + 1, settings.steps + step), batches=24)
-    measured = AutoencoderKLWan(**architecture, latents_mean=mean, latents_std=std)
-    measured.load_state_dict(vae.state_dict())
-    return measured.eval().requires_grad_(False)
-
-
-def _backbone(config: ToyModelsConfig) -> WanBackbone:
-    torch.manual_seed(config.seed)
-    return WanBackbone(
-        WanTransformer3DModel(
-            patch_size=(1, 2, 2), num_attention_heads=config.width // 32, attention_head_dim=32,
-            in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, text_dim=96, freq_dim=64,
-            ffn_dim=4 * config.width, num_layers=config.layers, rope_max_seq_len=256,
-        )
-    )  # fmt: skip
+    vae = train_vae(vae, lambda step: clips(config.seed, step), settings, config.folder / "vae", say)
+    mean, std = latent_statistics(vae, lambda step: clips(config.seed + 1, settings.steps + step), batches=24)
+    return scaled(vae, mean, std).eval().requires_grad_(False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.codecs import VideoCodec
+from models.image_encoder import ImageEncoder
 from models.text import TextEncoder
 from pipelines.toy_models.data import SIZE, TEXT_LENGTH, to_video
 from toyworld.render import render_shot
@@ -61,14 +62,23 @@ def _dressed(scene: ToyScene, shot: int, rng: np.random.Generator) -> ToyScene:
     return replace(scene, characters=(*scene.characters[:who], dressed, *scene.characters[who + 1 :]))
 
 
+def readable(texts: list[tuple[str, ...]], encoder: TextEncoder, scene: ToyScene) -> list[tuple[str, ...]]:
+    """The texts that a model reads whole, as the strings that its encoder is given; the plainest wording, if none."""
+    found = [tuple(encoder.parts(text)) for text in texts]
+    fitting = [text for text in found if sum(encoder.num_tokens(part) for part in text) <= encoder.max_length]
+    return fitting or [tuple(encoder.parts([sentence(scene, 0)]))]
+
+
 @torch.no_grad()
 def build_cache(
-    folder: Path, codec: VideoCodec, encoder: TextEncoder, *, level: LevelName, split: Split, seed: int, clips: int,
-    patterned: bool = False, part_size: int = 1000, say: Callable[[str], None] = print,
+    folder: Path, codec: VideoCodec, encoder: TextEncoder | ImageEncoder, *, level: LevelName,
+    split: Split, seed: int, clips: int, patterned: bool = False, part_size: int = 1000,
+    say: Callable[[str], None] = print,
 ) -> list[Path]:  # fmt: skip
     """Write `clips` clips to `folder` in parts of `part_size` and return the parts; those already there are kept.
 
-    Every clip stands in its part once per text (`TEXTS_PER_CLIP` rows share one latent).
+    Every clip stands in its part once per text that the model reads whole (at most `TEXTS_PER_CLIP` rows share one
+    latent). For a model that reads images the only text is the embedding of the clip's first frame.
     """
     paths = []
     known: dict[str, Tensor] = {}
@@ -77,18 +87,29 @@ def build_cache(
         paths.append(path)
         if path.exists():
             continue
-        latents, ids = [], []
+        latents, ids, images = [], [], []
         bank: dict[tuple[str, ...], int] = {}
         for index in range(begin, min(begin + part_size, clips)):
             alone, texts = cache_clip(level, split, seed, index, patterned)
-            mean, _ = codec.encode(to_video(render_shot(alone, 0, SIZE))[None])
+            video = to_video(render_shot(alone, 0, SIZE))[None]
+            if isinstance(encoder, ImageEncoder):
+                images.append(encoder.encode(video[:, :, 0])[0].half())
+                texts = [(str(index),)]
+            else:
+                texts = readable(texts, encoder, alone)
+            mean, _ = codec.encode(video)
             latents += [codec.normalize(mean)[0].half()] * len(texts)
             ids += [bank.setdefault(text, len(bank)) for text in texts]
-        fresh = sorted({part for text in bank for part in text} - known.keys())
-        for start in range(0, len(fresh), 256):
-            chunk = fresh[start : start + 256]
-            known |= dict(zip(chunk, (tokens.half() for tokens in encoder.encode(chunk)), strict=True))
-        contexts = [torch.cat([known[part] for part in text]) for text in bank]
-        write_cache(path, torch.stack(latents), contexts, torch.tensor(ids))
+        write_cache(path, torch.stack(latents), images or contexts(bank, encoder, known), torch.tensor(ids))
         say(f"latents {min(begin + part_size, clips)}/{clips} ({split})")
     return paths
+
+
+def contexts(texts: Iterable[tuple[str, ...]], encoder: TextEncoder, known: dict[str, Tensor]) -> list[Tensor]:
+    """Valid tokens [L,D] of every text, float16; `known` holds the strings that were encoded before."""
+    bank = list(texts)
+    fresh = sorted({part for text in bank for part in text} - known.keys())
+    for start in range(0, len(fresh), 256):
+        chunk = fresh[start : start + 256]
+        known |= dict(zip(chunk, (tokens.half() for tokens in encoder.encode(chunk)), strict=True))
+    return [torch.cat([known[part] for part in text]) for text in bank]

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from models.families import FAMILIES
+from pipelines.toy_models.parts import SMALL
 from pipelines.toy_models.settings import ToyModelsConfig
 
 STAGES = ("vae", "text_encoder", "transformer", "decoder")
@@ -15,14 +17,14 @@ SHAPE = "64x64 pixels, 17 frames at 8 fps"
 
 def run_record(config: ToyModelsConfig) -> dict[str, Any]:
     """What one run of the command leaves behind of itself: how it was started, and its stages' last figures."""
-    stages = {stage: _figures(config.run_dir / stage / "metrics.jsonl") for stage in STAGES}
+    stages = {stage: _figures(config.folder / stage / "metrics.jsonl") for stage in STAGES}
     return {"command": command(config), "stages": {stage: found for stage, found in stages.items() if found}}
 
 
 def command(config: ToyModelsConfig) -> str:
     """The command line that this config stands for: what differs from the defaults, and the number of steps."""
-    plain = type(config)(steps=config.steps)
-    given = [
+    plain = type(config)(steps=config.steps, backbone=config.backbone)
+    given = [f"backbone={config.backbone}"] * (config.backbone != "wan") + [
         f"{key}={str(value).lower() if isinstance(value, bool) else value}"
         for key, value in vars(config).items()
         if value != getattr(plain, key) and key != "out"
@@ -51,23 +53,29 @@ def model_card(config: ToyModelsConfig, scores: dict[str, dict[str, float]], run
     rows = "\n".join(
         f"| {name} | {score['value']:.3f} | {score['count']:g} |" for name, score in sorted(scores.items())
     )
+    family, small = FAMILIES[config.backbone], SMALL[config.backbone]
+    name = family.pipeline.removesuffix("Pipeline")
+    task, reader, asked = "text", "`T5EncoderModel` with the byte-level `ByT5Tokenizer`", "single-shot prompts"
+    if family.text_style is None:
+        task, reader = "image", "`CLIPVisionModelWithProjection` of random weights"
+        asked = "clips, each asked for by its first frame alone: nothing says what will happen,"
     return f"""---
 license: apache-2.0
 library_name: diffusers
-pipeline_tag: text-to-video
+pipeline_tag: {task}-to-video
 ---
-# ToyWorld Wan, level `{config.level}`
+# ToyWorld {name}, level `{config.level}`
 
-A small single-shot text-to-video model in the real diffusers classes (`WanTransformer3DModel`, `AutoencoderKLWan`,
-`T5EncoderModel` with the byte-level `ByT5Tokenizer`): {SHAPE}. It plays the part of a big pretrained model in
-Shotloom's demo, tests and claims. It knows ToyWorld and nothing else.
+A small single-shot {task}-to-video model in the real diffusers classes (`{family.model_class.__name__}`,
+`{family.vae_class.__name__}`, {reader}): {SHAPE}. It plays the part of a
+big pretrained model in Shotloom's demo, tests and claims. It knows ToyWorld and nothing else.
 
 Use it with Shotloom (`shotloom sample model=FOLDER ...`) or with plain diffusers
-(`WanPipeline.from_pretrained(FOLDER)`, `max_sequence_length=256`, 64x64, 17 frames).
+(`{family.pipeline}.from_pretrained(FOLDER)`, {small.call}, 64x64, 17 frames).
 
 ## How well it obeys
 
-The judge's reading of {config.prompts} held-out single-shot prompts (20 steps, guidance 3), measured by the last
+The judge's reading of {config.prompts} held-out {asked} (20 steps, guidance 3), measured by the last
 command below when it ended. No training clip shows a held-out identity, or a held-out identity doing what it does.
 
 | metric | value | readings |
@@ -76,7 +84,8 @@ command below when it ended. No training clip shows a held-out identity, or a he
 
 ## How it was made
 
-On {config.clips} clips with three texts each. Every stage is seeded and goes on where it stopped.
+On {config.clips + config.patterned} clips, each with up to three texts of at most {small.text_length}
+bytes. Every stage is seeded and goes on where it stopped.
 {"".join(_run_words(run) for run in runs)}"""
 
 

@@ -27,12 +27,12 @@ def to_video(frames: np.ndarray) -> Tensor:
 IMAGE_STEPS = 500  # the VAE first learns single frames, which show more of the world per second of work
 
 
-def vae_batch(seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """Clips [B,3,T,H,W] for VAE step `step` and their `pixel_weights`.
+def vae_batch(seed: int, step: int, images: bool = False) -> tuple[Tensor, Tensor]:
+    """Clips [B,3,T,H,W] for VAE step `step` and their `pixel_weights`; with `images` always clips of one frame.
 
     Two thirds of the clips are of level small, the others of level full, so that the VAE also serves later levels.
     """
-    batch, frames = (16, 1) if step < IMAGE_STEPS else (3, 9)
+    batch, frames = (16, 1) if images or step < IMAGE_STEPS else (3, 9)
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, step])))
     videos = []
     for _ in range(batch):

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from infra.knobs import knob
-from pipelines.shipped import SHIPPED_WAN
+from models.families import FamilyName
+from pipelines.shipped import SHIPPED_WAN, WEIGHTS
 from toyworld.vocabulary import LevelName
 
 
@@ -15,22 +16,39 @@ from toyworld.vocabulary import LevelName
 class ToyModelsConfig:
     """What `make toy-models` trains."""
 
+    backbone: FamilyName = knob("wan", "which model: the others take the text encoder of a finished one")
     level: LevelName = knob("small", "ToyWorld level of the clips")
     seed: int = knob(0, "seed of worlds, weights and noise")
-    run_dir: Path = knob(Path("runs/toy-models"), "snapshots, latents and logs; start again here to resume")
-    out: Path = knob(SHIPPED_WAN, "model folder to write")
+    run_dir: Path | None = knob(None, "snapshots, latents and logs, to resume from; null = runs/toy-BACKBONE")
+    out: Path | None = knob(None, "model folder to write; null = toyworld/weights/BACKBONE-small")
     start: Path | None = knob(None, "model folder to go on from, in a new run_dir; null = random weights")
     vae_steps: int = knob(2_600, "steps of the VAE")
     vae_polish_steps: int = knob(1_600, "further steps of its decoder alone")
-    text_steps: int = knob(2_200, "steps of the text encoder")
+    text_steps: int = knob(2_200, "steps of the text encoder; a taken one learns on where padding is read")
+    text_from: Path | None = knob(None, "model folder whose text encoder is taken; null = wan-small, for wan none")
     clips: int = knob(10_000, "training clips, each with three texts")
     patterned: int = knob(6_000, "further clips, whose characters also have the patterns that the level lacks")
     steps: int = knob(19_000, "steps of the transformer")
     batch_size: int = knob(16, "clips per step of the transformer")
     decoder_steps: int = knob(900, "steps of the decoder on latents that the transformer has denoised")
     learning_rate: float = knob(1e-3, "peak learning rate of the transformer; cosine to a tenth")
-    width: int = knob(192, "width of the transformer; heads are 32 wide")
-    layers: int = knob(6, "blocks of the transformer")
+    width: int | None = knob(None, "width of the transformer (heads of 32) or U-Net; null = the shipped model's")
+    layers: int | None = knob(None, "blocks of the transformer; null = the shipped model's")
+    save_half: bool | None = knob(None, "write weights in 16 bits; null = all but wan's")
     precision: Literal["fp32", "bf16"] = knob("fp32", "bf16 pays on cores that calculate in it (avx512_bf16, amx)")
     compile: bool = knob(False, "torch.compile the transformer's blocks (needs a C++ compiler); twice as fast")
     prompts: int = knob(64, "held-out prompts that the judge scores at the end")
+
+    def __post_init__(self) -> None:
+        wan = self.backbone == "wan"
+        self.run_dir = self.run_dir or Path("runs/toy-models" if wan else f"runs/toy-{self.backbone}")
+        self.out = self.out or WEIGHTS / f"{self.backbone}-small"
+        self.save_half = not wan if self.save_half is None else self.save_half
+        if not wan:
+            self.text_from = self.text_from or SHIPPED_WAN
+
+    @property
+    def folder(self) -> Path:
+        """`run_dir`, which is always known by now."""
+        assert self.run_dir is not None
+        return self.run_dir

@@ -57,6 +57,13 @@ def _says_shot(said: dict[str, int], shot: ShotAttributes) -> None:
     said["camera"] = CAMERAS.index(shot.camera)
 
 
+def fitting(batch: tuple[list[str], dict[str, list[int]]], most: int) -> tuple[list[str], dict[str, list[int]]]:
+    """The texts of a batch that have at most so many bytes, with their classes."""
+    texts, classes = batch
+    kept = [row for row, text in enumerate(texts) if len(text.encode()) <= most]
+    return [texts[row] for row in kept], {name: [values[row] for row in kept] for name, values in classes.items()}
+
+
 def text_batch(seed: int, step: int, batch: int = 48) -> tuple[list[str], dict[str, list[int]]]:
     """Texts of all three kinds (single-shot sentence, story, shot prompt) and the class of each slot (-1 unsaid).
 

@@ -107,7 +107,7 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path, folder):
     for change, message in (
         ({"frames_per_shots": 5}, "unknown field 'frames_per_shots'; did you mean 'frames_per_shot'"),
         ({"fps": "8"}, r"shotloom\.json\.fps is '8' \(str\), expected float"),
-        ({"backbone": "latte"}, "backbone is 'latte', expected one of 'wan'"),
+        ({"backbone": "mochi"}, "backbone is 'mochi', expected one of 'wan', 'cogvideox', 'latte'"),
     ):
         (broken / "shotloom.json").write_text(json.dumps(settings | change))
         with pytest.raises(RecordError, match=message):

@@ -44,6 +44,7 @@ TIC_FT_TASKS = {
 }
 FCA_TASKS = {"tvp": ({}, "TTTTT")}
 AID_TASKS = {"tvp": ({}, "CTTTT")}
+SVD_TASKS = {"i2v": ({}, "TTTTT")}
 LETTERS = {"condition": "C", "buffer": "B", "target": "T", "history": "H"}
 
 
@@ -55,6 +56,8 @@ def rows():
         yield "fca", task, get_method("fca").layout_for_task(task, [5], **givens)
     for task, (givens, _) in AID_TASKS.items():
         yield "aid", task, get_method("aid").layout_for_task(task, [5], **givens)
+    for task, (givens, _) in SVD_TASKS.items():
+        yield "svd", task, get_method("svd").layout_for_task(task, [5], **givens)
     for task, (givens, _) in LCT_TASKS.items():
         yield "lct", task, CAUSAL.layout_for_task(task, [2, 1, 2], **givens)
     task, givens, _ = LCT_COMPOSITION
@@ -66,6 +69,7 @@ def rows():
 def test_every_task_of_every_method_is_in_the_table():
     lct = {*LCT_TASKS, LCT_COMPOSITION[0]}
     tables = {"fvdm": FVDM_TASKS, "lct": lct, "tic_ft": TIC_FT_TASKS, "fca": FCA_TASKS, "aid": AID_TASKS}
+    tables["svd"] = SVD_TASKS
     assert {name: set(table) for name, table in tables.items()} == {n: set(m.tasks) for n, m in METHODS.items()}
 
 
@@ -191,12 +195,12 @@ def test_training_layouts_keep_shots_and_texts():
     assert get_method("tic_ft").layout_for_training([3]) == shots_layout([3])
 
 
-def test_only_tic_ft_reads_references_and_it_and_fca_tell_the_backbone_one_level():
+def test_only_tic_ft_reads_references_and_some_tell_the_backbone_one_level():
     levels = torch.rand(2, 3)
     for name, method in ((name, get_method(name)) for name in METHODS):
         assert method.reads_references == (name == "tic_ft")
         if not method.reads_references:
-            assert torch.equal(method.model_levels(levels), levels.amax(dim=1) if name == "fca" else levels)
+            assert torch.equal(method.model_levels(levels), levels.amax(dim=1) if name in ("fca", "svd") else levels)
             for ask in (lambda m=method: m.task_of(["image"]), lambda m=method: m.condition_frames(["image"], [None])):
                 with pytest.raises(ValueError, match="composes a shot of" if name == "lct" else "reads no references"):
                     ask()

@@ -69,7 +69,7 @@ def change(record: dict, path: str, value: object) -> dict:
         ("shots.1.start_pts", 1699, r"shots\[1\]: start_pts is 1699, expected 1700"),
         ("shots.1.prev_id", None, r"shots\[1\]: prev_id is None, expected 'v/0/s000'"),
         ("shots.2.next_id", "v/0/s003", r"shots\[2\]: next_id"),
-        ("shots.0.encoded.num_frames", 6, r"num_frames is 6, expected 4k\+1"),
+        ("shots.0.encoded.num_frames", 0, "num_frames is 0, expected at least 1"),
         ("shots.0.encoded.pts", [0, 1, 2, 3, 9999], "outside the shot's"),
         ("shots.0.encoded.pts", [0, 100, 50, 300, 400], "go back in time"),
         ("shots.0.transition", "wipe", "expected one of 'start', 'cut'"),

@@ -28,7 +28,7 @@ def store(tmp_path: Path) -> JobStore:
 @pytest.fixture
 def service(tmp_path: Path) -> VideoService:
     return VideoService(
-        model="toy", width=64, height=48, fps=8.0, frames_per_shot=17, temporal_stride=4, max_frames=33, max_shots=3,
+        model="toy", width=64, height=48, fps=8.0, frames_per_shot=17, frame_step=4, max_frames=33, max_shots=3,
         first_frame=True, results=tmp_path / "videos", max_queued=5,
     )  # fmt: skip
 

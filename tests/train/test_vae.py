@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLWan
 
-from train.vae import VaeSettings, decode_unclamped, initialise_vae, latent_statistics, train_vae
+from models.codecs import decode_latents, posterior
+from train.vae import VaeSettings, decode_unclamped, initialise_vae, latent_statistics, scale_latents, train_vae
 
 SETTINGS = VaeSettings(steps=4, polish_steps=3, warmup_steps=2, checkpoint_every=2, log_every=1)
 
@@ -106,3 +107,64 @@ def test_latent_statistics_normalise() -> None:
     assert torch.allclose(
         latents.double().var(dim=(0, 2, 3, 4), correction=0).sqrt().float(), torch.tensor(std), rtol=1e-3
     )
+
+
+def other_vae(name: str) -> AutoencoderKL | AutoencoderKLCogVideoX:
+    torch.manual_seed(0)
+    sizes = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "latent_channels": 2, "norm_num_groups": 4}
+    if name == "cogvideox":
+        vae = AutoencoderKLCogVideoX(**sizes, scaling_factor=1.0)
+    else:
+        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+        vae = AutoencoderKL(**sizes, **blocks, scaling_factor=1.0)
+    initialise_vae(vae, torch.Generator().manual_seed(0))
+    return vae.eval()
+
+
+@pytest.mark.parametrize("name", ["cogvideox", "latte"])
+@torch.no_grad()
+def test_other_vaes_start_as_image_models_with_a_narrow_posterior(name: str) -> None:
+    vae = other_vae(name)
+    still = torch.rand(1, 3, 1, 32, 32, generator=torch.Generator().manual_seed(2)).expand(1, 3, 9, 32, 32) * 2 - 1
+    mean, logvar = posterior(vae, still)
+    video = decode_latents(vae, mean)
+    assert video.shape == still.shape and video.std() > 0.05 and mean.std() > 0.05
+    assert torch.allclose(video, video[:, :, :1].expand_as(video), atol=1e-4)
+    assert -9 < logvar.mean() < -4
+
+
+@pytest.mark.parametrize("name", ["cogvideox", "latte"])
+def test_other_vaes_learn(name: str, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, steps=12, polish_steps=2, checkpoint_every=1000)
+    losses: list[float] = []
+    vae = train_vae(
+        other_vae(name),
+        lambda step: tuple(x.repeat(1, 1, 1, 2, 2)[:, :, :1] for x in clips(0)),
+        settings,
+        tmp_path,
+        lambda line: losses.append(float(line.split("loss=")[1].split()[0])),
+    )
+    assert len(losses) == 14 and losses[11] < 0.6 * losses[0]
+    assert not vae.training
+
+
+@pytest.mark.parametrize("name", ["cogvideox", "latte"])
+@torch.no_grad()
+def test_scaled_latents_decode_to_the_same(name: str) -> None:
+    vae = other_vae(name)
+    video = torch.rand(2, 3, 9, 32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    noise = torch.Generator().manual_seed(4)
+    for module in vae.decoder.modules():  # norms that read the latents, as after training
+        for layer in (getattr(module, "conv_y", None), getattr(module, "conv_b", None)):
+            if layer is not None:
+                layer.conv.weight.add_(0.3 * torch.randn(layer.conv.weight.shape, generator=noise))
+    mean, logvar = posterior(vae, video)
+    decoded = decode_latents(vae, mean)
+    _, scale = latent_statistics(vae, lambda _: (video, video), batches=1)
+    scale_latents(vae, scale)
+    scaled, scaled_logvar = posterior(vae, video)
+    assert torch.allclose(scaled.transpose(0, 1).flatten(1).std(dim=1), torch.ones(2), atol=1e-2)
+    column = torch.tensor(scale).view(1, -1, 1, 1, 1)
+    assert torch.allclose(scaled * column, mean, atol=1e-4)
+    assert torch.allclose(scaled_logvar, logvar - 2 * column.log(), atol=1e-3)
+    assert torch.allclose(decode_latents(vae, scaled), decoded, atol=1e-3)

@@ -1,0 +1,129 @@
+"""The families of models whose diffusers folders open: the classes in the parts of a folder, and what they mean.
+
+A folder's model_index.json names its pipeline, and the pipeline its family. A plain diffusers folder has no settings of
+ours; what it was trained for stands in its configurations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLTemporalDecoder,
+    AutoencoderKLWan,
+    CogVideoXTransformer3DModel,
+    LatteTransformer3DModel,
+    UNetSpatioTemporalConditionModel,
+    WanTransformer3DModel,
+)
+
+from models.backbones.base import Backbone
+from models.backbones.cogvideox import CogVideoXBackbone
+from models.backbones.latte import LatteBackbone
+from models.backbones.svd import SVDBackbone
+from models.backbones.wan import WanBackbone
+from models.process import FlowMatching, Process
+from models.text import TextStyle
+
+FamilyName = Literal["wan", "cogvideox", "latte", "svd"]
+Part = Literal["backbone", "codec", "text"]
+
+
+@dataclass(frozen=True)
+class Family:
+    pipeline: str  # the diffusers class that opens the folder
+    model_class: Any  # of `transformer/`, or `unet/`
+    vae_class: Any  # of `vae/`
+    build: Callable[[Any, Process], Backbone]
+    settings: Callable[[Mapping[str, Any]], dict[str, Any]]  # of a plain folder, from the config of its model
+    text_style: TextStyle | None = TextStyle()  # None: it reads an image (`models.image_encoder`)
+    # further entries of model_index.json
+    index: Mapping[str, Any] = field(default_factory=dict)
+    # the folders of each part, of its model first; those of text and backbone are called as what holds them calls it
+    folders: Mapping[Part, tuple[str, ...]] = field(
+        default_factory=lambda: {"backbone": ("transformer",), "codec": ("vae",), "text": ("text_encoder", "tokenizer")}
+    )
+
+
+def _wan(transformer: WanTransformer3DModel, process: Process) -> WanBackbone:
+    if not isinstance(process, FlowMatching):
+        raise ValueError(f"a Wan is a flow, but its scheduler is of {type(process).__name__}; check scheduler/")
+    return WanBackbone(transformer)
+
+
+def _cogvideox(transformer: CogVideoXTransformer3DModel, process: Process) -> CogVideoXBackbone:
+    if (pair := transformer.config.patch_size_t or 1) > 1:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"this is a CogVideoX 1.5, which reads latent frames in groups of {pair}, but its VAE makes an odd number "
+            "of them, and Shotloom drops none; use CogVideoX 2B or 5B"
+        )
+    return CogVideoXBackbone(transformer, process)
+
+
+def _cogvideox_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "frames_per_shot": config["sample_frames"], "height": 8 * config["sample_height"],
+        "width": 8 * config["sample_width"], "fps": 8.0, "text_length": config["max_text_seq_length"],
+        "level_shift": 1.0, "method_params": {"shift": 1.0},
+    }  # fmt: skip
+
+
+def _latte_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    size = 8 * config["sample_size"]
+    return {
+        "frames_per_shot": config["video_length"], "height": size, "width": size, "fps": 8.0,
+        "text_length": 120,  # LattePipeline's own constant
+        "level_shift": 1.0, "method_params": {"shift": 1.0},
+    }  # fmt: skip
+
+
+def _svd_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "method": "svd", "frames_per_shot": config["num_frames"], "height": 576, "width": 1024, "fps": 7.0,
+        "text_length": 1, "level_shift": 1.0,
+    }  # fmt: skip
+
+
+FAMILIES: dict[FamilyName, Family] = {
+    "wan": Family(
+        "WanPipeline", WanTransformer3DModel, AutoencoderKLWan, _wan, lambda config: {},
+        index={"boundary_ratio": None, "expand_timesteps": False, "transformer_2": [None, None]},
+    ),
+    "cogvideox": Family(
+        "CogVideoXPipeline", CogVideoXTransformer3DModel, AutoencoderKLCogVideoX, _cogvideox, _cogvideox_settings,
+        text_style=TextStyle(padded=True),
+    ),
+    "latte": Family(
+        "LattePipeline", LatteTransformer3DModel, AutoencoderKL, LatteBackbone, _latte_settings,
+        text_style=TextStyle(lowercase=True),
+    ),
+    "svd": Family(
+        "StableVideoDiffusionPipeline", UNetSpatioTemporalConditionModel, AutoencoderKLTemporalDecoder, SVDBackbone,
+        _svd_settings, text_style=None,
+        folders={"backbone": ("unet",), "codec": ("vae",), "text": ("image_encoder", "feature_extractor")},
+    ),
+}  # fmt: skip
+
+# pipelines whose classes Shotloom knows and whose folders it does not open: why, and what to use instead
+REFUSED = {
+    "HunyuanVideoPipeline": "a HunyuanVideo reads two texts, of a LLaMA behind a prompt template and of a CLIP, and a "
+    "model folder holds one text encoder; use models.backbones.hunyuan from Python, or another model",
+    "CogVideoXImageToVideoPipeline": "it takes its image beside the noisy latents; use the text-to-video model, which "
+    "learns image conditions as clean frames (method fvdm)",
+    "WanImageToVideoPipeline": "it takes its image beside the noisy latents; use the text-to-video model, which learns "
+    "image conditions as clean frames (method fvdm)",
+}
+
+
+def family_of_pipeline(name: str | None) -> FamilyName:
+    """The family whose folders a diffusers pipeline opens; ValueError with the reason if there is none."""
+    for family, found in FAMILIES.items():
+        if found.pipeline == name:
+            return family
+    known = ", ".join(family.pipeline for family in FAMILIES.values())
+    reason = f": {REFUSED[name]}" if name in REFUSED else ""
+    raise ValueError(f"_class_name is {name!r}, supported are {known}{reason}")

@@ -1,0 +1,183 @@
+"""The commands on tiny CogVideoX and Latte folders: encoded shots and texts, training, sampling, and what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import CogVideoXPipeline, LattePipeline
+from safetensors.torch import save
+from webdataset import ShardWriter
+
+from infra.config import load_config
+from models.folder import Model, load_model
+from models.scene import STORY_TEXT, EncodedSpan, Scene, Shot, Source, link_shots, shot_tensor_key
+from models.tiny_cogvideox import build_tiny_cogvideox_folder
+from models.tiny_latte import build_tiny_latte_folder
+from models.tiny_svd import build_tiny_svd_folder
+from pipelines.prepare import PrepareConfig, make_settings
+from pipelines.train import TrainConfig, run_train
+from preprocess.encode import Encoder, scene_texts
+from preprocess.outcome import Failed
+from sample.generate import GenerateSettings, generate_scene
+from sample.storyboard import Storyboard, StoryboardError, StoryboardShot
+
+BUILDERS: dict[str, Callable[..., Model]] = {"cogvideox": build_tiny_cogvideox_folder, "latte": build_tiny_latte_folder}
+PIPELINES: dict[str, Any] = {"cogvideox": CogVideoXPipeline, "latte": LattePipeline}
+FRAMES = {"cogvideox": 9, "latte": 3}  # of a shot; 3 latent frames of either
+TEXT_LENGTH = 24
+
+
+@pytest.fixture(scope="module", params=BUILDERS)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp(family) / "model"
+    BUILDERS[family](
+        path, text_length=TEXT_LENGTH, frames_per_shot=FRAMES[family], method="fvdm", method_params={"shift": 1.0}
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def dataset(family: str, folder: Path) -> Path:
+    """Two scenes of two shots, encoded as `shotloom prepare` encodes them."""
+    encoder, path = Encoder.from_folder(folder), folder.parent / "dataset"
+    (path / "shards").mkdir(parents=True)
+    frames = FRAMES[family]
+    with ShardWriter(str(path / "shards" / "scenes-%06d.tar"), maxcount=2, verbose=0) as writer:
+        for number in range(2):
+            scene = make_scene(f"scene{number}", ["red", "box"], frames)
+            scene.latents = encoder.source("float16")
+            texts = encoder.encode_texts([scene], "float16")
+            tensors = {name: texts[text].clone() for name, text in scene_texts(scene).items()}
+            pixels = np.random.default_rng(number).integers(0, 256, (2, frames, 32, 32, 3), dtype=np.uint8)
+            for i, found in enumerate(encoder.encode_shots(list(pixels), "float16")):
+                tensors |= {shot_tensor_key(i, name): value for name, value in found.items()}
+            writer.write({"__key__": scene.scene_id, "json": scene.to_json().encode(), "safetensors": save(tensors)})
+    return path
+
+
+def make_scene(name: str, prompts: list[str], frames: int, story: str = "a story") -> Scene:
+    shots = []
+    for i, prompt in enumerate(prompts):
+        begin, end = i * frames, (i + 1) * frames
+        span = EncodedSpan(begin, frames, 8.0, list(range(begin, end)), 32, 32)
+        shots.append(Shot("", i, begin, end, begin, end, [1, 8], prompt=prompt, sentence=f"one {prompt}", encoded=span))
+        shots[-1].transition = "cut" if i else "start"
+    source = Source("v.mp4", "0" * 64, 1)
+    return Scene(name, "v", source, 8.0, 32, 32, len(prompts) * frames / 8, link_shots(shots, name), story=story)
+
+
+def test_texts_are_stored_as_the_model_reads_them(family, folder):
+    encoder = Encoder.from_folder(folder)
+    scene = make_scene("s", ["red", "box"], 9)
+    scene.latents = encoder.source("float32")
+    named = scene_texts(scene)
+    texts = encoder.encode_texts([scene], "float32")
+    if family == "cogvideox":
+        assert STORY_TEXT not in named and named[shot_tensor_key(1, "text")] == "a story box"
+        assert all(tokens.shape == (TEXT_LENGTH, 32) for tokens in texts.values())
+    else:
+        assert named[STORY_TEXT] == "a story" and named[shot_tensor_key(1, "text")] == "box"
+        assert texts["box"].shape == (4, 32)
+    with pytest.raises(Failed, match=rf"story {TEXT_LENGTH + 1}, prompt 4\), the model reads {TEXT_LENGTH}"):
+        encoder.encode_texts([make_scene("s", ["red"], 9, story="s" * TEXT_LENGTH)], "float32")
+
+
+def test_prepare_takes_as_many_frames_as_the_vae(family, folder, tmp_path):
+    def settings(**changes: Any):
+        return make_settings(PrepareConfig(sources=["v"], output=tmp_path, model=folder, **changes))
+
+    found = settings(min_shot_frames=1)
+    assert (found.frame_step, found.shot_frames) == ({"cogvideox": 8, "latte": 1}[family], FRAMES[family])
+    if family == "cogvideox":
+        with pytest.raises(ValueError, match=r"shot_frames=13: the VAE takes 8k\+1 frames \(1, 9, 17, 25, ...\)"):
+            settings(shot_frames=13)
+    else:
+        assert settings(shot_frames=14).shot_frames == 14
+
+
+def test_it_trains_exports_and_samples(family, folder, dataset, tmp_path):
+    keys = {
+        "model": folder, "dataset": dataset, "run_dir": tmp_path / "run", "steps": 2, "batch_size": 2, "num_workers": 0,
+        "method": "fvdm", "method_params.shift": 1.0, "shots_per_scene": 1, "log_every": 1, "text_drop.story": 0.0,
+        "text_drop.prompts": 0.0, "learning_rate": 1e-2, "warmup_steps": 0,
+    }  # fmt: skip
+    result = run_train(load_config(TrainConfig, None, [f"{key}={value}" for key, value in keys.items()]))
+    before, after = (load_model(path, parts=("backbone",)).backbone.state_dict() for path in (folder, result.model_dir))
+    assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
+    PIPELINES[family].from_pretrained(result.model_dir, local_files_only=True)
+
+    model = load_model(result.model_dir)
+    assert model.settings.backbone == family and model.settings.train["run"]["steps"] == 2
+    board = Storyboard("one", shots=[StoryboardShot("a red box")])
+    frames, cuts = generate_scene(model, board, GenerateSettings(steps=2, guidance=3.0), seed=0)
+    assert frames.shape == (FRAMES[family], 32, 32, 3) and not cuts
+    again, _ = generate_scene(model, board, GenerateSettings(steps=2, guidance=3.0), seed=0)
+    other, _ = generate_scene(model, board, GenerateSettings(steps=2, guidance=3.0), seed=1)
+    assert np.array_equal(frames, again) and not np.array_equal(frames, other)
+    if family == "cogvideox":
+        board = Storyboard("one", shots=[StoryboardShot("a red box", frames=13)])
+        with pytest.raises(StoryboardError, match=r"frames=13; a shot holds 8k\+1 frames, the nearest is"):
+            generate_scene(model, board, GenerateSettings(steps=1), seed=0)
+
+
+def test_a_given_frame_stays(family, folder, tmp_path):
+    """From an image, as method fvdm does: the frame is encoded alone and held through sampling."""
+    from PIL import Image
+
+    model = load_model(folder)
+    Image.new("RGB", (32, 32), (200, 30, 30)).save(tmp_path / "red.png")
+    board = Storyboard("one", shots=[StoryboardShot("go", first_frame=str(tmp_path / "red.png"))])
+    made: list[torch.Tensor] = []
+    decode = model.codec.decode
+    model.codec.decode = lambda latents: made.append(latents) or decode(latents)  # type: ignore[method-assign]
+    generate_scene(model, board, GenerateSettings(steps=2, guidance=1.0), seed=0)
+    video = torch.tensor([200, 30, 30]).view(1, 3, 1, 1, 1).expand(1, 3, 1, 32, 32) / 127.5 - 1
+    alone = model.codec.normalize(model.codec.encode(video)[0])
+    assert torch.equal(made[0][:, :, :1].cpu(), alone)
+
+
+def test_parts_of_a_joined_text_cannot_be_dropped(family, folder, dataset, tmp_path):
+    if family != "cogvideox":
+        pytest.skip("texts are apart")
+    keys = {
+        "model": folder, "dataset": dataset, "run_dir": tmp_path / "run", "steps": 1, "batch_size": 2, "num_workers": 0,
+        "method": "fvdm", "text_drop.story": 0.1, "log_every": 1, "shots_per_scene": 1,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"encoded as one text.*set text_drop.story=0"):
+        run_train(load_config(TrainConfig, None, [f"{key}={value}" for key, value in keys.items()]))
+
+
+def test_svd_makes_a_shot_of_its_first_frame(tmp_path):
+    from PIL import Image
+
+    from pipelines.serve import ServeConfig, server_settings
+
+    build_tiny_svd_folder(tmp_path / "svd")
+    model = load_model(tmp_path / "svd")
+    for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
+    settings = GenerateSettings(steps=2, image_guidance=2.0)
+
+    def make(image: str, seed: int = 0) -> np.ndarray:
+        board = Storyboard("one", shots=[StoryboardShot("go", first_frame=str(tmp_path / f"{image}.png"))])
+        return generate_scene(model, board, settings, seed)[0]
+
+    frames = make("red")
+    assert frames.shape == (6, 8, 8, 3) and np.array_equal(frames, make("red"))
+    assert not np.array_equal(frames, make("blue")) and not np.array_equal(frames, make("red", seed=1))
+    with pytest.raises(StoryboardError, match="method 'svd' cannot make 1 shots .* .its tasks: i2v"):
+        generate_scene(model, Storyboard("one", shots=[StoryboardShot("go")]), settings, 0)
+    service = server_settings(ServeConfig(model=tmp_path / "svd", folder=tmp_path / "jobs")).service
+    assert service.first_frame and service.max_shots == 1 and service.frame_step == 1
+    with pytest.raises(ValueError, match="reads an image, no text.*to prepare or train use another model"):
+        Encoder.from_folder(tmp_path / "svd")
