@@ -33,6 +33,7 @@ SETTINGS_FILE = "shotloom.json"
 INDEX_FILE = "model_index.json"
 SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
 CONDITIONER_FILE = Path("conditioner") / "model.safetensors"
+ORIGIN_KEYS = {"_name_or_path", "name_or_path", "is_local", "local_files_only"}  # written by diffusers and transformers
 
 
 @dataclass
@@ -269,6 +270,7 @@ def save_model(
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     (temporary / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     (temporary / SETTINGS_FILE).write_text(json.dumps(asdict(settings), indent=2, sort_keys=True) + "\n")
+    _forget_origin(temporary)
     if path.exists():
         path.rename(old)
     temporary.rename(path)
@@ -285,6 +287,15 @@ def _write_text(model: Model, family: Family, path: Path, dtype: torch.dtype | N
     getattr(encoder, prepares).save_pretrained(path / prepares)
     index[folder] = ["transformers", type(encoder.model).__name__]
     index[prepares] = ["transformers", type(getattr(encoder, prepares)).__name__]
+
+
+def _forget_origin(folder: Path) -> None:
+    """Take out of the parts' configurations where they were read from: model folders are passed on, paths are private."""
+    for path in folder.glob("*/*.json"):
+        config = json.loads(path.read_text())
+        if isinstance(config, dict) and (told := config.keys() & ORIGIN_KEYS):
+            kept = {key: value for key, value in config.items() if key not in told}
+            path.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def _in_type(module: Any, dtype: torch.dtype | None) -> Any:

@@ -66,6 +66,15 @@ def test_a_folder_comes_back_as_it_was_written(tmp_path, folder):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again"], "no scratch is left"
 
 
+def test_a_folder_does_not_say_where_its_parts_came_from(tmp_path, folder):
+    model = load_model(folder)
+    save_model(tmp_path / "again", model, model.settings)
+    told = [path for path in (tmp_path / "again").rglob("*.json") if str(folder) in path.read_text()]
+    assert not told
+    for part in ("transformer", "vae"):
+        assert json.loads((tmp_path / "again" / part / "config.json").read_text())["_class_name"]
+
+
 def test_parts_can_be_left_out_and_copied(tmp_path, folder):
     bare = load_model(folder, parts=())
     assert bare.settings.method == "lct"
