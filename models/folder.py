@@ -290,7 +290,7 @@ def _write_text(model: Model, family: Family, path: Path, dtype: torch.dtype | N
 
 
 def _forget_origin(folder: Path) -> None:
-    """Take out of the parts' configurations where they were read from: model folders are passed on, paths are private."""
+    """Take out of the configurations where parts were read from: folders are passed on, paths are private."""
     for path in folder.glob("*/*.json"):
         config = json.loads(path.read_text())
         if isinstance(config, dict) and (told := config.keys() & ORIGIN_KEYS):
