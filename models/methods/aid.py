@@ -27,22 +27,20 @@ from torch import Tensor
 
 from models.backbones.base import Backbone, Capabilities, require
 from models.backbones.wan import WanBackbone
-from models.layout import ClipLayout, Segment
-from models.methods.base import Method
+from models.layout import ClipLayout
+from models.methods.prediction import Prediction
 from models.modules.adapters import ShortTermKernel
 from models.modules.aid import AIDModules, AIDSettings, Condition, Reading
-from models.noise import loss_weights, noise_plan, sample_levels
+from models.noise import loss_weights
 from models.text import TextContext
 
 Image = Literal["held", "concat"]
 
 
 @dataclass(frozen=True)
-class AID(Method):
+class AID(Prediction):
     name: ClassVar[str] = "aid"
-    tasks: ClassVar[tuple[str, ...]] = ("tvp",)
 
-    given_frames: int = 1  # K, latent frames from the first; with a stride-4 VAE they are 4K-3 video frames
     image: Image = "held"
     condition: Condition = "full"  # the branches of the Dual Query Transformer
     states: bool = True  # false: the instruction stands in for them
@@ -71,8 +69,8 @@ class AID(Method):
             raise ValueError(f"aid: cross_attention_rate is {self.cross_attention_rate}; give a positive number")
 
     @property
-    def first_frames(self) -> int:
-        return self.given_frames
+    def holds_given(self) -> bool:
+        return self.image == "held"
 
     @property
     def most_states(self) -> int:
@@ -87,34 +85,10 @@ class AID(Method):
         return self.image == "concat"
 
     def layout_for_training(self, shot_frames: list[int]) -> ClipLayout:
-        """One shot; held frames are its condition, else all of it is made."""
-        if len(shot_frames) != 1:
-            raise ValueError(f"aid makes one shot at a time, got shots of {shot_frames} latent frames")
-        (frames,) = shot_frames
-        if frames <= self.given_frames:
-            raise ValueError(f"aid: {self.given_frames} of {frames} latent frames are given: nothing is left to make")
-        if frames > self.max_frames:
-            raise ValueError(f"aid: a shot of {frames} latent frames; max_frames is {self.max_frames}")
-        if self.image == "concat":
-            return ClipLayout((Segment("target", frames),))
-        return ClipLayout((Segment("condition", self.given_frames), Segment("target", frames - self.given_frames)))
-
-    def layout_for_task(self, task: str, shot_frames: list[int], **givens: Any) -> ClipLayout:
-        self.check_task(task)
-        if givens:
-            raise ValueError(f"task {task!r} takes no givens, got {sorted(givens)}; given_frames is the method's")
-        return self.layout_for_training(shot_frames)
-
-    def sample_levels(self, layout: ClipLayout, batch: int, generator: torch.Generator) -> Tensor:
-        """One level per sample; held frames are at 0."""
-        return sample_levels(
-            layout, batch, "capped", generator=generator, shift=self.shift, density=self.density,
-            caps=(~layout.is_given).float(),
-        )  # fmt: skip
-
-    def plan(self, layout: ClipLayout, levels: Tensor, task: str) -> Tensor:
-        self.check_task(task)
-        return noise_plan(layout, levels, "hold")
+        layout = super().layout_for_training(shot_frames)
+        if layout.num_frames > self.max_frames:
+            raise ValueError(f"aid: a shot of {layout.num_frames} latent frames; max_frames is {self.max_frames}")
+        return layout
 
     def model_levels(self, levels: Tensor) -> Tensor:
         """held: every frame's own. concat: one per sample."""
@@ -123,9 +97,6 @@ class AID(Method):
     def loss_weights(self, layout: ClipLayout) -> Tensor:
         """All frames that are made; with concat that is all, the given ones with them."""
         return loss_weights(layout, "frame")
-
-    def backbone_kwargs(self, layout: ClipLayout) -> dict[str, Any]:
-        return {"layout": layout, "position_mode": "contiguous", "attention_rule": "full"}
 
     def check_backbone(self, capabilities: Capabilities) -> None:
         require(

@@ -132,9 +132,9 @@ class Method(ABC):
     def loss_weights(self, layout: ClipLayout) -> Tensor:
         """Weight of each frame in the loss, [F], summing to 1."""
 
-    @abstractmethod
     def backbone_kwargs(self, layout: ClipLayout) -> dict[str, Any]:
         """How the backbone sees the clip: layout, positions, attention rule."""
+        return {"layout": layout, "position_mode": "contiguous", "attention_rule": "full"}
 
     def check_backbone(self, capabilities: Capabilities) -> None:
         """Raises ValueError, with the reason, when a backbone cannot do what the method asks of it."""
@@ -150,6 +150,15 @@ class Method(ABC):
     def config(self) -> dict[str, Any]:
         """The parameters, such that `get_method(name, **config)` is this method again."""
         return asdict(self)
+
+    def one_shot(self, shot_frames: Sequence[int]) -> int:
+        """The latent frames of a clip's only shot; ValueError if there are more shots."""
+        if len(shot_frames) != 1:
+            raise ValueError(
+                f"{self.name} makes one shot at a time, got shots of {list(shot_frames)} latent frames; set "
+                "shots_per_scene=1"
+            )
+        return shot_frames[0]
 
     def check_task(self, task: str) -> None:
         if task not in self.tasks:

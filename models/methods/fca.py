@@ -24,23 +24,21 @@ import torch
 from torch import Tensor
 
 from models.backbones.base import Backbone, Capabilities, require
-from models.layout import ClipLayout, Segment
-from models.methods.base import Method
+from models.layout import ClipLayout
+from models.methods.prediction import Prediction
 from models.modules.fca import FrameConditionAdapter, InitFeatures
-from models.noise import Density, loss_weights, noise_plan, sample_levels
+from models.noise import Density, loss_weights
 from models.text import TextContext
 
 Adapter = Literal["full", "no_frame_text", "none"]
 
 
 @dataclass(frozen=True)
-class FCA(Method):
+class FCA(Prediction):
     name: ClassVar[str] = "fca"
-    tasks: ClassVar[tuple[str, ...]] = ("tvp",)
     per_frame_levels: ClassVar[bool] = False
 
     density: Density = "logit_normal"
-    given_frames: int = 1  # latent frames from the first; with a stride-4 VAE k of them are 4k-3 video frames
     adapter: Adapter = "full"
     init_features: InitFeatures = "layers"  # given frames as each layer reads them, or as patches, alike for all layers
     loss_on_given: bool = True
@@ -62,42 +60,13 @@ class FCA(Method):
             raise ValueError(f"fca: drop_given is {self.drop_given}, expected a probability")
 
     @property
-    def first_frames(self) -> int:
-        return self.given_frames
+    def holds_given(self) -> bool:
+        """Without modules, which would be told of them."""
+        return self.adapter == "none"
 
     @property
     def drops(self) -> Mapping[str, float]:
         return {} if self.adapter == "none" else {"given": self.drop_given}
-
-    def layout_for_training(self, shot_frames: list[int]) -> ClipLayout:
-        """One shot, all of it denoised; without modules the given frames are held."""
-        if len(shot_frames) != 1:
-            raise ValueError(
-                f"fca makes one shot at a time, got shots of {shot_frames} latent frames; set shots_per_scene=1"
-            )
-        (frames,) = shot_frames
-        if frames <= self.given_frames:
-            raise ValueError(f"fca: {self.given_frames} of {frames} latent frames are given: nothing is left to make")
-        if self.adapter == "none":
-            return ClipLayout((Segment("condition", self.given_frames), Segment("target", frames - self.given_frames)))
-        return ClipLayout((Segment("target", frames),))
-
-    def layout_for_task(self, task: str, shot_frames: list[int], **givens: Any) -> ClipLayout:
-        self.check_task(task)
-        if givens:
-            raise ValueError(f"task {task!r} takes no givens, got {sorted(givens)}; given_frames is the method's")
-        return self.layout_for_training(shot_frames)
-
-    def sample_levels(self, layout: ClipLayout, batch: int, generator: torch.Generator) -> Tensor:
-        """One level per sample, held frames at 0."""
-        return sample_levels(
-            layout, batch, "capped", generator=generator, shift=self.shift, density=self.density,
-            caps=(~layout.is_given).float(),
-        )  # fmt: skip
-
-    def plan(self, layout: ClipLayout, levels: Tensor, task: str) -> Tensor:
-        self.check_task(task)
-        return noise_plan(layout, levels, "hold")
 
     def model_levels(self, levels: Tensor) -> Tensor:
         """One per sample: the highest, which is that of all frames that are not held."""
@@ -109,9 +78,6 @@ class FCA(Method):
             return weights
         weights[: self.given_frames] = 0
         return weights / weights.sum()
-
-    def backbone_kwargs(self, layout: ClipLayout) -> dict[str, Any]:
-        return {"layout": layout, "position_mode": "contiguous", "attention_rule": "full"}
 
     def check_backbone(self, capabilities: Capabilities) -> None:
         require(capabilities, layer_branch=self.adapter != "none", position_mode="contiguous", attention_rule="full")

@@ -222,9 +222,6 @@ class FVDM(Method):
     def loss_weights(self, layout: ClipLayout) -> Tensor:
         return loss_weights(layout, "frame")
 
-    def backbone_kwargs(self, layout: ClipLayout) -> dict[str, Any]:
-        return {"layout": layout, "position_mode": "contiguous", "attention_rule": "full"}
-
 
 def mark_given(layout: ClipLayout, given: Sequence[int], as_role: Role = "condition") -> ClipLayout:
     """The layout with the frames in `given` in another role; neighbours alike stay one segment."""

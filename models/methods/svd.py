@@ -52,9 +52,7 @@ class SVD(Method):
 
     def layout_for_training(self, shot_frames: list[int]) -> ClipLayout:
         """One shot, all of it made: the first frame, too, is made from its image."""
-        if len(shot_frames) != 1:
-            raise ValueError(f"svd makes one shot at a time, got shots of {shot_frames} latent frames")
-        return shots_layout(shot_frames)
+        return shots_layout([self.one_shot(shot_frames)])
 
     def layout_for_task(self, task: str, shot_frames: list[int], **givens: Any) -> ClipLayout:
         self.check_task(task)
@@ -93,9 +91,6 @@ class SVD(Method):
 
     def loss_weights(self, layout: ClipLayout) -> Tensor:
         return loss_weights(layout, "frame")
-
-    def backbone_kwargs(self, layout: ClipLayout) -> dict[str, Any]:
-        return {"layout": layout, "position_mode": "contiguous", "attention_rule": "full"}
 
     def check_backbone(self, capabilities: Capabilities) -> None:
         require(capabilities, image_beside=True, position_mode="contiguous", attention_rule="full")

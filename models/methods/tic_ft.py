@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -93,8 +93,7 @@ class TICFT(Method):
 
     def layout_for_training(self, shot_frames: list[int], condition_frames: Sequence[int] = ()) -> ClipLayout:
         """condition | buffer | target, one shot with one text; without conditions a plain clip."""
-        if len(shot_frames) != 1:
-            raise ValueError(f"tic_ft makes one shot at a time, got shots of {shot_frames} latent frames")
+        frames = self.one_shot(shot_frames)
         given, buffer = sum(condition_frames), self.buffer_frames if condition_frames else 0
         if given and given <= buffer:
             raise ValueError(
@@ -105,7 +104,7 @@ class TICFT(Method):
             parts.append(Segment("condition", given - buffer))
         if buffer:
             parts.append(Segment("buffer", buffer))
-        return ClipLayout((*parts, Segment("target", shot_frames[0])))
+        return ClipLayout((*parts, Segment("target", frames)))
 
     def layout_for_task(  # type: ignore[override]  # each method names its own givens
         self, task: str, shot_frames: list[int], *, condition_frames: Sequence[int] = ()
@@ -139,6 +138,3 @@ class TICFT(Method):
 
     def loss_weights(self, layout: ClipLayout) -> Tensor:
         return loss_weights(layout, "frame")
-
-    def backbone_kwargs(self, layout: ClipLayout) -> dict[str, Any]:
-        return {"layout": layout, "position_mode": "contiguous", "attention_rule": "full"}
