@@ -15,16 +15,11 @@ import numpy as np
 from infra.config import knob
 from models.folder import Model
 from pipelines.shipped import SHIPPED_WAN
+from pipelines.toy_models.measure import held_out_scenes
 from toyworld.judge import Score
-from toyworld.world import ToyScene, sample_scene
+from toyworld.world import ToyScene
 
 Expect = Literal["better", "not worse"]
-PROMPT_SEED = 90210  # of all held-out prompts, as in pipelines.toy_models.measure: no training world has it
-
-
-def held_out_shots(count: int) -> list[ToyScene]:
-    """Single shots whose actor's identity, or what it does, training never shows."""
-    return [sample_scene("small", seed=PROMPT_SEED, index=n, split="test", num_shots=1) for n in range(count)]
 
 
 @dataclass(kw_only=True)
@@ -149,7 +144,8 @@ class Paper:
     metrics: tuple[Metric, ...]
     comparisons: tuple[Comparison, ...]
     judge: Callable[[Model, Cell, TableConfig], Judged]
-    reference: Callable[[str, int], list[ToyScene]] = lambda name, count: held_out_shots(count)  # of a feature set
+    # of a feature set
+    reference: Callable[[str, int], list[ToyScene]] = lambda _, count: held_out_scenes("small", count)
 
     def __post_init__(self) -> None:
         cells, metrics = {cell.name for cell in self.cells}, {metric.name for metric in self.metrics}

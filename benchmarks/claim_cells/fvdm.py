@@ -6,10 +6,11 @@ own `clean_prob`; scalar training has none, or it would not be scalar.
 
 from __future__ import annotations
 
-from claim_cells.cell import Cell, Comparison, Judged, Metric, Paper, Stage, TableConfig, held_out_shots
+from claim_cells.cell import Cell, Comparison, Judged, Metric, Paper, Stage, TableConfig
 from claim_cells.make import Task, encode, make_clips, rendered
 from claim_cells.score import add_shot, given_pixels, given_scores
 from models.folder import Model
+from pipelines.toy_models.measure import held_out_scenes
 from sample.storyboard import Storyboard, StoryboardShot
 from toyworld.text import sentence
 
@@ -24,7 +25,7 @@ def _cell(name: str, **params: float) -> Cell:
 
 def judge(model: Model, cell: Cell, config: TableConfig) -> Judged:
     """Every prompt as i2v, interpolation and t2v. Given are latents of the true shot."""
-    scenes = held_out_shots(config.prompts)
+    scenes = held_out_scenes("small", config.prompts)
     truth = rendered(scenes, model)
     latents = encode(truth, model)
     boards = [Storyboard(f"p{n}", "", [StoryboardShot("", sentence(scene, 0))]) for n, scene in enumerate(scenes)]

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from claim_cells.cell import PROMPT_SEED, Cell, Comparison, Judged, Metric, Paper, Stage, TableConfig
+from claim_cells.cell import Cell, Comparison, Judged, Metric, Paper, Stage, TableConfig
 from claim_cells.make import NOISE_SEED
 from models.folder import Model
 from pipelines.demo_stages import LCT_PARAMS
 from pipelines.evaluate import read_storyboard, toy_storyboard
+from pipelines.toy_models.measure import PROMPT_SEED
 from sample.generate import GenerateSettings, generate_scenes
 from sample.storyboard import derive_seed
 from toyworld.judge import SceneReading, score_scene_reading, unsaid_sums

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from claim_cells.cell import PROMPT_SEED, TableConfig
+from claim_cells.cell import TableConfig
 from models.folder import Model
 from models.methods import get_method
 from models.noise import base_levels
 from pipelines.states import GrammarStates
+from pipelines.toy_models.measure import PROMPT_SEED
 from preprocess.encode import to_video
 from sample.contexts import encode_texts, states_of
 from sample.given import latent_size

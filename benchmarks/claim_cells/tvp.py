@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from claim_cells.cell import Cell, Judged, Metric, TableConfig, held_out_shots
+from claim_cells.cell import Cell, Judged, Metric, TableConfig
 from claim_cells.make import Task, encode, make_clips, rendered
 from claim_cells.score import add_shot, given_pixels, given_scores
 from models.folder import Model
+from pipelines.toy_models.measure import held_out_scenes
 from sample.storyboard import Storyboard, StoryboardShot
 from toyworld.text import sentence
 
@@ -21,7 +22,7 @@ METRICS = (
 
 def judge(model: Model, cell: Cell, config: TableConfig) -> Judged:
     """The first latent frame is given: one picture."""
-    scenes = held_out_shots(config.prompts)
+    scenes = held_out_scenes("small", config.prompts)
     truth = rendered(scenes, model)
     latents = encode(truth, model)
     boards = [Storyboard(f"p{n}", "", [StoryboardShot("", sentence(scene, 0))]) for n, scene in enumerate(scenes)]
