@@ -291,9 +291,9 @@ def _write_text(model: Model, family: Family, path: Path, dtype: torch.dtype | N
 
 def _forget_origin(folder: Path) -> None:
     """Take out of the configurations where parts were read from: folders are passed on, paths are private."""
-    for path in folder.glob("*/*.json"):
+    for path in folder.glob("*/*config.json"):
         config = json.loads(path.read_text())
-        if isinstance(config, dict) and (told := config.keys() & ORIGIN_KEYS):
+        if told := config.keys() & ORIGIN_KEYS:
             kept = {key: value for key, value in config.items() if key not in told}
             path.write_text(json.dumps(kept, indent=2) + "\n")
 
