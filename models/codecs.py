@@ -11,11 +11,12 @@ would leak what is to be generated.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast, get_args
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLTemporalDecoder, AutoencoderKLWan
 from torch import Tensor
@@ -47,6 +48,17 @@ def decode_latents(vae: VAE, latents: Tensor) -> Tensor:
     frames = latents.transpose(1, 2).flatten(0, 1)
     options = {"num_frames": latents.shape[2]} if isinstance(vae, AutoencoderKLTemporalDecoder) else {}
     return model.decode(frames, **options).sample.unflatten(0, (len(latents), -1)).transpose(1, 2)
+
+
+def to_video(clips: Sequence[np.ndarray]) -> Tensor:
+    """uint8 clips [T,H,W,3] of one size -> video [B,3,T,H,W] in [-1,1]."""
+    frames = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3)
+    return frames.float().div_(127.5).sub_(1.0)
+
+
+def to_frames(video: Tensor) -> np.ndarray:
+    """Video [B,3,T,H,W] in [-1,1], cut where it goes beyond -> uint8 frames [B,T,H,W,3]."""
+    return ((video.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).cpu().numpy()
 
 
 class VideoCodec:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from infra.storage import sha256_file
-from models.codecs import VideoCodec
+from models.codecs import VideoCodec, to_video
 from models.folder import load_model, load_settings, part_folders
 from models.scene import STORY_TEXT, LatentSource, Scene, Shot, State, shot_tensor_key
 from models.states import StatePredictor, encode_states, instruction_of
@@ -162,12 +162,6 @@ def scene_texts(scene: Scene) -> dict[str, str]:
         if shot.sentence:
             texts[shot_tensor_key(shot.index, "sentence_text")] = shot.sentence
     return texts
-
-
-def to_video(spans: Sequence[np.ndarray]) -> Tensor:
-    """uint8 clips [n,H,W,3] of one length -> [B,3,n,H,W] in [-1,1]."""
-    frames = torch.from_numpy(np.stack(spans)).permute(0, 4, 1, 2, 3)
-    return frames.float().div_(127.5).sub_(1.0)
 
 
 def _by_length(clips: list[tuple[int, str, np.ndarray]]) -> list[list[tuple[int, str, np.ndarray]]]:

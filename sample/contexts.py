@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.codecs import to_video
 from models.layout import ClipLayout
 from models.states import StatePredictor, encode_states, fit_states, instruction_of
 from models.text import TextContext, pack_text
@@ -52,7 +53,7 @@ def image_contexts(
         raise StoryboardError(
             f"{where(storyboards[0], 0)}: this model starts from a first_frame", "shots.0.first_frame"
         )
-    image = torch.tensor(first[:1]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    image = to_video([first[:1]])[:, :, 0]  # [1, 3, H, W]
     found = TextContext(model.image_encoder.encode(image)[None].expand(len(storyboards), -1, -1, -1), layout.text_ids)
     to = model.device, model.backbone.dtype
     return found.to(*to), TextContext(torch.zeros_like(found.embeddings), layout.text_ids).to(*to)

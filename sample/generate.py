@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from models.backbones.base import require
+from models.codecs import to_frames
 from models.layout import ClipLayout, drop_frames, shots_layout
 from models.methods import get_method
 from models.noise import base_levels
@@ -378,8 +379,7 @@ def _to_clip(
 
 def _decode(latents: Tensor, model: Model) -> np.ndarray:
     """Frames uint8 [T, H, W, 3] of one shot's latents [C, F, H, W]."""
-    video = model.codec.decode(latents[None])[0].float()  # [3, T, H, W]
-    return ((video.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
+    return to_frames(model.codec.decode(latents[None]))[0]
 
 
 def _join(shots: list[np.ndarray]) -> Clip:

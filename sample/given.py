@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.codecs import to_video
 from models.layout import ClipLayout
 from models.methods import get_method
 from models.scene import IMAGE_ROLES
@@ -92,8 +93,7 @@ def encode_media(
         return None
     given = torch.zeros(model.codec.latent_channels, layout.num_frames, *latent_size(model))
     for start, pixels in clips:
-        video = torch.tensor(pixels).permute(3, 0, 1, 2)[None].float() / 127.5 - 1  # [1, 3, T, H, W]
-        latents = model.codec.normalize(model.codec.encode(video)[0])[0]
+        latents = model.codec.normalize(model.codec.encode(to_video([pixels]))[0])[0]
         given[:, start : start + latents.shape[1]] = latents.cpu()
     return given.expand(batch, -1, -1, -1, -1)
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from claim_cells.cell import TableConfig
+from models.codecs import to_frames, to_video
 from models.folder import Model
 from models.methods import get_method
 from models.noise import base_levels
 from pipelines.states import GrammarStates
 from pipelines.toy_models.measure import PROMPT_SEED
-from preprocess.encode import to_video
 from sample.contexts import encode_texts, states_of
 from sample.given import latent_size
 from sample.guidance import Guidance
@@ -81,7 +81,8 @@ def make_clips(
     for begin in range(0, len(boards), config.generate_at_once):
         rows = range(begin, min(begin + config.generate_at_once, len(boards)))
         own = None if given is None else given[rows.start : rows.stop].to(model.device)
-        made += to_frames(model, _latents(model, task, boards, rows, config, own, frames)[:, :, task.lead :])
+        latents = _latents(model, task, boards, rows, config, own, frames)[:, :, task.lead :]
+        made += list(to_frames(model.codec.decode(latents)))
     return made
 
 
@@ -124,9 +125,3 @@ def _latents(
     if method.puts_given_back and given is not None:
         latents[:, :, : method.first_frames] = given[:, :, : method.first_frames].to(latents)
     return latents
-
-
-def to_frames(model: Model, latents: Tensor) -> list[np.ndarray]:
-    """uint8 [T,H,W,3] of each of the latents [B,C,F,H,W]."""
-    video = model.codec.decode(latents).float().clamp(-1, 1)  # [B,3,T,H,W]
-    return list(((video + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).cpu().numpy())

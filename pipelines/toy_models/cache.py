@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.codecs import VideoCodec
+from models.codecs import VideoCodec, to_video
 from models.image_encoder import ImageEncoder
 from models.text import TextEncoder
-from pipelines.toy_models.data import SIZE, TEXT_LENGTH, to_video
+from pipelines.toy_models.data import SIZE, TEXT_LENGTH
 from toyworld.render import render_shot
 from toyworld.text import sentence, shot_prompt, story
 from toyworld.vocabulary import LEVELS, LevelName, Split
@@ -91,7 +91,7 @@ def build_cache(
         bank: dict[tuple[str, ...], int] = {}
         for index in range(begin, min(begin + part_size, clips)):
             alone, texts = cache_clip(level, split, seed, index, patterned)
-            video = to_video(render_shot(alone, 0, SIZE))[None]
+            video = to_video([render_shot(alone, 0, SIZE)])
             if isinstance(encoder, ImageEncoder):
                 images.append(encoder.encode(video[:, :, 0])[0].half())
                 texts = [(str(index),)]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from models.codecs import to_video
 from toyworld.render import render_shot
 from toyworld.vocabulary import LevelName
 from toyworld.world import ToyScene, sample_scene
@@ -17,11 +17,6 @@ TEXT_LENGTH = 256  # tokens, which are bytes; the longest story of level small w
 def clip_scene(level: LevelName, seed: int, index: int) -> ToyScene:
     """Training scene `index`: one shot, no held-out identity, no held-out (identity, action) pair."""
     return sample_scene(level, seed=seed, index=index, split="train", num_shots=1)
-
-
-def to_video(frames: np.ndarray) -> Tensor:
-    """uint8 [T,H,W,3] -> float [3,T,H,W] in [-1,1]."""
-    return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1.0
 
 
 IMAGE_STEPS = 500  # the VAE first learns single frames, which show more of the world per second of work
@@ -42,8 +37,8 @@ def vae_batch(seed: int, step: int, images: bool = False) -> tuple[Tensor, Tenso
         clip = render_shot(scene, 0, SIZE)[begin : begin + frames]
         if rng.random() < 0.25:
             clip = clip[::-1].copy()
-        videos.append(to_video(clip))
-    video = torch.stack(videos)
+        videos.append(clip)
+    video = to_video(videos)
     return video, pixel_weights(video)
 
 

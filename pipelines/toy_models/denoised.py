@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.codecs import to_video
 from models.folder import Model
 from models.methods import get_method
 from models.noise import base_levels
 from models.text import null_text, pack_text
 from pipelines.toy_models.cache import cache_clip, readable
-from pipelines.toy_models.data import SIZE, pixel_weights, to_video
+from pipelines.toy_models.data import SIZE, pixel_weights
 from toyworld.render import render_shot
 from toyworld.vocabulary import LevelName
 from toyworld.world import ToyScene
@@ -47,7 +48,7 @@ def _denoised_group(model: Model, level: LevelName, seed: int, group: int) -> tu
     """Raw latents [GROUP,C,F,h,w] and true videos [GROUP,3,T,H,W], a function of (seed, group)."""
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, group, 13])))
     clips = [cache_clip(level, "train", seed + 2, group * GROUP + k) for k in range(GROUP)]
-    video = torch.stack([to_video(render_shot(alone, 0, SIZE)) for alone, _ in clips])
+    video = to_video([render_shot(alone, 0, SIZE) for alone, _ in clips])
     clean = model.codec.normalize(model.codec.encode(video)[0])
     text, nothing = _contexts(model, clips, video)
     method = get_method(model.settings.method, **model.settings.method_params)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from models.codecs import to_video
 from models.scene import STORY_TEXT, Scene, Shot, Source, link_shots
 from models.tiny import build_tiny_folder
-from preprocess.encode import Encoder, encoder_key, scene_texts, to_video
+from preprocess.encode import Encoder, encoder_key, scene_texts
 from preprocess.outcome import Failed
 
 

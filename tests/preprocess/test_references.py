@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load
 
+from models.codecs import to_video
 from models.methods import get_method
 from models.scene import Reference, Scene
 from models.tiny import build_tiny_folder
-from preprocess.encode import Encoder, to_video
+from preprocess.encode import Encoder
 from preprocess.outcome import Failed
 from preprocess.parts import part_path, part_samples
 from preprocess.references import STILL_FRAMES, read_reference
