@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 CaptionBackend = Literal["sidecar", "describe", "sidecar_or_describe"]
+Cuts = Literal["detect", "captions"]
 StoreType = Literal["float32", "float16", "bfloat16"]
 
 # raise when a stage gives other results for the same settings, so that earlier work is done again
@@ -27,6 +28,7 @@ class PrepareSettings:
     max_seconds: float | None = None  # of each video
     min_side: int = 32  # pixels of the shorter side
     min_rate: float = 0.5  # source frames per encoded frame; below it most encoded frames would be repeats
+    cuts: Cuts = "detect"
     captions: CaptionBackend = "sidecar_or_describe"
     dtype: StoreType = "float16"  # of latents and text embeddings
     seconds_per_video: float = 600.0  # time limit for the work on one video

@@ -29,6 +29,7 @@ from preprocess.captions import caption_scenes, template_hash
 from preprocess.decode import DecodeCount
 from preprocess.encode import Encoder, scene_texts
 from preprocess.filters import check_shots, check_video
+from preprocess.known_cuts import caption_cuts
 from preprocess.outcome import Failed, SetAside, short
 from preprocess.parts import Part, Row, read_part, shot_rows, write_part
 from preprocess.probe import VideoInfo, probe
@@ -129,17 +130,19 @@ def probe_stage(unit: Unit, place: Workplace) -> None:
 def decode_stage(unit: Unit, place: Workplace) -> None:
     """The one decode: shots, and their encoded spans in the scratch file; an earlier result is recalled."""
     assert unit.info is not None
-    wants_pixels = bool(place.settings.states_key)  # a state predictor looks at frames, which an earlier result lacks
-    recalled = recall_scenes(unit.recall, unit.info) if unit.recall and not wants_pixels else None
+    # a state predictor looks at frames, which an earlier result lacks; other captions may have other cuts
+    anew = bool(place.settings.states_key) or place.settings.cuts == "captions"
+    recalled = recall_scenes(unit.recall, unit.info) if unit.recall and not anew else None
     if recalled is not None:
         unit.scenes, unit.shots = recalled
         unit.count = recalled_count(unit.earlier, unit.info)
         return
     unit.recall = {}
+    cuts = caption_cuts(unit.file.captions) if place.settings.cuts == "captions" else None
     deadline = time.monotonic() + place.settings.seconds_per_video
     place.scratch.mkdir(parents=True, exist_ok=True)
     with place.scratch_file(unit).open("wb") as file:
-        unit.shots, unit.count = read_shots(unit.file.path, unit.info, place.settings, file, deadline)
+        unit.shots, unit.count = read_shots(unit.file.path, unit.info, place.settings, file, deadline, cuts)
     check_shots(unit.shots, place.settings)
     unit.scenes = make_scenes(unit.file, unit.sha256, unit.info, unit.shots, place.settings)
 
