@@ -261,8 +261,10 @@ def fetch_video(url: str, board: Storyboard, seed: int, path: Path) -> Served:
 
     board = replace(board, shots=board.shots[:SHOTS])
     body = {
-        "prompt": board.story or board.shots[0].sentence or board.shots[0].prompt,
-        "shots": [{"prompt": shot.prompt or shot.sentence, "sentence": shot.sentence} for shot in board.shots],
+        "storyboard": {
+            "story": board.story,
+            "shots": [{"prompt": shot.prompt, "sentence": shot.sentence} for shot in board.shots],
+        },
         "seed": seed,
     }
     began = time.monotonic()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from infra.config import ConfigError, load_config
-from sample.storyboard import Storyboard, StoryboardError, StoryboardShot
+from sample.storyboard import Storyboard, StoryboardError
 
 SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -42,7 +42,7 @@ def load_storyboards(paths: Iterable[Path]) -> list[Storyboard]:
                     "names, so give each its own"
                 )
             origin[board.name] = path
-            boards.append(replace(board, shots=[_resolve_media(shot, path) for shot in board.shots]))
+            boards.append(_resolve_media(board, path))
     return boards
 
 
@@ -78,13 +78,11 @@ def _read(path: Path) -> list[Storyboard]:
     return boards
 
 
-def _resolve_media(shot: StoryboardShot, path: Path) -> StoryboardShot:
-    def found(name: str, value: str) -> str:
+def _resolve_media(board: Storyboard, path: Path) -> Storyboard:
+    def found(field: str, value: str) -> str:
         file = (path.parent / value).resolve()
         if not file.is_file():
-            raise ConfigError(f"{path}: {name}: no such file {file}")
+            raise ConfigError(f"{path}: {field}: no such file {file}")
         return str(file)
 
-    media = {name: found(name, value) for name in ("given", "first_frame") if (value := getattr(shot, name))}
-    references = [replace(one, path=found(one.role, one.path)) for one in shot.references]
-    return replace(shot, **media, references=references)
+    return board.with_media(found)

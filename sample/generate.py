@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -175,6 +175,35 @@ def largest_scene(described: ModelSettings) -> int:
 def starts_from_image(described: ModelSettings) -> bool:
     """Whether a shot can start from a given first frame."""
     return not {"i2v", "tvp"}.isdisjoint(get_method(described.method, **described.method_params).tasks)
+
+
+def refused_tasks(described: ModelSettings) -> dict[str, str]:
+    """The tasks of a storyboard that a model of these settings cannot do, each with the reason."""
+    method, refused = get_method(described.method, **described.method_params), {}
+    for task in get_args(Task):
+        try:
+            check_task(task, described)
+        except ValueError as error:
+            refused[task] = str(error)
+    for task in FRAME_TASKS:
+        try:
+            method.check_task(task)
+        except ValueError as error:
+            refused[task] = f"task={task}: {error}"
+    return refused
+
+
+def refused_fields(described: ModelSettings) -> dict[str, str]:
+    """The fields of a storyboard's shots that a model of these settings has no use for, each with the reason."""
+    method = get_method(described.method, **described.method_params)
+    kind = f"a model of method {method.name!r}"
+    refused = {
+        "given": (f"{kind} cannot see given shots", "shot_conditioned" in method.tasks),
+        "first_frame": (f"{kind} cannot start from an image", starts_from_image(described)),
+        "references": (f"{kind} reads no references", method.reads_references or "composition" in method.tasks),
+        "states": (f"{kind} reads no states", method.most_states > 0),
+    }
+    return {name: reason for name, (reason, has) in refused.items() if not has}
 
 
 def check_task(task: Task, described: ModelSettings) -> None:

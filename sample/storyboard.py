@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from models.scene import CUT_MARKER, MAX_HISTORY, Reference
@@ -94,6 +95,10 @@ class Storyboard:
                     f"shots.{index}.references",
                 )
             self._validate_history(index)
+        seeds = [("seed", self.seed), *((f"shots.{index}.seed", shot.seed) for index, shot in enumerate(self.shots))]
+        for name, seed in seeds:
+            if seed is not None and not 0 <= seed < 2**63:
+                raise StoryboardError(f"storyboard {self.name!r}: {name}={seed}; give 0 to 2**63 - 1", name)
         if self.history is not None and not 1 <= self.history <= MAX_HISTORY:
             raise StoryboardError(
                 f"storyboard {self.name!r}: history={self.history}; a shot sees 1 to {MAX_HISTORY} earlier shots",
@@ -178,12 +183,24 @@ class Storyboard:
 
     def media(self) -> list[str]:
         """Paths of all images and videos that the shots name."""
-        return [
-            path
-            for shot in self.shots
-            for path in (shot.given, shot.first_frame, *(one.path for one in shot.references))
-            if path
-        ]
+        paths: list[str] = []
+        self.with_media(lambda field, path: paths.append(path) or path)
+        return paths
+
+    def with_media(self, find: Callable[[str, str], str]) -> Storyboard:
+        """A copy that names `find(field, path)` for each path; the field is dotted, such as "shots.1.given"."""
+        shots = []
+        for index, shot in enumerate(self.shots):
+            at = f"shots.{index}"
+            files = {
+                name: find(f"{at}.{name}", path) for name in ("given", "first_frame") if (path := getattr(shot, name))
+            }
+            references = [
+                replace(one, path=find(f"{at}.references.{number}.path", one.path))
+                for number, one in enumerate(shot.references)
+            ]
+            shots.append(replace(shot, **files, references=references))
+        return replace(self, shots=shots)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

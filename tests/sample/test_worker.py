@@ -12,9 +12,9 @@ import pytest
 
 from models.tiny import build_tiny_folder
 from pipelines.serve import ServeConfig, server_settings
-from sample.api import parse_request
 from sample.server_settings import ServerSettings
 from sample.video_io import read_video
+from sample.video_request import parse_request
 from sample.worker import VideoSampler
 
 
@@ -31,15 +31,18 @@ def sampler(settings: ServerSettings, tmp_path: Path) -> VideoSampler:
     return VideoSampler(replace(settings, folder=tmp_path, service=service))
 
 
-def submit(sampler: VideoSampler, **body: Any) -> str:
-    job, _ = sampler.store.create(parse_request({"prompt": "x", **body}, sampler.settings.service))
+def submit(sampler: VideoSampler, files: dict[str, bytes] | None = None, **body: Any) -> str:
+    parsed = parse_request({"prompt": "x", **body}, sampler.settings.service, files)
+    job, _ = sampler.store.create(parsed.request, media=parsed.media)
     return job.id
 
 
 def test_the_service_describes_the_files_it_makes(settings: ServerSettings) -> None:
     service = settings.service
     assert (service.size, service.fps, service.max_frames, service.max_shots) == ("64x64", 8.0, 5, 1)
-    assert service.first_frame is True and service.model == "tiny"
+    assert (service.media_width, service.media_height) == (32, 32) and service.model == "tiny"
+    assert set(service.refused_fields) == {"given", "references", "states"}
+    assert set(service.refused_tasks) == {"autoregressive", "extension"}
 
 
 def test_a_job_ends_with_its_video(sampler: VideoSampler) -> None:
