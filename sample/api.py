@@ -174,7 +174,7 @@ async def _read_form(request: Request, raw: bytes) -> Body:
             if isinstance(value, UploadFile):
                 where = body.fields if name in VideoRequest.model_fields else body.files
                 where[name] = await value.read()
-            elif name == f"{INPUT_REFERENCE}[image_url]":  # how OpenAI's client writes an object into a form
+            elif name == f"{INPUT_REFERENCE}[image_url]":  # how OpenAI's JavaScript client writes an object
                 body.fields[INPUT_REFERENCE] = {"image_url": value}
             else:
                 body.fields[name] = value

@@ -19,6 +19,9 @@ Task = Literal["auto", "autoregressive", "extension"]
 FrameTask = Literal["edit", "noisy_frames", "progressive", "progressive_min", "diagonal"]
 FRAME_TASKS: tuple[str, ...] = get_args(FrameTask)
 
+PATHS = ("given", "first_frame")  # fields of a shot that are the path of an image or video
+LISTS_OF_PATHS = ("references",)  # fields of a shot whose entries have such a `path`
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -184,7 +187,12 @@ class Storyboard:
     def media(self) -> list[str]:
         """Paths of all images and videos that the shots name."""
         paths: list[str] = []
-        self.with_media(lambda field, path: paths.append(path) or path)
+
+        def note(field: str, path: str) -> str:
+            paths.append(path)
+            return path
+
+        self.with_media(note)
         return paths
 
     def with_media(self, find: Callable[[str, str], str]) -> Storyboard:
@@ -192,14 +200,16 @@ class Storyboard:
         shots = []
         for index, shot in enumerate(self.shots):
             at = f"shots.{index}"
-            files = {
-                name: find(f"{at}.{name}", path) for name in ("given", "first_frame") if (path := getattr(shot, name))
-            }
-            references = [
-                replace(one, path=find(f"{at}.references.{number}.path", one.path))
-                for number, one in enumerate(shot.references)
-            ]
-            shots.append(replace(shot, **files, references=references))
+            changed: dict[str, Any] = {}
+            for name in PATHS:
+                if path := getattr(shot, name):
+                    changed[name] = find(f"{at}.{name}", path)
+            for name in LISTS_OF_PATHS:
+                changed[name] = [
+                    replace(one, path=find(f"{at}.{name}.{number}.path", one.path))
+                    for number, one in enumerate(getattr(shot, name))
+                ]
+            shots.append(replace(shot, **changed))
         return replace(self, shots=shots)
 
     def to_dict(self) -> dict[str, Any]:

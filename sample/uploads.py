@@ -94,7 +94,7 @@ def _decode_video(data: bytes, container: str, max_frames: int) -> Iterator[np.n
             if not file.streams.video:
                 raise UploadError("a video file without a video stream")
             stream = file.streams.video[0]
-            codec = stream.codec_context.codec.canonical_name
+            codec = "something unknown" if stream.codec_context is None else stream.codec_context.codec.canonical_name
             if codec not in VIDEO_CODECS:
                 raise UploadError(f"a video coded as {codec}; taken are {', '.join(VIDEO_CODECS)}")
             _check_size(stream.width, stream.height, MAX_VIDEO_PIXELS)

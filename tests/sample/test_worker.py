@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from models.tiny import build_tiny_folder
 from pipelines.serve import ServeConfig, server_settings
+from pipelines.states import GrammarStates, StatesConfig
+from sample.generate import GenerateSettings, generate_scene
 from sample.server_settings import ServerSettings
-from sample.video_io import read_video
+from sample.storyboard import Storyboard, StoryboardShot
+from sample.video_io import read_video, write_video
 from sample.video_request import parse_request
 from sample.worker import VideoSampler
 
@@ -57,11 +64,6 @@ def test_a_job_ends_with_its_video(sampler: VideoSampler) -> None:
 
 
 def test_a_first_frame_reaches_the_model(sampler: VideoSampler) -> None:
-    import base64
-    import io
-
-    from PIL import Image
-
     videos = []
     for colour in ((250, 250, 250), (5, 5, 5)):
         buffer = io.BytesIO()
@@ -71,6 +73,67 @@ def test_a_first_frame_reaches_the_model(sampler: VideoSampler) -> None:
         asyncio.run(sampler.run(job_id))
         videos.append(read_video(sampler.settings.service.results / sampler.store.get(job_id).result)[0])
     assert abs(videos[0][0].astype(int) - videos[1][0]).mean() > 1
+
+
+def film(path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8).repeat(8, 1).repeat(10, 2)
+    return write_video(pixels, path, 8)
+
+
+def test_a_request_makes_the_video_that_the_same_storyboard_makes_from_files(
+    sampler: VideoSampler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[np.ndarray] = []
+
+    def generate(*args: Any, **options: Any) -> Any:
+        frames, cuts = generate_scene(*args, **options)
+        made.append(frames)
+        return frames, cuts
+
+    monkeypatch.setattr("sample.worker.generate_scene", generate)
+    path = film(tmp_path / "film.mp4")
+    Image.fromarray(read_video(path)[0][0]).save(tmp_path / "image.png")
+    for task, name in (("edit", "film.mp4"), ("progressive", "image.png")):
+        plan = {"edit_level": 0.7} if task == "edit" else {}
+        said = {"task": task, "plan": plan, "shots": [{"first_frame": "the file"}]}
+        files = {"the file": (tmp_path / name).read_bytes()}
+        job_id = submit(sampler, files, seed=1, guidance=2.0, storyboard=said)
+        asyncio.run(sampler.run(job_id))
+        assert sampler.store.get(job_id).status == "completed", sampler.store.get(job_id).error_message
+        assert sampler.store.media(job_id) == {}, "a finished job keeps its video alone"
+        shot = StoryboardShot(sentence="x", first_frame=str(tmp_path / name))
+        board = Storyboard("video", shots=[shot], task=task, plan=plan)
+        frames, _ = generate_scene(sampler.model, board, GenerateSettings(steps=2, guidance=2.0), seed=1)
+        difference = abs(made.pop().astype(int) - frames)
+        assert difference.max() <= 1 and difference.mean() < 0.1, task  # a grey level, where rounding differs
+
+
+def test_files_that_do_not_fit_fail_with_a_reason_that_names_no_path(sampler: VideoSampler, tmp_path: Path) -> None:
+    data = film(tmp_path / "film.mp4").read_bytes()
+    job_id = submit(sampler, {"input_reference": data})
+    asyncio.run(sampler.run(job_id))
+    job = sampler.store.get(job_id)
+    assert (job.status, job.error_code) == ("failed", "invalid_request")
+    assert "shot 0: first_frame: " in job.error_message and "/" not in job.error_message
+
+
+def test_settings_and_predictor_of_states_reach_the_model(
+    settings: ServerSettings, sampler: VideoSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ServeConfig(model=settings.model, states=StatesConfig(backend="toyworld", count=2))
+    predictor = server_settings(config).states()
+    assert isinstance(predictor, GrammarStates) and predictor.count == 2 and settings.states() is None
+    seen: list[Any] = []
+
+    def generate(model: Any, board: Any, settings: Any, seed: int, **options: Any) -> Any:
+        seen.append((settings.steps, settings.guidance, settings.image_guidance, options["states"]))
+        return np.zeros((5, 32, 32, 3), np.uint8), []
+
+    monkeypatch.setattr("sample.worker.generate_scene", generate)
+    sampler.states = predictor
+    for body in ({}, {"steps": 7, "guidance": 0, "image_guidance": 3}):
+        asyncio.run(sampler.run(submit(sampler, **body)))
+    assert seen == [(2, 5.0, 1.5, predictor), (7, 0, 3, predictor)]
 
 
 def test_progress_and_cancel_between_steps(sampler: VideoSampler, monkeypatch: pytest.MonkeyPatch) -> None:
