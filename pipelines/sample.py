@@ -82,8 +82,11 @@ class SampleReport:
         return int(self.failed > 0)
 
     def summary(self) -> str:
-        lines = [f"{self.made} made, {self.skipped} were there, {self.failed} failed; {self.manifest}"]
-        return "\n".join(lines + [f"{r['name']} failed: {r['error']}" for r in self.records if r["status"] == "failed"])
+        """A line per failure, then one that counts."""
+        lines = [f"{r['name']} failed: {r['error']}" for r in self.records if r["status"] == "failed"]
+        reasons = " (reasons above and in the manifest; run again to try these alone)" if self.failed else ""
+        counts = f"{self.made} made, {self.skipped} were there, {self.failed} failed{reasons}; {self.manifest}"
+        return "\n".join([*lines, counts])
 
 
 def run_sample(

@@ -155,8 +155,8 @@ async def _read_body(request: Request) -> Body:
         body = await _read_form(request, bytes(raw))
     else:
         raise ApiError(415, f"content type {kind or 'missing'!r}: send application/json or multipart/form-data")
-    for name in ("storyboard", INPUT_REFERENCE):
-        if isinstance(body.fields.get(name), str):
+    for name, kinds in (("storyboard", (str, bytes)), (INPUT_REFERENCE, str)):  # bytes: a file of JSON
+        if isinstance(body.fields.get(name), kinds):
             body.fields[name] = _from_json(body.fields[name], name)
     return body
 
@@ -203,7 +203,9 @@ def _install_error_handlers(app: FastAPI) -> None:
     ) -> JSONResponse:
         kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
         headers = {"retry-after": str(retry_after)} if retry_after else dict(NO_RETRY)
-        error = {"message": message, "type": kind, "param": param, "code": code}
+        said = {"message": message, "type": kind, "param": param, "code": code}
+        # a request's own words may hold half a character, which no answer can
+        error = {name: value and value.encode(errors="replace").decode() for name, value in said.items()}
         return JSONResponse({"error": error}, status_code=status, headers=headers)
 
     @app.exception_handler(ApiError)

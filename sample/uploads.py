@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import av
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from sample.video_io import fit_frames
 
@@ -79,6 +79,8 @@ def _decode_image(data: bytes) -> np.ndarray:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except UploadError:
         raise
+    except UnidentifiedImageError as error:
+        raise UploadError(_unreadable("unknown format")) from error
     # what Pillow raises for broken files, too, besides its own error (an OSError)
     except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, KeyError, struct.error) as error:
         raise UploadError(_unreadable(error)) from error
@@ -118,7 +120,7 @@ def _check_size(width: int, height: int, most: int) -> None:
         raise UploadError(f"{width}x{height} pixels; one side may be at most {MAX_ASPECT} times the other")
 
 
-def _unreadable(error: Exception) -> str:
+def _unreadable(error: Exception | str) -> str:
     return (
         f"not a readable image or video ({error}); taken are {', '.join(IMAGE_FORMATS)}, and MP4, QuickTime, Matroska "
         "and WebM files"

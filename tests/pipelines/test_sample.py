@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from infra.config import ConfigError, load_config
 from infra.ray_session import RaySession
 from models.scene import Reference
 from models.tiny import build_tiny_folder
+from pipelines import cli
 from pipelines.sample import SampleConfig, run_sample
 from pipelines.storyboards import load_storyboards
 from sample.storyboard import Storyboard, StoryboardShot
@@ -76,6 +78,21 @@ def test_one_bad_storyboard_stops_no_other_and_is_tried_again(model: Path, tmp_p
     assert report.records[1]["status"] == "failed" and "shot 0" in report.records[1]["error"]
     again = run_sample(config, [BOARDS[0], bad, BOARDS[2]])
     assert (again.made, again.skipped, again.failed) == (0, 2, 1)
+
+
+def test_the_command_keeps_the_good_ones_and_exits_1(model: Path, tmp_path: Path) -> None:
+    bad = "{name: bad, shots: [{prompt: " + "x" * 600 + "}]}"
+    (tmp_path / "some.yaml").write_text(f"storyboards: [{{name: good, shots: [{{prompt: One goes.}}]}}, {bad}]")
+    arguments = [f"model={model}", f"out={tmp_path / 'out'}", f"storyboards={tmp_path / 'some.yaml'}", "steps=1"]
+    for counts in ("1 made, 0 were there, 1 failed", "0 made, 1 were there, 1 failed"):
+        result = CliRunner().invoke(cli.main, ["sample", *arguments])
+        *_, reason, last = result.output.splitlines()
+        assert result.exit_code == 1 and reason.startswith("bad failed: ") and "shot 0" in reason
+        assert last.startswith(f"{counts} (reasons above and in the manifest") and last.endswith("manifest.jsonl")
+        assert (tmp_path / "out" / "good.mp4").is_file() and not (tmp_path / "out" / "bad.mp4").exists()
+    (tmp_path / "some.yaml").write_text("{name: good, shots: [{prompt: One goes.}]}")
+    result = CliRunner().invoke(cli.main, ["sample", *arguments])
+    assert result.exit_code == 0 and result.output.splitlines()[-1].startswith("0 made, 1 were there, 0 failed; ")
 
 
 def test_ray_actors_make_the_same_videos(model: Path, tmp_path: Path, ray_module: RaySession) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,13 +95,15 @@ def test_multipart_without_files_as_the_openai_client_sends_it(client: TestClien
     assert client.post("/v1/videos", content=body, headers=headers).status_code == 200
 
 
-@pytest.mark.parametrize("form", [False, True])
-def test_a_storyboard_is_one_field(client: TestClient, store: JobStore, form: bool) -> None:
+@pytest.mark.parametrize("sent", ["json", "field", "file"])
+def test_a_storyboard_is_one_field(client: TestClient, store: JobStore, sent: str) -> None:
     shots = [{"prompt": "one", "seed": 3}, {"prompt": "two", "frames": 9, "sentence": "alone"}]
     board = {"name": "walk", "shots": shots, "task": "autoregressive", "history": 2, "negative": "dull"}
     body = {"prompt": "[Story] x", "steps": 4, "guidance": 2.5, "image_guidance": 1, "seconds": 2}
-    if form:
+    if sent == "field":
         response = client.post("/v1/videos", data={**body, "storyboard": json.dumps(board)})
+    elif sent == "file":
+        response = client.post("/v1/videos", data=body, files={"storyboard": ("walk.json", json.dumps(board))})
     else:
         response = client.post("/v1/videos", json={**body, "storyboard": board})
     assert response.status_code == 200, response.text
@@ -157,6 +160,8 @@ def test_a_storyboard_needs_no_prompt_and_a_prompt_no_words(client: TestClient, 
         ({"prompt": "x", "storyboard": {"history": 2}}, "storyboard.history", "one after another"),
         ({"prompt": "x", "storyboard": {"plan": {"lag": 2}}}, "storyboard.plan", "is for a task of"),
         ({"prompt": "x", "storyboard": {"task": "diagonal", "plan": {"lag": 1e9}}}, "storyboard.plan.lag", "at most"),
+        ({"prompt": "x", "storyboard": {"task": "diagonal", "plan": {"lag": math.nan}}}, "storyboard", "JSON"),
+        ({"prompt": "x", "storyboard": {"\ud800": 1}}, "storyboard.?", "unknown field"),
         ({"prompt": "x", "storyboard": {"plan": {"a": [[1]]}}}, "storyboard.plan.a", "list of numbers"),
         ({"prompt": "x", "storyboard": {"task": "edit"}}, "input_reference", "the video to edit"),
         ({"prompt": "x", "seed": 1, "storyboard": {"seed": 2}}, "seed", "leave one of them out"),
