@@ -90,7 +90,9 @@ def _decode_image(data: bytes) -> np.ndarray:
 
 def _decode_video(data: bytes, container: str, max_frames: int) -> Iterator[np.ndarray]:
     """Frames uint8 [H, W, 3], from the first on, at most `max_frames`."""
-    options = {"enable_drefs": "0"} if container == "mov" else {}  # never follow a reference to another file
+    options = {"protocol_whitelist": "none"} | (
+        {"enable_drefs": "0"} if container == "mov" else {}
+    )  # opens no other file
     try:
         with av.open(io.BytesIO(data), format=container, options=options) as file:
             if not file.streams.video:

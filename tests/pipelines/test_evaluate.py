@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from models.tiny import build_tiny_folder
 from pipelines.evaluate import EvaluateConfig, EvaluateReport, run_evaluate, toy_storyboard
+from pipelines.sample import SampleConfig, run_sample
 from pipelines.storyboards import load_storyboards
 from pipelines.toyworld_pairs import PairsConfig, run_pairs
 from sample.storyboard import Storyboard
@@ -117,6 +119,16 @@ def test_pairs_are_judged_by_what_was_given(tmp_path: Path) -> None:
     assert value(right, "unsaid_hue") < 0.3 < 0.9 < value(wrong, "unsaid_hue")
     shown = {name: score["frame_psnr"]["count"] for name, score in right.videos.items() if "frame_psnr" in score}
     assert shown == {pairs[2].pair_id: 3, pairs[4].pair_id: 1}, "key frames; the first frame of a transfer"
+
+
+def test_the_records_of_sample_are_all_that_is_needed(tmp_path: Path) -> None:
+    build_tiny_folder(tmp_path / "model", method="tic_ft", frames_per_shot=17)
+    run_pairs(PairsConfig(out=tmp_path / "pairs", task="multi_image", count=2, size=64))
+    storyboards = tmp_path / "pairs" / "storyboards.json"
+    run_sample(SampleConfig(model=tmp_path / "model", storyboards=storyboards, out=tmp_path / "made", steps=1))
+    report = run_evaluate(EvaluateConfig(videos=tmp_path / "made"))
+    assert set(report.videos) == {sample_pair("multi_image", index=index).pair_id for index in range(2)}
+    assert not report.failed and report.metrics["identity"] == {"value": 0.0, "count": 2}, "an untrained model"
 
 
 def test_a_storyboard_that_is_no_pair_is_not_judged_as_one(tmp_path: Path) -> None:

@@ -112,6 +112,9 @@ def test_sizes_are_checked_before_pixels_are_made(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(uploads, "MAX_VIDEO_PIXELS", 48 * 80 - 1)
     with pytest.raises(UploadError, match="80x48 pixels"):
         read_upload(film, 24, 32, max_frames=5)
+    with monkeypatch.context() as blind, pytest.raises(UploadError, match="max_pixels"):  # the decoder checks, too
+        blind.setattr(uploads, "_check_size", lambda width, height, most: None)
+        read_upload(film, 24, 32, max_frames=5)
     sliver = io.BytesIO()
     Image.new("RGB", (1, 100)).save(sliver, format="PNG")
     with pytest.raises(UploadError, match="at most 8 times"):
