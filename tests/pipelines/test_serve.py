@@ -73,7 +73,7 @@ def client(service: Service) -> httpx.Client:
     return service.client
 
 
-def wait(client: httpx.Client, video_id: str, until: Any, seconds: float = 90) -> dict[str, Any]:
+def wait(client: httpx.Client, video_id: str, until: Any, seconds: float = 180) -> dict[str, Any]:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         video = client.get(f"/v1/videos/{video_id}").json()
