@@ -23,6 +23,9 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 VIDEO_CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "ffv1")
 MAX_IMAGE_PIXELS = 64_000_000
 MAX_VIDEO_PIXELS = 4096 * 2304  # of a frame
+MAX_VIDEO_FRAMES = 1000
+MAX_DECODED_PIXELS = 2_000_000_000  # of all frames of a video: 1000 of 1920x1080
+MAX_KEPT_BYTES = 256 * 2**20  # of the packed frames of a request
 MAX_ASPECT = 8  # a sliver would be scaled up to thousands of pixels before its middle is cut out
 
 _one_at_a_time = threading.Lock()  # bounds memory: a large image takes a quarter of a gigabyte while it is scaled
@@ -45,23 +48,16 @@ class Upload:
         return self.name.endswith(".png")
 
 
-def read_upload(data: bytes, height: int, width: int, max_frames: int) -> Upload:
-    """The image, or the first `max_frames` frames of the video, scaled to cover height x width and cut to it.
+def read_upload(data: bytes, height: int, width: int) -> Upload:
+    """The image, or the whole video, with every frame scaled to cover height x width and cut to it.
 
     Raises UploadError for what is no image or video of the known formats, is broken, or is too large.
     """
     container = _container(data)
     with _one_at_a_time:
         if container is None:
-            frames = fit_frames(_decode_image(data)[None], height, width)
-        else:
-            shown = [fit_frames(frame[None], height, width)[0] for frame in _decode_video(data, container, max_frames)]
-            if not shown:
-                raise UploadError("a video without frames")
-            frames = np.stack(shown)
-        packed = _to_png(frames[0]) if container is None else _to_ffv1(frames)
-    digest = hashlib.sha256(repr(frames.shape).encode() + frames.tobytes()).hexdigest()[:32]
-    return Upload(f"{digest}{'.png' if container is None else '.mkv'}", packed, len(frames))
+            return _keep_image(fit_frames(_decode_image(data)[None], height, width)[0])
+        return _keep_video(fit_frames(frame[None], height, width)[0] for frame in _decode_video(data, container))
 
 
 def _container(data: bytes) -> str | None:
@@ -88,8 +84,8 @@ def _decode_image(data: bytes) -> np.ndarray:
         raise UploadError(_unreadable(error)) from error
 
 
-def _decode_video(data: bytes, container: str, max_frames: int) -> Iterator[np.ndarray]:
-    """Frames uint8 [H, W, 3], from the first on, at most `max_frames`."""
+def _decode_video(data: bytes, container: str) -> Iterator[np.ndarray]:
+    """Frames uint8 [H, W, 3], one after another."""
     options = {"protocol_whitelist": "none"} | (
         {"enable_drefs": "0"} if container == "mov" else {}
     )  # opens no other file
@@ -104,10 +100,13 @@ def _decode_video(data: bytes, container: str, max_frames: int) -> Iterator[np.n
             _check_size(stream.width, stream.height, MAX_VIDEO_PIXELS)
             stream.codec_context.options = {"max_pixels": str(MAX_VIDEO_PIXELS)}  # a stream may change its size
             stream.codec_context.thread_count = 1
+            pixels = 0
             for number, frame in enumerate(file.decode(stream)):
-                if number == max_frames:
-                    return
                 _check_size(frame.width, frame.height, MAX_VIDEO_PIXELS)
+                pixels += frame.width * frame.height
+                if number == MAX_VIDEO_FRAMES or pixels > MAX_DECODED_PIXELS:
+                    most = f"{MAX_VIDEO_FRAMES} frames and {MAX_DECODED_PIXELS / 1e9:.3g} billion pixels"
+                    raise UploadError(f"a video of more than {most}; cut or scale it down first")
                 yield frame.to_ndarray(format="rgb24")
     except UploadError:
         raise
@@ -129,20 +128,30 @@ def _unreadable(error: Exception | str) -> str:
     )
 
 
-def _to_png(pixels: np.ndarray) -> bytes:
+def _keep_image(pixels: np.ndarray) -> Upload:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
+    digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes())
+    return Upload(f"{digest.hexdigest()[:32]}.png", buffer.getvalue(), 1)
 
 
-def _to_ffv1(frames: np.ndarray) -> bytes:
-    """Frames uint8 [T, H, W, 3] as a Matroska file, lossless; the frame rate means nothing."""
-    buffer = io.BytesIO()
+def _keep_video(frames: Iterator[np.ndarray]) -> Upload:
+    """Frames uint8 [H, W, 3] as a Matroska file of FFV1, which loses nothing; the frame rate means nothing."""
+    buffer, digest, count, size = io.BytesIO(), hashlib.sha256(), 0, 0
     with av.open(buffer, "w", format="matroska") as container:
         stream = container.add_stream("ffv1", rate=8)
-        stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "bgr0"
-        for pixels in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")))
+        for count, pixels in enumerate(frames, 1):
+            if count == 1:
+                stream.height, stream.width = pixels.shape[:2]
+                digest.update(repr(pixels.shape).encode())
+            digest.update(pixels.tobytes())
+            packets = stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24"))
+            container.mux(packets)
+            size += sum(packet.size for packet in packets)
+            if size > MAX_KEPT_BYTES:
+                raise UploadError(f"a video that takes more than {MAX_KEPT_BYTES // 2**20} MiB at the model's size")
+        if count == 0:
+            raise UploadError("a video without frames")
         container.mux(stream.encode(None))
-    return buffer.getvalue()
+    return Upload(f"{digest.hexdigest()[:32]}.mkv", buffer.getvalue(), count)

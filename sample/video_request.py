@@ -22,11 +22,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from models.records import RecordError, decode
 from models.scene import IMAGE_ROLES
 from sample.storyboard import Storyboard, StoryboardError, StoryboardShot, nearest_frames
-from sample.uploads import Upload, UploadError, read_upload
+from sample.uploads import MAX_KEPT_BYTES, Upload, UploadError, read_upload
 
 MAX_STEPS, MAX_GUIDANCE = 200, 30.0
 MAX_UPLOADS = 16  # images and videos of one request
-MAX_KEPT_BYTES = 256 * 2**20  # of their pixels, packed
 MAX_STORYBOARD_BYTES = 256 * 2**10  # as JSON, without its media
 INPUT_REFERENCE = "input_reference"
 MAX_SHOWN = 300  # characters of a wrong value in an error message
@@ -239,9 +238,8 @@ def _keep_media(
             if data is None:
                 known = f"there are {', '.join(map(repr, files))}" if files else "none came with the request"
                 raise StoryboardError(f"{field} is {value!r}, which names no uploaded part; {known}", field)
-            most = max(service.max_frames, service.frames_per_shot)
             try:
-                read[value] = read_upload(data, service.media_height, service.media_width, most)
+                read[value] = read_upload(data, service.media_height, service.media_width)
             except UploadError as error:
                 where = INPUT_REFERENCE if value == INPUT_REFERENCE else field
                 raise StoryboardError(f"{where}: {error}", field) from error

@@ -53,26 +53,44 @@ def test_an_image_is_kept_as_it_looks_at_the_models_size(kind: str, tmp_path: Pa
     exif[0x0112] = 6  # stored on its side
     data = image_bytes(kind, exif=exif)
     (tmp_path / "file").write_bytes(data)
-    upload = read_upload(data, 24, 32, max_frames=5)
+    upload = read_upload(data, 24, 32)
     assert upload.is_image and upload.num_frames == 1
     expected = fit_frames(read_image(tmp_path / "file")[None], 24, 32)
     assert np.array_equal(unpacked(upload, tmp_path), expected)
-    assert read_upload(data, 24, 32, max_frames=1) == upload, "a name is its pixels'"
-    assert read_upload(image_bytes(kind), 24, 32, max_frames=1).name != upload.name
+    assert read_upload(data, 24, 32) == upload, "a name is its pixels'"
+    assert read_upload(image_bytes(kind), 24, 32).name != upload.name
 
 
-def test_a_video_is_kept_without_loss_up_to_the_length_that_is_used(tmp_path: Path) -> None:
+def test_a_video_is_kept_whole_and_without_loss(tmp_path: Path) -> None:
     data = film_bytes(tmp_path / "film.mp4")
-    upload = read_upload(data, 24, 32, max_frames=5)
-    assert not upload.is_image and upload.num_frames == 5
-    expected = fit_frames(read_video(tmp_path / "film.mp4")[0][:5], 24, 32)
+    upload = read_upload(data, 24, 32)
+    assert not upload.is_image and upload.num_frames == 9
+    expected = fit_frames(read_video(tmp_path / "film.mp4")[0], 24, 32)
     assert np.array_equal(unpacked(upload, tmp_path), expected)
-    assert read_upload(data, 24, 32, max_frames=50).num_frames == 9
+    assert read_upload(data, 24, 32).name == upload.name != read_upload(data, 24, 16).name
+
+
+@pytest.mark.parametrize(("name", "most"), [("MAX_VIDEO_FRAMES", 8), ("MAX_DECODED_PIXELS", 9 * 48 * 80 - 1)])
+def test_a_video_that_is_too_long_is_refused(
+    name: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = film_bytes(tmp_path / "film.mp4")
+    monkeypatch.setattr(uploads, name, most + 1)
+    assert read_upload(data, 24, 32).num_frames == 9
+    monkeypatch.setattr(uploads, name, most)
+    with pytest.raises(UploadError, match="more than .* frames and .* pixels; cut or scale it down"):
+        read_upload(data, 24, 32)
+
+
+def test_packed_frames_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "MAX_KEPT_BYTES", 10_000)
+    with pytest.raises(UploadError, match="at the model's size"):
+        read_upload(film_bytes(tmp_path / "film.mp4"), 48, 80)
 
 
 @pytest.mark.parametrize(("codec", "container"), [("libvpx-vp9", "webm"), ("mpeg4", "mov"), ("libx264", "matroska")])
 def test_other_containers_and_codecs(codec: str, container: str) -> None:
-    assert read_upload(coded(codec, container), 24, 32, max_frames=5).num_frames == 3
+    assert read_upload(coded(codec, container), 24, 32).num_frames == 3
 
 
 def png_header(side: int) -> bytes:
@@ -104,21 +122,21 @@ def png_header(side: int) -> bytes:
 )  # fmt: skip
 def test_what_is_not_taken_is_said(data: bytes, word: str) -> None:
     with pytest.raises(UploadError, match=word):
-        read_upload(data, 24, 32, max_frames=5)
+        read_upload(data, 24, 32)
 
 
 def test_sizes_are_checked_before_pixels_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     film = film_bytes(tmp_path / "film.mp4")
     monkeypatch.setattr(uploads, "MAX_VIDEO_PIXELS", 48 * 80 - 1)
     with pytest.raises(UploadError, match="80x48 pixels"):
-        read_upload(film, 24, 32, max_frames=5)
+        read_upload(film, 24, 32)
     with monkeypatch.context() as blind, pytest.raises(UploadError, match="max_pixels"):  # the decoder checks, too
         blind.setattr(uploads, "_check_size", lambda width, height, most: None)
-        read_upload(film, 24, 32, max_frames=5)
+        read_upload(film, 24, 32)
     sliver = io.BytesIO()
     Image.new("RGB", (1, 100)).save(sliver, format="PNG")
     with pytest.raises(UploadError, match="at most 8 times"):
-        read_upload(sliver.getvalue(), 24, 32, max_frames=5)
+        read_upload(sliver.getvalue(), 24, 32)
 
 
 def test_a_file_of_sound_alone_is_no_video() -> None:
@@ -130,7 +148,7 @@ def test_a_file_of_sound_alone_is_no_video() -> None:
         file.mux(stream.encode(sound))
         file.mux(stream.encode(None))
     with pytest.raises(UploadError, match="without a video stream"):
-        read_upload(buffer.getvalue(), 24, 32, max_frames=5)
+        read_upload(buffer.getvalue(), 24, 32)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "mp4", "webm"])
@@ -143,7 +161,7 @@ def test_damaged_files_are_read_or_refused_and_nothing_else(kind: str, tmp_path:
         for at in rng.integers(12, len(damaged), int(rng.integers(1, 6))):
             damaged[at] = int(rng.integers(256))
         try:
-            assert 1 <= read_upload(bytes(damaged), 24, 32, max_frames=5).num_frames <= 3
+            assert 1 <= read_upload(bytes(damaged), 24, 32).num_frames <= 3
         except UploadError:
             refused += 1
     assert refused > 0
