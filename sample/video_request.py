@@ -169,7 +169,7 @@ def _storyboard(request: VideoRequest) -> Storyboard:
         if len(shots) == 1 and not (shots[0].prompt or shots[0].sentence):
             shots = [replace(shots[0], sentence=request.prompt)]
         else:
-            story = _said_once(request.prompt, story or None, "prompt", "story")
+            story = _said_once(request.prompt, story or None, "prompt", "story") or ""
     negative = _said_once(request.negative_prompt, board.negative or None, "negative_prompt", "negative")
     seed = _said_once(request.seed, board.seed, "seed", "seed")
     return replace(board, shots=shots, story=story, negative=negative or "", seed=seed)
@@ -213,8 +213,8 @@ def _with_lengths(board: Storyboard, request: VideoRequest, service: VideoServic
 
 def _check_served(board: Storyboard, service: VideoService) -> None:
     """Raises StoryboardError for what the model cannot do, and for a plan that would never end."""
-    if board.task in service.refused_tasks:
-        raise StoryboardError(service.refused_tasks[board.task], "task")
+    if reason := service.refused_tasks.get(board.task or "auto"):
+        raise StoryboardError(reason, "task")
     for index, shot in enumerate(board.shots):
         for name, reason in service.refused_fields.items():
             if getattr(shot, name):
