@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from models.scene import Reference
 from models.tiny import build_tiny_folder
 from pipelines.serve import ServeConfig, server_settings
 from pipelines.states import GrammarStates, StatesConfig
+from sample.api import video_object
 from sample.generate import GenerateSettings, generate_scene
 from sample.server_settings import ServerSettings
 from sample.storyboard import Storyboard, StoryboardShot
@@ -80,32 +82,51 @@ def film(path: Path) -> Path:
     return write_video(pixels, path, 8)
 
 
-def test_a_request_makes_the_video_that_the_same_storyboard_makes_from_files(
-    sampler: VideoSampler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+IN_TURN = {"method": "lct", "method_params": {"attention_rule": "group_causal"}}
+LIKE_FILES: list[tuple[dict[str, Any], Storyboard]] = [
+    ({"method": "fvdm"}, Storyboard("edit", "", [StoryboardShot("x", first_frame="film.mp4")], task="edit",
+                                    plan={"edit_level": 0.7})),
+    ({"method": "fvdm"}, Storyboard("grow", "", [StoryboardShot("x", first_frame="image.png")], task="progressive")),
+    ({"method": "tic_ft", "frames_per_shot": 9}, Storyboard("portrait", "A figure.", [
+        StoryboardShot("x", references=[Reference("portrait", "image.png"), Reference("place", "image.png")])])),
+    (IN_TURN, Storyboard("turns", "S", [StoryboardShot("a"), StoryboardShot("b"), StoryboardShot("c", history=[0])],
+                         task="autoregressive", history=2)),
+    (IN_TURN, Storyboard("on", "S", [StoryboardShot("a", given="film.mp4"), StoryboardShot("b")], task="extension")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "board"), LIKE_FILES, ids=lambda value: getattr(value, "name", ""))
+def test_a_request_makes_what_the_same_storyboard_makes_from_files(
+    kind: dict[str, Any], board: Storyboard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[np.ndarray] = []
+    made: list[tuple[np.ndarray, list[int]]] = []
 
     def generate(*args: Any, **options: Any) -> Any:
-        frames, cuts = generate_scene(*args, **options)
-        made.append(frames)
-        return frames, cuts
+        made.append(generate_scene(*args, **options))
+        return made[-1]
 
     monkeypatch.setattr("sample.worker.generate_scene", generate)
-    path = film(tmp_path / "film.mp4")
-    Image.fromarray(read_video(path)[0][0]).save(tmp_path / "image.png")
-    for task, name in (("edit", "film.mp4"), ("progressive", "image.png")):
-        plan = {"edit_level": 0.7} if task == "edit" else {}
-        said = {"task": task, "plan": plan, "shots": [{"first_frame": "the file"}]}
-        files = {"the file": (tmp_path / name).read_bytes()}
-        job_id = submit(sampler, files, seed=1, guidance=2.0, storyboard=said)
-        asyncio.run(sampler.run(job_id))
-        assert sampler.store.get(job_id).status == "completed", sampler.store.get(job_id).error_message
-        assert sampler.store.media(job_id) == {}, "a finished job keeps its video alone"
-        shot = StoryboardShot(sentence="x", first_frame=str(tmp_path / name))
-        board = Storyboard("video", shots=[shot], task=task, plan=plan)
-        frames, _ = generate_scene(sampler.model, board, GenerateSettings(steps=2, guidance=2.0), seed=1)
-        difference = abs(made.pop().astype(int) - frames)
-        assert difference.max() <= 1 and difference.mean() < 0.1, task  # a grey level, where rounding differs
+    film(tmp_path / "film.mp4")
+    Image.fromarray(read_video(tmp_path / "film.mp4")[0][0]).save(tmp_path / "image.png")
+    build_tiny_folder(tmp_path / "model", **kind)
+    sampler = VideoSampler(
+        server_settings(ServeConfig(model=tmp_path / "model", folder=tmp_path, steps=2, guidance=2.0, min_side=64))
+    )
+    parts = {name: (tmp_path / name).read_bytes() for name in board.media()}
+    parsed = parse_request({"storyboard": board.to_dict(), "seed": 1}, sampler.settings.service, parts)
+    job, _ = sampler.store.create(parsed.request, media=parsed.media)
+    asyncio.run(sampler.run(job.id))
+    job = sampler.store.get(job.id)
+    assert job.status == "completed", job.error_message
+    assert sampler.store.media(job.id) == {}, "a finished job keeps its video alone"
+
+    files = board.with_media(lambda field, name: str(tmp_path / name))
+    frames, cuts = generate_scene(sampler.model, files, GenerateSettings(steps=2, guidance=2.0), seed=1)
+    (served, served_cuts), difference = made[0], abs(made[0][0].astype(int) - frames)
+    assert difference.max() <= 1 and difference.mean() < 0.1  # a grey level, where rounding differs
+    assert served_cuts == cuts and sum(
+        s["num_frames"] for s in video_object(job, sampler.settings.service)["shots"]
+    ) == len(served)
 
 
 def test_files_that_do_not_fit_fail_with_a_reason_that_names_no_path(sampler: VideoSampler, tmp_path: Path) -> None:
