@@ -5,6 +5,7 @@ F latent frames. A clip is an ordered tuple of segments; a shot is one unbroken 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -111,6 +112,20 @@ class ClipLayout:
 def shots_layout(shot_frames: list[int]) -> ClipLayout:
     """Shots back to back, all to be generated, each reading its own text."""
     return ClipLayout(tuple(Segment("target", frames, i, i) for i, frames in enumerate(shot_frames)))
+
+
+def mark_given(layout: ClipLayout, given: Collection[int], as_role: Role = "condition") -> ClipLayout:
+    """The layout with the frames in `given` in another role; neighbours alike stay one segment."""
+    segments: list[Segment] = []
+    for segment, frames in zip(layout.segments, layout.frame_slices, strict=True):
+        for frame in range(frames.start, frames.stop):
+            role = as_role if frame in given else segment.role
+            last = segments[-1] if segments and frame > frames.start else None
+            if last is not None and last.role == role:
+                segments[-1] = Segment(role, last.num_frames + 1, segment.shot_id, segment.text_id)
+            else:
+                segments.append(Segment(role, 1, segment.shot_id, segment.text_id))
+    return ClipLayout(tuple(segments))
 
 
 def drop_frames(layout: ClipLayout, count: int) -> ClipLayout:

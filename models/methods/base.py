@@ -90,6 +90,11 @@ class Method(ABC):
         return 0
 
     @property
+    def classes(self) -> int | None:
+        """Of how many classes the model is told one in the place of text, 0: nothing at all; None: it reads text."""
+        return None
+
+    @property
     def guided(self) -> Mapping[str, tuple[str, ...]]:
         """The conditions that guidance has scales for, in the order in which they nest, and what goes with each."""
         return {"text": ("text",)}

@@ -26,6 +26,7 @@ FVDM_TASKS = {
     "progressive": ({}, "CTTTT"),
     "progressive_min": ({}, "CTTTT"),
     "diagonal": ({"head": 1}, "CTTTT"),
+    "long_video": ({"frames": [0]}, "CTTTT"),
 }
 LCT_TASKS = {
     "joint": ({}, "TTTTT"),

@@ -1,0 +1,65 @@
+"""A video longer than a clip, as windows over its latent frames: each goes on from the last frames of the one before.
+
+FVDM 2410.03160 (long video): with M of the F frames of a clip taken over, J clips make F + (J-1)(F-M) frames; M = F-1
+is next-frame prediction, sliding by one. Of any other length, the last clip takes over more, so that all have F frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from models.layout import ClipLayout, mark_given, shots_layout
+from models.noise import noise_plan
+
+
+def clip_starts(known: Sequence[bool], clip: int, overlap: int) -> list[int]:
+    """The first frame of each clip, in the order in which they are made, for a video whose frames are `known` or not.
+
+    clip (F): latent frames of a clip, at most those of the video. overlap (M): how many of the frames made so far a
+    clip takes over, at least. Frames that are known are taken over as well, and clips that have nothing to make are
+    left out. Raises ValueError for a clip or an overlap that does not fit.
+    """
+    frames, done = len(known), list(known)
+    if not 1 <= clip <= frames:
+        raise ValueError(f"clip is {clip}, expected 1 to the video's {frames} latent frames")
+    if clip < frames and not 1 <= overlap < clip:
+        raise ValueError(f"overlap is {overlap}, expected 1 to {clip - 1} of the clip's {clip} latent frames")
+    starts = []
+    while not all(done):
+        first = done.index(False)
+        start = min(0 if first < clip else first - overlap, frames - clip)
+        starts.append(start)
+        done[start : start + clip] = [True] * clip
+    return starts
+
+
+def default_overlap(clip: int) -> int:
+    """Half a clip, as in FVDM's demonstration (8 of 16 frames)."""
+    return max(1, clip // 2)
+
+
+def plan_of_clips(
+    layout: ClipLayout,
+    levels: Tensor,  # [K+1] base levels
+    clip: int,
+    overlap: int,
+    context_level: float = 0.0,  # at which frames are seen that are given or made before
+) -> Tensor:
+    """[J (K+1),F]: the K+1 rows of each of J clips in turn.
+
+    In a clip's rows its own frames follow the plan "hold"; outside, finished ones are at 0, the others wait at the
+    first level. With a `context_level` above 0, frames rise to it from 0 where the next clip begins.
+    """
+    known = layout.is_given.clone()
+    parts = []
+    for start in clip_starts(known.tolist(), clip, overlap):
+        window = slice(start, start + clip)
+        own = mark_given(shots_layout([clip]), known[window].nonzero().flatten().tolist())
+        rows = torch.where(known.to(levels.device), 0.0, levels[0]).repeat(len(levels), 1)
+        rows[:, window] = noise_plan(own, levels, "hold", context_level=context_level)
+        parts.append(rows)
+        known[window] = True
+    return torch.cat(parts)
