@@ -87,4 +87,5 @@ def _resolve_media(shot: StoryboardShot, path: Path) -> StoryboardShot:
 
     media = {name: found(name, value) for name in ("given", "first_frame") if (value := getattr(shot, name))}
     references = [replace(one, path=found(one.role, one.path)) for one in shot.references]
-    return replace(shot, **media, references=references)
+    given_frames = [replace(one, path=found("given_frames", one.path)) for one in shot.given_frames]
+    return replace(shot, **media, references=references, given_frames=given_frames)

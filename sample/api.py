@@ -30,7 +30,8 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from sample.jobs import Job, JobStore, KeyReused, NotFinished
-from sample.storyboard import Storyboard, StoryboardError, StoryboardShot, nearest_frames
+from sample.shot import nearest_frames
+from sample.storyboard import Storyboard, StoryboardError, StoryboardShot
 from sample.video_io import fit_frames
 
 NO_RETRY = {"x-should-retry": "false"}

@@ -43,7 +43,9 @@ def sample_extended(
     if known and (given is None or tuple(given.shape) != tuple(shape)):
         found = None if given is None else tuple(given.shape)
         raise ValueError(f"latent frames {list(known)} are known, so `given` must be {tuple(shape)}, is {found}")
-    video = torch.zeros(shape, device=levels.device) if given is None else given.to(levels.device, copy=True)
+    video = torch.zeros(shape, device=levels.device)
+    if known:
+        video[:, :, list(known)] = given[:, :, list(known)].to(video)  # type: ignore[index]  # is given, see above
     done = torch.zeros(shape[2], dtype=torch.bool)
     done[list(known)] = True
     starts = clip_starts(done.tolist(), clip, default_overlap(clip) if overlap is None else overlap)
