@@ -75,7 +75,7 @@ def check_given_frames(method: Method, storyboard: Storyboard) -> None:
     elif not method.per_frame_levels:
         reason = "the frames of a shot share their noise level; give a whole shot (given)"
     else:
-        reason = f"its tasks are {', '.join(method.tasks)}"
+        reason = f"it was trained for {', '.join(method.tasks)} alone"
     raise StoryboardError(
         f"{storyboard.where(index)}: given_frames: a model of method {method.name!r} holds no frames inside a shot: "
         f"{reason}; models of method 'fvdm' do",
@@ -105,16 +105,11 @@ def sample_long_video(
     """Latents [B, C, N, H, W] of a shot of more frames than the clips that the model was trained on."""
     plan = {"clip": model.codec.num_latent_frames(model.settings.frames_per_shot)} | storyboard.plan
     plan_of(method, layout, levels, "long_video", replace(storyboard, plan=plan))  # refuses what does not fit
-
-    def of_clip(context: TextContext) -> TextContext:  # all frames of the shot read the same
-        return replace(context, frame_text=context.frame_text[: plan["clip"]])
-
-    options = options | {"null": options["null"] | {"text": of_clip(options["null"]["text"])}}
     return sample_extended(
         model.backbone,
         method,
         levels.to(text.embeddings.device),
-        of_clip(text),
+        text,
         known=layout.is_given.nonzero().flatten().tolist(),
         **options | plan,
     )

@@ -86,8 +86,8 @@ class FVDM(Method):
 
         t2v: none given. i2v, progressive, progressive_min: the first. interpolation: first and last. extension, tvp:
         the first `head`. transition: the first `head` and the last `tail`. next_frame: all but the last. any_frame:
-        those in `frames`. diagonal: the first `head`, if any. long_video: those in `frames`, if any. noisy_frames, edit: those in `frames`, which do not stay
-        as given; all of them may be edited.
+        those in `frames`. diagonal: the first `head`, if any. long_video: those in `frames`, if any. noisy_frames,
+        edit: those in `frames`, which do not stay as given; all of them may be edited.
         """
         self.check_task(task)
         count = sum(shot_frames)

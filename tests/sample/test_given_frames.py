@@ -1,4 +1,4 @@
-"""Given frames at any place of a shot, from storyboard to video: where they lie, that they are kept, what is refused."""
+"""Given frames at any place of a shot, from storyboard to video: where they lie, that they stay, what is refused."""
 
 from __future__ import annotations
 
@@ -53,8 +53,10 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def board(given: list[GivenFrames], task: str | None = None, plan: dict | None = None, **shot: Any) -> Storyboard:
-    shots = [StoryboardShot("A square.", given_frames=given, **shot)]
+def board(
+    given_frames: list[GivenFrames], task: str | None = None, plan: dict | None = None, **shot: Any
+) -> Storyboard:
+    shots = [StoryboardShot("A square.", given_frames=given_frames, **shot)]
     return Storyboard("b", shots=shots, task=task, plan=plan or {})  # type: ignore[arg-type]
 
 
@@ -206,10 +208,14 @@ def test_tasks_of_frames_take_given_frames_too(model: Model, media: Path, monkey
 
 
 @pytest.mark.parametrize(
-    ("length", "plan", "starts"),
-    [(17, {}, [0, 2]), (21, {"overlap": 2}, [0, 1, 2, 3]), (25, {"overlap": 1, "context_level": 0.05}, [0, 2, 4])],
+    ("length", "plan", "windows"),
+    [
+        (17, {}, [range(3), range(2, 5)]),
+        (21, {"overlap": 2}, [range(3), range(1, 4), range(2, 5)]),
+        (21, {"overlap": 1, "context_level": 0.05}, [range(3), range(2, 4), range(3, 6)]),
+    ],
 )
-def test_a_long_video_is_one_shot_of_overlapping_clips(model, media, monkeypatch, length, plan, starts) -> None:
+def test_a_long_video_is_one_shot_of_overlapping_clips(model, media, monkeypatch, length, plan, windows) -> None:
     watch, told = Watch(monkeypatch), []
     ends = [GivenFrames(str(media / "a.png")), GivenFrames(str(media / "b.png"), at=-1)]
     both = [board(ends, "long_video", plan, frames=length, seed=seed) for seed in (1, 2)]
@@ -220,16 +226,16 @@ def test_a_long_video_is_one_shot_of_overlapping_clips(model, media, monkeypatch
     video = torch.full((2, 4, latents, 4, 4), torch.nan)
     video[:, :, 0] = latents_of(model, read_image(media / "a.png"))[:, 0]
     video[:, :, -1] = latents_of(model, *[read_image(media / "b.png")] * 5)[:, 1]
-    assert len(watch.calls) == len(starts)
-    for start, (layout, levels, options, made) in zip(starts, watch.calls, strict=True):
-        window = video[:, :, start : start + 3]
+    assert len(watch.calls) == len(windows)
+    for frames, (layout, levels, options, made) in zip(windows, watch.calls, strict=True):
+        window = video[:, :, frames.start : frames.stop]
         known = ~window.isnan().any(dim=1).flatten(2).any(dim=2)[0]
-        assert layout == METHOD.layout_for_task("any_frame", [3], frames=known.nonzero().flatten().tolist())
+        assert layout == METHOD.layout_for_task("any_frame", [len(frames)], frames=known.nonzero().flatten().tolist())
         assert (levels[:, known] == plan.get("context_level", 0)).all()
         torch.testing.assert_close(made[:, :, known], window[:, :, known], atol=1e-6, rtol=1e-6)
         assert torch.equal(made[:, :, known], options["given"][:, :, known]), "overlap and given frames are bit-equal"
-        video[:, :, start : start + 3] = made
-    assert not video.isnan().any() and told[-1] == (3 * len(starts), 3 * len(starts))
+        window[:] = made
+    assert not video.isnan().any() and told[-1] == (3 * len(windows), 3 * len(windows))
     decoded = model.codec.decode(video[:1])[0].clamp(-1, 1).permute(1, 2, 3, 0)
     assert np.abs(((decoded + 1) * 127.5).round().numpy() - first.frames).max() <= 1
 
@@ -344,7 +350,7 @@ def test_what_contradicts_given_frames_is_refused(model: Model, media: Path) -> 
     [
         ("lct", "the frames of a shot share their noise level; give a whole shot"),
         ("fca", "one noise level for a whole clip"),
-        ("aid", "one noise level for a whole clip"),
+        ("aid", "it was trained for tvp alone"),
         ("tic_ft", "one noise level for a whole clip"),
         ("svd", "one noise level for a whole clip"),
     ],
