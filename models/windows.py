@@ -52,10 +52,10 @@ def plan_of_clips(
     overlap: int,
     context_level: float = 0.0,  # at which frames are seen that are given or made before
 ) -> Tensor:
-    """[J (K+1),F]: the K+1 rows of each of J clips in turn.
+    """[J K + 1,F]: the levels before each of the K steps of J clips in turn, and those at the end.
 
     In a clip's rows its own frames follow the plan "hold"; outside, finished ones are at 0, the others wait at the
-    first level. With a `context_level` above 0, frames rise to it from 0 where the next clip begins.
+    first level. With a `context_level` above 0, frames go from 0 up to it where the next clip takes them over.
     """
     known = layout.is_given.clone()
     parts = []
@@ -64,6 +64,7 @@ def plan_of_clips(
         own = mark_given(shots_layout([len(frames)]), known[window].nonzero().flatten().tolist())
         rows = torch.where(known.to(levels.device), 0.0, levels[0]).repeat(len(levels), 1)
         rows[:, window] = noise_plan(own, levels, "hold", context_level=context_level)
-        parts.append(rows)
+        parts.append(rows[:-1])
         known[window] = True
-    return torch.cat(parts)
+    end = torch.where(layout.is_given.to(levels.device), rows[-1], 0.0)
+    return torch.cat([*parts, end[None]])

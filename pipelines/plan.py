@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Latent frames of the shots, and what a task is given, where the command is not told.
 SHOTS: dict[tuple[str, str], list[int]] = {
     ("lct", task): [3, 3, 3] for task in ("joint", "shot_conditioned", "autoregressive", "extension")
-} | {("fvdm", "long_video"): [13]}
+} | {("fvdm", "long_video"): [11]}
 GIVENS: dict[tuple[str, str], dict[str, Any]] = {
     ("fvdm", "extension"): {"head": 2},
     ("fvdm", "transition"): {"head": 2, "tail": 2},

@@ -98,23 +98,25 @@ def run_sample(
     """
     from infra.log import progress
     from infra.storage import atomic_write_text
+    from models.codecs import VideoCodec
     from models.folder import load_model
     from pipelines.storyboards import load_storyboards
     from sample.generate import check_task
 
     started = time.monotonic()
     paths = [config.storyboards] if isinstance(config.storyboards, Path) else config.storyboards
-    boards = [*load_storyboards(paths), *(storyboards or [])]
+    described = load_model(config.model, parts=()).settings
+    frame_step = VideoCodec.frame_step_of(config.model)
+    boards = [*load_storyboards(paths, frame_step), *(storyboards or [])]
     names = [board.name for board in boards]
     if not boards:
         raise ValueError("no storyboards to sample; name files or folders in `storyboards`")
     if len(set(names)) != len(names):
         raise ValueError(f"storyboard names must differ, they become file names: {sorted(names)}")
     config.out.mkdir(parents=True, exist_ok=True)
-    described = load_model(config.model, parts=()).settings
     check_task(config.task, described)
     weights = folder_fingerprint(config.model)
-    jobs = {board.name: _Job.of(board, config, weights) for board in boards}
+    jobs = {board.name: _Job.of(board, config, weights, frame_step) for board in boards}
     records = {name: record for name, job in jobs.items() if (record := job.finished(config.out)) is not None}
     skipped = len(records)
     groups = _group([job for name, job in jobs.items() if name not in records], described, config.batch_size)
@@ -144,10 +146,10 @@ class _Job:
     fingerprint: str
 
     @staticmethod
-    def of(board: Storyboard, config: SampleConfig, weights: str) -> _Job:
+    def of(board: Storyboard, config: SampleConfig, weights: str, frame_step: int) -> _Job:
         from sample.storyboard import derive_seed
 
-        board.validate()
+        board.validate(frame_step=frame_step)
         seed = derive_seed(config.seed, board.name) if board.seed is None else board.seed
         fingerprint = board.fingerprint(
             seed=seed,

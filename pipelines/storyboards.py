@@ -19,9 +19,10 @@ class StoryboardFile:
     storyboards: list[Storyboard] = field(default_factory=list)
 
 
-def load_storyboards(paths: Iterable[Path]) -> list[Storyboard]:
+def load_storyboards(paths: Iterable[Path], frame_step: int = 4) -> list[Storyboard]:
     """All storyboards of the files, and of the files in the folders, in order; names are unique.
 
+    `frame_step` is the model's: a shot holds as many times k frames, and one (`models.codecs.VideoCodec`).
     A storyboard without a name gets its file's, numbered if the file holds several. Media paths are relative to the
     file that names them. Raises ConfigError naming the file and the key.
     """
@@ -33,7 +34,7 @@ def load_storyboards(paths: Iterable[Path]) -> list[Storyboard]:
             if board.name == Storyboard.name:
                 board = replace(board, name=path.stem if len(loaded) == 1 else f"{path.stem}-{index:03d}")
             try:
-                board.validate()
+                board.validate(frame_step=frame_step)
             except StoryboardError as error:
                 raise ConfigError(f"{path}: {error}") from error
             if board.name in origin:

@@ -139,9 +139,9 @@ class FVDM(Method):
         authors use 0.2 and 0.4 for first and last, rising ones for several in a row). edit: `edit_level` m (default
         0.5); rows in which nothing moves are left out. progressive, progressive_min: `slope` per frame (default 0.1,
         or steeper, so that the last frame starts at 1). diagonal: `lag` in rows (default 1). long_video: `clip` latent
-        frames at a time (default all), of which `overlap` are taken over (default half); [J (K+1),F] for J clips, each
-        clip's K+1 rows in turn, in which frames of no clip yet stay where they start. Where frames are held,
-        `context_level` is the level they are held at, as which they are seen (default 0; SkyReels-DF takes 0.02).
+        frames at a time (default all), of which `overlap` are taken over (default half); [J K + 1,F] for J clips, see
+        `models.windows.plan_of_clips`. Where frames are held, `context_level` is the level they are held at, as which
+        they are seen (default 0; SkyReels-DF takes 0.02).
         """
         self.check_task(task)
         options = {

@@ -110,10 +110,10 @@ def test_a_long_video_follows_its_plan_and_keeps_known_frames_wherever_they_are(
     layout = METHOD.layout_for_task("long_video", [frames], frames=known)
     plan = METHOD.plan(layout, base_levels(3), "long_video", clip=F, overlap=2, context_level=context_level)
     windows = clip_windows([f in known for f in range(frames)], F, 2)
-    assert plan.shape == (4 * len(windows), frames) and len(model.seen) == 3 * len(windows)
+    assert plan.shape == (3 * len(windows) + 1, frames) and len(model.seen) == 3 * len(windows)
     done = set(known)
     for number, window in enumerate(windows):
-        rows = plan[4 * number : 4 * number + 4]
+        rows = plan[3 * number : 3 * number + 3]
         for f in range(frames):
             if f not in window:
                 assert (rows[:, f] == (0 if f in done else 1)).all(), "what is outside the clip waits or is finished"
@@ -125,7 +125,7 @@ def test_a_long_video_follows_its_plan_and_keeps_known_frames_wherever_they_are(
                 held = [f for f in window if f in done]
                 assert torch.equal(x[[f - window.start for f in held]], video[0, 0, held, 0, 0]), "seen as they end up"
         done |= set(window)
-    assert done == set(range(frames))
+    assert done == set(range(frames)) and (plan[-1, layout.is_target] == 0).all()
 
 
 @pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
