@@ -8,8 +8,9 @@ s(k-1)+1 .. sk. What is given is given in whole latent frames:
   (from the end: s, 2s, ...), where it has s, 2s, ... frames. A video that is not told how many is cut to that.
 
 Each is encoded alone, knowing neither the others nor what is made (the rule of `models.codecs`). What does not begin at
-frame 0 is encoded behind a still of its own first frame, whose latents are left out: a latent frame then holds s video
-frames, as it does in the middle of a clip, and not a lone image.
+frame 0 is encoded behind a still of its own first frame, LEAD latent frames long, which are left out: a latent frame
+then holds s video frames, and the VAE is past the start of a clip, as it is at that place of a shot. So encoded, frames
+of a film have nearly the latents that they have in it; as a lone image or clip they have others.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import numpy as np
 from sample.shot import GivenFrames, StoryboardError, is_image
 from sample.storyboard import Storyboard
 from sample.video_io import fit_frames, read_image, read_video
+
+LEAD = 3  # latent frames
 
 if TYPE_CHECKING:
     from models.codecs import VideoCodec
@@ -86,7 +89,8 @@ def _place(one: GivenFrames, length: int, codec: VideoCodec) -> PlacedClip:
         clip = _cut(one, at, length, codec)
     if start == 0:
         return PlacedClip(0, codec.num_latent_frames(len(clip)), clip)
-    still = clip[:1].repeat(1 + -len(clip) % codec.frame_step, axis=0)  # to a length that the VAE takes
+    lead = stride * (LEAD - 1) + 1
+    still = clip[:1].repeat(lead + -(lead + len(clip) - 1) % codec.frame_step, axis=0)  # to a length that the VAE takes
     return PlacedClip(start, len(clip) // stride, np.concatenate([still, clip]))
 
 

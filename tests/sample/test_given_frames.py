@@ -18,6 +18,7 @@ from models.methods import get_method
 from models.noise import base_levels
 from models.tiny import build_tiny_folder
 from pipelines.sample import SampleConfig, run_sample
+from pipelines.shipped import SHIPPED_WAN
 from pipelines.storyboards import load_storyboards
 from sample import extension, generate
 from sample.generate import GenerateSettings, generate_scene, generate_scenes
@@ -177,10 +178,31 @@ def test_given_clips_are_encoded_alone(model: Model, media: Path, monkeypatch: p
     ((_, _, options, made),) = watch.calls
     expected = torch.zeros_like(made[0])
     expected[:, :2] = latents_of(model, *a[:5])
-    expected[:, 3] = latents_of(model, *[image] * 5)[:, 1]
-    expected[:, 4] = latents_of(model, b[2], *b[2:6])[:, 1]
+    expected[:, 3] = latents_of(model, *[image] * 13)[:, 3]
+    expected[:, 4] = latents_of(model, *[b[2]] * 9, *b[2:6])[:, 3]
     torch.testing.assert_close(options["given"][0], expected, atol=1e-6, rtol=1e-6)
     assert torch.equal(made[:, :, [0, 1, 3, 4]], options["given"][:, :, [0, 1, 3, 4]])
+
+
+def test_latents_are_nearly_those_that_the_frames_have_in_their_film(tmp_path: Path) -> None:
+    """With a trained VAE: behind stills, a video or an image is nearer to the film's latents than a lone image is."""
+    codec = load_model(SHIPPED_WAN, parts=("codec",)).codec
+    film = np.full((17, 64, 64, 3), 90, np.uint8)
+    for t in range(17):
+        film[t, 20:36, 4 + 2 * t : 20 + 2 * t] = (220, 40, 40)
+    write_video(film, tmp_path / "film.mp4", 8)
+    film = read_video(tmp_path / "film.mp4")[0]
+    Image.fromarray(film[14]).save(tmp_path / "14.png")
+
+    def encode(frames: np.ndarray) -> Tensor:
+        return codec.normalize(codec.encode(to_video([frames]))[0])[0]
+
+    own = encode(film)[:, 4]
+    video = _place(GivenFrames(str(tmp_path / "film.mp4"), at=-4, start=-4), 17, codec)
+    image = _place(GivenFrames(str(tmp_path / "14.png"), at=14), 17, codec)
+    lone = (encode(film[14:15])[:, 0] - own).square().mean()
+    assert (encode(video.pixels)[:, -1] - own).square().mean() < 0.1 * lone
+    assert (encode(image.pixels)[:, -1] - own).square().mean() < 0.5 * lone
 
 
 def test_tasks_of_frames_take_given_frames_too(model: Model, media: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +247,7 @@ def test_a_long_video_is_one_shot_of_overlapping_clips(model, media, monkeypatch
     latents = (length - 1) // 4 + 1
     video = torch.full((2, 4, latents, 4, 4), torch.nan)
     video[:, :, 0] = latents_of(model, read_image(media / "a.png"))[:, 0]
-    video[:, :, -1] = latents_of(model, *[read_image(media / "b.png")] * 5)[:, 1]
+    video[:, :, -1] = latents_of(model, *[read_image(media / "b.png")] * 13)[:, 3]
     assert len(watch.calls) == len(windows)
     for frames, (layout, levels, options, made) in zip(windows, watch.calls, strict=True):
         window = video[:, :, frames.start : frames.stop]
@@ -270,6 +292,8 @@ def test_a_model_of_classes_is_told_the_label_of_a_shot(tmp_path: Path) -> None:
     one, two, none = made(0, 2, -1)
     assert not np.array_equal(one, two) and not np.array_equal(one, none)
     assert np.abs(made(2)[0].astype(int) - two).max() <= 1
+    long = Storyboard("b", shots=[StoryboardShot(label=1, frames=9)], task="long_video")  # two clips of 5 frames
+    assert len(generate_scene(model, long, SETTINGS, seed=1)[0]) == 9
     with pytest.raises(StoryboardError, match="label=3; this model reads no words: give a class, 0 to 2, or -1"):
         made(3)
     with pytest.raises(StoryboardError, match="prompt and sentence are both empty"):
