@@ -50,6 +50,9 @@ class TrainConfig:
     dataset: Path = required("folder that `shotloom prepare` wrote")
     model: Path = required("model folder to start from")
     run_dir: Path = required("folder of this run; started again on the same folder, a run goes on where it was")
+    expert: Literal["high", "low"] | None = knob(
+        None, "which of a Wan 2.2 A14B's two models to train, each in a run of its own; null = the model has one"
+    )
     method: str = knob("lct", "fvdm, lct, tic_ft, fca or aid")
     method_params: dict[str, Any] = knob({}, "parameters of the method; empty = its defaults")
     shots_per_scene: int = knob(
@@ -148,12 +151,13 @@ def _show(bar: Progress, line: dict[str, Any]) -> None:
 
 def make_job(config: TrainConfig) -> TrainJob:
     """The job of a config; encodes the empty text with the model's encoder."""
-    from models.folder import load_model
+    from models.folder import check_expert, load_model
     from models.text import null_text
     from train.job import Lora, TrainJob
     from train.loop import LoopSettings
     from train.scenes import TextDrop
 
+    check_expert(config.model, config.expert)
     lora, model = config.lora, load_model(config.model, parts=("text",))
     return TrainJob(
         model=config.model.resolve(),
@@ -169,6 +173,7 @@ def make_job(config: TrainConfig) -> TrainJob:
         text_drop=TextDrop(**vars(config.text_drop)),
         latents=config.latents,
         lora=Lora(lora.rank, lora.alpha, tuple(lora.targets), lora.merge, lora.merge_scale) if lora.rank else None,
+        expert=config.expert,
         parallel=config.parallel,
         activation_checkpointing=config.activation_checkpointing,
         compile_blocks=config.compile,

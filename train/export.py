@@ -37,7 +37,7 @@ def export_model(job: TrainJob, weights: Mapping[str, Tensor], method: Method, s
     The folder's settings are those of the model that training started from, with this job's method and a record of how
     the weights came about.
     """
-    model = load_model(job.model, parts=("backbone",), device="cpu", dtype=torch.float32)
+    model = load_model(job.model, parts=("backbone",), device="cpu", dtype=torch.float32, expert=job.expert)
     if job.lora:
         inject_lora(model.backbone, job.lora.rank, job.lora.alpha, job.lora.targets)
     method.attach(model.backbone)
@@ -69,4 +69,5 @@ def training_record(job: TrainJob, step: int) -> dict[str, Any]:
         "single_shot_prob": job.single_shot_prob,
         "lora_rank": job.lora.rank if job.lora else 0,
         "lora_scale": job.lora.merge_scale if job.lora else 0.0,
+        **({"expert": job.expert} if job.expert else {}),
     }

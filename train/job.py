@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from models.experts import ExpertName
 from train.loop import LoopSettings
 from train.scenes import Latents, TextDrop
 
@@ -41,6 +42,7 @@ class TrainJob:
     text_drop: TextDrop = field(default_factory=TextDrop)
     latents: Latents = "sample"
     lora: Lora | None = None
+    expert: ExpertName | None = None  # which of a Wan 2.2 A14B's two models; None: the model is one
     parallel: Literal["one_device", "fsdp2"] = "one_device"
     activation_checkpointing: bool = False
     compile_blocks: bool = False

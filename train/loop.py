@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from models.backbones.base import Backbone
+from models.layout import ClipLayout
 from models.methods.base import Method
 from train.batches import BatchSource, SceneBatch, keyed_generator, keyed_seed, prefetch
 from train.checkpoint import Checkpoints, TrainState
@@ -100,6 +101,7 @@ def run_loop(
         "method": method.name,
         "method_params": method.config(),
         **source.identity(),
+        **({"expert": backbone.expert.name} if backbone.expert else {}),
     }
     state = TrainState(parameters, ema, optimizer, identity)
     backbone.train()
@@ -122,7 +124,7 @@ def run_loop(
             waited += time.perf_counter() - before
 
             first = ((step - 1) * settings.accumulate + part) * source.batch_size + rows.start
-            levels, noise = draw(method, batch, settings.seed, first)
+            levels, noise = draw(method, batch, settings.seed, first, backbone.learns_at)
             weights = frame_weights(method, batch, levels)
             conditions = given_conditions(method, batch, settings.seed, first)
             noisy = process.precondition(process.add_noise(batch.latents, noise, levels), levels)
@@ -196,15 +198,41 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, settings: LoopSettings, 
     return rate
 
 
-def draw(method: Method, batch: SceneBatch, seed: int, first: int) -> tuple[Tensor, Tensor]:
+def draw(
+    method: Method, batch: SceneBatch, seed: int, first: int, learns_at: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Noise levels [B,F] and noise [B,C,F,H,W], keyed by each sample's number (`first` is that of row 0).
 
-    So a sample gets the same draws however the step is split into micro-batches and workers.
+    So a sample gets the same draws however the step is split into micro-batches and workers. `learns_at` is the
+    backbone's (`Backbone.learns_at`); None: all levels are its to learn.
     """
     numbers = range(first, first + len(batch.latents))
-    levels = [method.sample_levels(batch.layout, 1, keyed_generator(seed, "levels", n)) for n in numbers]
+    levels = [draw_levels(method, batch.layout, keyed_generator(seed, "levels", n), learns_at) for n in numbers]
     noise = [torch.randn(batch.latents.shape[1:], generator=keyed_generator(seed, "noise", n)) for n in numbers]
     return torch.cat(levels).to(batch.latents.device), torch.stack(noise).to(batch.latents.device)
+
+
+def draw_levels(
+    method: Method,
+    layout: ClipLayout,
+    generator: torch.Generator,
+    learns_at: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Levels [1,F] of one sample: the method's, given that the backbone learns there.
+
+    One of two experts so learns what it will be asked in sampling, in the proportions of the method: draws that are the
+    other's are thrown away. ValueError if tens of thousands are.
+    """
+    for count in (1, *[1024] * 64):
+        levels = method.sample_levels(layout, count, generator)
+        own = levels if learns_at is None else levels[learns_at(method.model_levels(levels))]
+        if len(own):
+            return own[:1]
+    raise ValueError(
+        f"method {method.name!r} ({method.config()}) draws no levels for this expert: the highest of "
+        f"{layout.num_frames} frames never lies on its side of the boundary; let frames share a level, or take another "
+        "density or shift"
+    )
 
 
 def given_conditions(method: Method, batch: SceneBatch, seed: int, first: int) -> dict[str, Tensor]:

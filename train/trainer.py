@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from infra.machine import usable_cores
-from models.folder import load_model
+from models.folder import check_expert, load_model
 from models.methods import get_method
 from models.modules.lora import inject_lora
 from train.checkpoint import Checkpoints, latest, prune, remove_unfinished, step_name
@@ -63,7 +63,8 @@ def fit(job: TrainJob, num_workers: int, worker: Worker | None = None) -> tuple[
 def train_worker(job: TrainJob, checkpoints: Checkpoints) -> LoopResult:
     """What each worker does: load, shard, train, and on rank 0 export the averaged weights to `run_dir/model`."""
     parallel = this_rank(sharded=job.parallel == "fsdp2")
-    model = load_model(job.model, parts=("backbone", "codec"), device="cpu", dtype=torch.float32)
+    check_expert(job.model, job.expert)
+    model = load_model(job.model, ("backbone", "codec"), device="cpu", dtype=torch.float32, expert=job.expert)
     backbone, codec = model.backbone, model.codec
     method = get_method(job.method, **job.method_params)
     if method.most_states:
@@ -90,6 +91,11 @@ def train_worker(job: TrainJob, checkpoints: Checkpoints) -> LoopResult:
     if job.lora:
         inject_lora(backbone, job.lora.rank, job.lora.alpha, job.lora.targets, seed=job.loop.seed)
     method.attach(backbone, seed=job.loop.seed)
+    if backbone.expert is not None and backbone.conditioner is not None:
+        raise ValueError(
+            f"method {method.name!r} ({job.method_params}) trains modules of its own, which belong to one model, and "
+            f"{job.model} has two experts; use a model of one"
+        )
     if job.lora and not job.lora.merge and backbone.conditioner is not None:
         raise ValueError(
             f"lora.merge=false leaves a LoRA file alone, but method {method.name!r} trains modules of its own, which "

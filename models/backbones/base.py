@@ -15,6 +15,8 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor, nn
 
 from models.attention import AttentionRule
+from models.experts import Expert
+from models.kv_cache import KVCache
 from models.layout import ClipLayout
 from models.positions import PositionMode
 from models.process import Process
@@ -86,6 +88,7 @@ class Backbone(nn.Module, ABC):
     process: Process  # what the weights were trained with
     pixels_per_token: int  # latent pixels, over time and space, that make one token
     conditioner: nn.Module | None  # a method's own modules, beside the diffusers model and not part of it
+    expert: Expert | None = None  # it is one of two models, which share the noise levels
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,6 +98,22 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def config(self) -> Any:
         """The configuration of the diffusers model."""
+
+    @property
+    def models_by_folder(self) -> dict[str, Any]:
+        """The diffusers models, by the folder of a model folder that each lies in."""
+        return {"transformer": self.transformer}
+
+    def new_cache(self) -> Any:
+        """An empty cache for `forward`, of a backbone that has kv_cache."""
+        return KVCache()
+
+    def learns_at(self, levels: Tensor) -> Tensor:
+        """bool [B]: whether samples told these levels, [B] or [B,F], are this model's to learn; an expert has a share."""
+        clock = levels if levels.ndim == 1 else levels.amax(dim=1)
+        if self.expert is None:
+            return torch.ones_like(clock, dtype=torch.bool)
+        return self.expert.covers(self.process.to_model_time(clock))
 
     @property
     def dtype(self) -> torch.dtype:

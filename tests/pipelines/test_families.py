@@ -48,32 +48,35 @@ def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def dataset(family: str, folder: Path) -> Path:
+    write_dataset(folder.parent / "dataset", folder, FRAMES[family])
+    return folder.parent / "dataset"
+
+
+def write_dataset(path: Path, folder: Path, frames: int, size: int = 32) -> None:
     """Two scenes of two shots, encoded as `shotloom prepare` encodes them."""
-    encoder, path = Encoder.from_folder(folder), folder.parent / "dataset"
+    encoder = Encoder.from_folder(folder)
     (path / "shards").mkdir(parents=True)
-    frames = FRAMES[family]
     with ShardWriter(str(path / "shards" / "scenes-%06d.tar"), maxcount=2, verbose=0) as writer:
         for number in range(2):
-            scene = make_scene(f"scene{number}", ["red", "box"], frames)
+            scene = make_scene(f"scene{number}", ["red", "box"], frames, size=size)
             scene.latents = encoder.source("float16")
             texts = encoder.encode_texts([scene], "float16")
             tensors = {name: texts[text].clone() for name, text in scene_texts(scene).items()}
-            pixels = np.random.default_rng(number).integers(0, 256, (2, frames, 32, 32, 3), dtype=np.uint8)
+            pixels = np.random.default_rng(number).integers(0, 256, (2, frames, size, size, 3), dtype=np.uint8)
             for i, found in enumerate(encoder.encode_shots(list(pixels), "float16")):
                 tensors |= {shot_tensor_key(i, name): value for name, value in found.items()}
             writer.write({"__key__": scene.scene_id, "json": scene.to_json().encode(), "safetensors": save(tensors)})
-    return path
 
 
-def make_scene(name: str, prompts: list[str], frames: int, story: str = "a story") -> Scene:
+def make_scene(name: str, prompts: list[str], frames: int, story: str = "a story", size: int = 32) -> Scene:
     shots = []
     for i, prompt in enumerate(prompts):
         begin, end = i * frames, (i + 1) * frames
-        span = EncodedSpan(begin, frames, 8.0, list(range(begin, end)), 32, 32)
+        span = EncodedSpan(begin, frames, 8.0, list(range(begin, end)), size, size)
         shots.append(Shot("", i, begin, end, begin, end, [1, 8], prompt=prompt, sentence=f"one {prompt}", encoded=span))
         shots[-1].transition = "cut" if i else "start"
     source = Source("v.mp4", "0" * 64, 1)
-    return Scene(name, "v", source, 8.0, 32, 32, len(prompts) * frames / 8, link_shots(shots, name), story=story)
+    return Scene(name, "v", source, 8.0, size, size, len(prompts) * frames / 8, link_shots(shots, name), story=story)
 
 
 def test_texts_are_stored_as_the_model_reads_them(family, folder):
