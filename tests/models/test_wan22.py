@@ -268,7 +268,10 @@ def test_which_expert_is_trained_is_said(folder, tmp_path):
 @pytest.mark.parametrize(("method", "params"), [("fca", {}), ("aid", {})])
 def test_modules_beside_the_layers_are_refused(folder, method, params):
     reason = "no layer_branch: modules beside its layers belong to one model, and this Wan 2.2 has two experts"
-    for backbone in (load_model(folder, ("backbone",)).backbone, load_model(folder, ("backbone",), expert="low").backbone):
+    for backbone in (
+        load_model(folder, ("backbone",)).backbone,
+        load_model(folder, ("backbone",), expert="low").backbone,
+    ):
         with pytest.raises(ValueError, match=reason):
             get_method(method, **params).check_backbone(backbone.capabilities)
 

@@ -90,7 +90,7 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(folder, tmp_pat
         train(folder, tmp_path / "run")
     with pytest.raises(ConfigError, match="expert"):
         train(folder, tmp_path / "run", expert="both")
-    for method, params in (("fca", {}), ("aid", {}), ("fvdm", {"method_params.labels": 3})):
+    for method, params in (("fca", {}), ("aid", {"text_drop.both": 0.05}), ("fvdm", {"method_params.labels": 3})):
         with pytest.raises(ValueError, match="two experts"):
             train(folder, tmp_path / method, expert="high", method=method, shots_per_scene=1, **params)
     assert not (tmp_path / "run").exists()
@@ -102,7 +102,7 @@ def test_an_expert_learns_what_it_will_be_asked(name, method, params):
     """The method's own draws, those of the other expert left out: in every sample the highest level decides."""
     found, expert = get_method(method, **params), Expert(name, BOUNDARY)
     layout = (
-        found.layout_for_training([4], condition_frames=[1])  # type: ignore[call-arg]
+        found.layout_for_training([4], condition_frames=[4])  # type: ignore[call-arg]
         if method == "tic_ft"
         else shots_layout([2, 2])
     )
