@@ -13,9 +13,11 @@ from typing import Any, Literal
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanVideo,
     AutoencoderKLTemporalDecoder,
     AutoencoderKLWan,
     CogVideoXTransformer3DModel,
+    HunyuanVideoTransformer3DModel,
     LatteTransformer3DModel,
     UNetSpatioTemporalConditionModel,
     WanTransformer3DModel,
@@ -23,6 +25,7 @@ from diffusers import (
 
 from models.backbones.base import Backbone
 from models.backbones.cogvideox import CogVideoXBackbone
+from models.backbones.hunyuan import HunyuanVideoBackbone
 from models.backbones.latte import LatteBackbone
 from models.backbones.svd import SVDBackbone
 from models.backbones.wan import WanBackbone
@@ -30,7 +33,7 @@ from models.experts import EXPERT_FOLDERS, Expert
 from models.process import FlowMatching, Process
 from models.text import TextStyle
 
-FamilyName = Literal["wan", "cogvideox", "latte", "svd"]
+FamilyName = Literal["wan", "cogvideox", "latte", "hunyuan", "svd"]
 Part = Literal["backbone", "codec", "text"]
 
 
@@ -82,6 +85,21 @@ def _cogvideox_settings(config: Mapping[str, Any], scheduler: Mapping[str, Any])
     }  # fmt: skip
 
 
+def _hunyuan(transformer: HunyuanVideoTransformer3DModel, process: Process) -> HunyuanVideoBackbone:
+    if not isinstance(process, FlowMatching):
+        raise ValueError(f"a HunyuanVideo is a flow, its scheduler is of {type(process).__name__}; check scheduler/")
+    return HunyuanVideoBackbone(transformer, packed_text=True)
+
+
+def _hunyuan_settings(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    shift = float(scheduler.get("shift") or 7.0)
+    return {
+        "frames_per_shot": 129, "height": 720, "width": 1280, "fps": 24.0,
+        "text_length": 257,  # the pooled text, then HunyuanVideoPipeline's 256 tokens
+        "level_shift": shift, "method_params": {"shift": shift},
+    }  # fmt: skip
+
+
 def _latte_settings(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> dict[str, Any]:
     size = 8 * config["sample_size"]
     return {
@@ -111,6 +129,14 @@ FAMILIES: dict[FamilyName, Family] = {
         "LattePipeline", LatteTransformer3DModel, AutoencoderKL, LatteBackbone, _latte_settings,
         text_style=TextStyle(lowercase=True),
     ),
+    "hunyuan": Family(
+        "HunyuanVideoPipeline", HunyuanVideoTransformer3DModel, AutoencoderKLHunyuanVideo, _hunyuan, _hunyuan_settings,
+        text_style=TextStyle(pooled=True),
+        folders={
+            "backbone": ("transformer",), "codec": ("vae",),
+            "text": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+        },
+    ),
     "svd": Family(
         "StableVideoDiffusionPipeline", UNetSpatioTemporalConditionModel, AutoencoderKLTemporalDecoder, SVDBackbone,
         _svd_settings, text_style=None,
@@ -120,8 +146,8 @@ FAMILIES: dict[FamilyName, Family] = {
 
 # pipelines whose classes Shotloom knows and whose folders it does not open: why, and what to use instead
 REFUSED = {
-    "HunyuanVideoPipeline": "a HunyuanVideo reads two texts, of a LLaMA behind a prompt template and of a CLIP, and a "
-    "model folder holds one text encoder; use models.backbones.hunyuan from Python, or another model",
+    "HunyuanVideoImageToVideoPipeline": "it takes its image beside the noisy latents; use the text-to-video model, "
+    "which learns image conditions as clean frames (method fvdm)",
     "CogVideoXImageToVideoPipeline": "it takes its image beside the noisy latents; use the text-to-video model, which "
     "learns image conditions as clean frames (method fvdm)",
     "WanImageToVideoPipeline": "it takes its image beside the noisy latents; use the text-to-video model, which learns "

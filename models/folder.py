@@ -2,6 +2,7 @@
 
 model_index.json  transformer/  vae/  text_encoder/  tokenizer/  scheduler/  shotloom.json
 Wan 2.2 A14B: transformer_2/ besides, the expert of the lower noise levels
+HunyuanVideo: text_encoder_2/ and tokenizer_2/ besides
 Stable Video Diffusion: unet/ for transformer/, image_encoder/ and feature_extractor/ for text_encoder/ and tokenizer/
 conditioner/  a method's own modules, where it has some (FCA); plain diffusers leaves them out
 """
@@ -31,6 +32,7 @@ from models.methods import get_method
 from models.records import RecordError, decode
 from models.schedules import process_of_scheduler
 from models.text import TextEncoder
+from models.text_hunyuan import HunyuanTextEncoder
 
 SETTINGS_FILE = "shotloom.json"
 INDEX_FILE = "model_index.json"
@@ -170,6 +172,8 @@ def load_model(
     if "text" in parts:
         if family.text_style is None:
             text = ImageEncoder.from_folder(path, device, dtype)
+        elif family.text_style.pooled:
+            text = HunyuanTextEncoder.from_folder(path, settings.text_length, device, dtype)
         else:
             text = TextEncoder.from_folder(path, settings.text_length, device, dtype, family.text_style)
     return Model(backbone, codec, text, settings, scheduler, {k: index[k] for k in family.index if k in index})
@@ -331,11 +335,9 @@ def _write_text(model: Model, family: Family, path: Path, dtype: torch.dtype | N
     encoder: Any = model.image_encoder if family.text_style is None else model.text
     if (style := getattr(encoder, "style", None)) != family.text_style:
         raise ValueError(f"a {family.pipeline} reads texts as {family.text_style}, this encoder as {style}")
-    folder, prepares = family.folders["text"]
-    _in_type(encoder.model, dtype).save_pretrained(path / folder)
-    getattr(encoder, prepares).save_pretrained(path / prepares)
-    index[folder] = ["transformers", type(encoder.model).__name__]
-    index[prepares] = ["transformers", type(getattr(encoder, prepares)).__name__]
+    for folder, module in encoder.modules_by_folder.items():
+        (_in_type(module, dtype) if isinstance(module, nn.Module) else module).save_pretrained(path / folder)
+        index[folder] = ["transformers", type(module).__name__]
 
 
 def _forget_origin(folder: Path) -> None:
@@ -353,8 +355,8 @@ def _in_type(module: Any, dtype: torch.dtype | None) -> Any:
 
 
 def _scheduler(model: Model, settings: ModelSettings, copy_parts_from: Path | str | None) -> Any:
-    """The diffusers scheduler of a folder to write. A Wan's always samples as Shotloom does."""
-    if settings.backbone == "wan":
+    """The diffusers scheduler of a folder to write. A flow's always samples as Shotloom does."""
+    if settings.backbone in ("wan", "hunyuan"):
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=settings.level_shift)
     config = model.scheduler
     if config is None and copy_parts_from is not None:

@@ -133,7 +133,7 @@ class LatentSource:
     vae_hash: str
     text_hash: str
     dtype: str
-    texts_joined: bool = False  # story and prompt are encoded as one text (`models.text.TextStyle.padded`), no story
+    texts_joined: bool = False  # story and prompt are encoded as one text (`models.text.TextStyle.joined`), no story
 
 
 @dataclass

@@ -42,7 +42,7 @@ def build_tiny_a14b_folder(
     path: Path | str, seed: int = 0, *, boundary: float = 0.875, text_length: int = 32, **settings: Any
 ) -> Model:
     """Write a folder of two experts to `path` and return its model; `settings` are those of ModelSettings."""
-    given = {"method": "lct", "frames_per_shot": 5, "height": 32, "width": 32, "fps": 8.0} | settings
+    given: dict[str, Any] = {"method": "lct", "frames_per_shot": 5, "height": 32, "width": 32, "fps": 8.0} | settings
     described = ModelSettings(text_length=text_length, **given)
     model = Model(
         tiny_experts(seed, boundary).eval(),
@@ -57,8 +57,15 @@ def build_tiny_a14b_folder(
 
 def build_tiny_ti2v_folder(path: Path | str, seed: int = 0, *, text_length: int = 32, **settings: Any) -> Model:
     """Write a folder like that of TI2V-5B to `path` and return its model."""
-    given = {"method": "fvdm", "frames_per_shot": 5, "height": 64, "width": 64, "fps": 8.0, "level_shift": 5.0}
-    described = ModelSettings(text_length=text_length, **given | settings)
+    given: dict[str, Any] = {
+        "method": "fvdm",
+        "frames_per_shot": 5,
+        "height": 64,
+        "width": 64,
+        "fps": 8.0,
+        "level_shift": 5.0,
+    }
+    described = ModelSettings(text_length=text_length, **(given | settings))
     model = Model(
         WanBackbone(tiny_transformer(seed, in_channels=TI2V_CHANNELS, out_channels=TI2V_CHANNELS)).eval(),
         VideoCodec(tiny_residual_vae(seed)),

@@ -122,7 +122,7 @@ class Encoder:
         }
 
     def source(self, dtype: StoreType) -> LatentSource:
-        return LatentSource(self.codec.hash, self.text.hash, dtype, self.text.style.padded)
+        return LatentSource(self.codec.hash, self.text.hash, dtype, self.text.style.joined)
 
     def _check_length(self, scene: Scene, shot: Shot) -> None:
         together = self.text.parts([scene.story, shot.prompt])

@@ -109,7 +109,7 @@ class Backbone(nn.Module, ABC):
         return KVCache()
 
     def learns_at(self, levels: Tensor) -> Tensor:
-        """bool [B]: whether samples told these levels, [B] or [B,F], are this model's to learn: not the other expert's."""
+        """bool [B]: whether samples told these levels, [B] or [B,F], are this model's to learn, no other expert's."""
         clock = levels if levels.ndim == 1 else levels.amax(dim=1)
         if self.expert is None:
             return torch.ones_like(clock, dtype=torch.bool)

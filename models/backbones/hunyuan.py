@@ -40,7 +40,7 @@ from models.joint_attention import JointPlan, TextPadding, joint_attention, join
 from models.layout import ClipLayout, Segment
 from models.positions import PositionMode, interleaved_positions, position_ids, rope_tables
 from models.process import FlowMatching
-from models.text import TextContext
+from models.text import TextContext, unpack_pooled
 
 __all__ = ["HunyuanVideoBackbone", "TextContext"]
 
@@ -49,7 +49,8 @@ class HunyuanVideoBackbone(Backbone):
     """`transformer` is a diffusers HunyuanVideoTransformer3DModel for text to video; its blocks become ours in place.
 
     `embedded_guidance` is the guidance scale that distilled weights take as an input (config `guidance_embeds`); other
-    weights do not see it.
+    weights do not see it. With `packed_text` contexts hold the pooled text as their first row and zeros for padding
+    (`models.text.unpack_pooled`), which is how model folders, datasets and samplers hold them.
     """
 
     capabilities = Capabilities(
@@ -67,7 +68,13 @@ class HunyuanVideoBackbone(Backbone):
         "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
     )  # fmt: skip
 
-    def __init__(self, transformer: HunyuanVideoTransformer3DModel, embedded_guidance: float = 6.0) -> None:
+    def __init__(
+        self,
+        transformer: HunyuanVideoTransformer3DModel,
+        embedded_guidance: float = 6.0,
+        *,
+        packed_text: bool = False,
+    ) -> None:
         super().__init__()
         model: Any = transformer
         config = model.config
@@ -83,7 +90,7 @@ class HunyuanVideoBackbone(Backbone):
         self.transformer = model
         self.process = FlowMatching()
         self.pixels_per_token = config.patch_size**2
-        self.embedded_guidance = embedded_guidance
+        self.embedded_guidance, self.packed_text = embedded_guidance, packed_text
         model.rope = _ClipInfo()
         model.context_embedder.register_forward_pre_hook(_text_times_and_mask)
         blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
@@ -105,7 +112,7 @@ class HunyuanVideoBackbone(Backbone):
         self,
         x: Tensor,  # [B,C,F,H,W]
         levels: Tensor,  # [B] or [B,F], in [0, 1]
-        text: TextContext | Tensor,  # with pooled text, so a plain tensor is refused
+        text: TextContext | Tensor,  # with pooled text, so a plain tensor is refused unless the pooled text is in it
         *,
         layout: ClipLayout | None = None,  # None: one shot
         position_mode: PositionMode = "contiguous",
@@ -120,6 +127,8 @@ class HunyuanVideoBackbone(Backbone):
         batch, _, frames, height, width = x.shape
         layout = layout or ClipLayout((Segment("target", frames),))
         text = as_context(text, frames)
+        if self.packed_text and text.pooled is None:
+            text = unpack_pooled(text, self.config.pooled_projection_dim)
         patch = self.config.patch_size
         check_inputs(x, levels, text, layout, patch)
         if text.pooled is None:

@@ -170,7 +170,12 @@ class FVDM(Method):
         if self.labels is None:
             return super().attach(backbone, seed)
         config = backbone.config
-        dim = config.text_dim if hasattr(config, "text_dim") else config.caption_channels
+        dim = getattr(config, "text_dim", None) or getattr(config, "caption_channels", None)
+        if dim is None:
+            raise ValueError(
+                f"fvdm: {type(backbone).__name__} reads padding or a pooled text besides, not a class alone; labels "
+                "work with Wan and Latte"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             table = LabelEmbedding(self.labels, dim)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 from infra.knobs import knob
-from models.families import FamilyName
 from pipelines.shipped import SHIPPED_WAN, WEIGHTS
 from toyworld.vocabulary import LevelName
 
@@ -16,7 +15,9 @@ from toyworld.vocabulary import LevelName
 class ToyModelsConfig:
     """What `make toy-models` trains."""
 
-    backbone: FamilyName = knob("wan", "which model: the others take the text encoder of a finished one")
+    backbone: Literal["wan", "cogvideox", "latte", "svd"] = knob(
+        "wan", "which model: the others take the text encoder of a finished one"
+    )
     level: LevelName = knob("small", "ToyWorld level of the clips")
     seed: int = knob(0, "seed of worlds, weights and noise")
     run_dir: Path | None = knob(None, "snapshots, latents and logs, to resume from; null = runs/toy-BACKBONE")

@@ -1,4 +1,4 @@
-"""The commands on tiny CogVideoX and Latte folders: encoded shots and texts, training, sampling, and what comes out."""
+"""The commands on tiny CogVideoX, Latte and HunyuanVideo folders: encoded shots and texts, training, sampling."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import CogVideoXPipeline, LattePipeline
+from diffusers import CogVideoXPipeline, HunyuanVideoPipeline, LattePipeline
 from safetensors.torch import save
 from webdataset import ShardWriter
 
@@ -17,6 +17,7 @@ from infra.config import load_config
 from models.folder import Model, load_model
 from models.scene import STORY_TEXT, EncodedSpan, Scene, Shot, Source, link_shots, shot_tensor_key
 from models.tiny_cogvideox import build_tiny_cogvideox_folder
+from models.tiny_hunyuan import build_tiny_hunyuan_folder
 from models.tiny_latte import build_tiny_latte_folder
 from models.tiny_svd import build_tiny_svd_folder
 from pipelines.prepare import PrepareConfig, make_settings
@@ -26,10 +27,14 @@ from preprocess.outcome import Failed
 from sample.generate import GenerateSettings, generate_scene
 from sample.storyboard import Storyboard, StoryboardError, StoryboardShot
 
-BUILDERS: dict[str, Callable[..., Model]] = {"cogvideox": build_tiny_cogvideox_folder, "latte": build_tiny_latte_folder}
-PIPELINES: dict[str, Any] = {"cogvideox": CogVideoXPipeline, "latte": LattePipeline}
-FRAMES = {"cogvideox": 9, "latte": 3}  # of a shot; 3 latent frames of either
-TEXT_LENGTH = 24
+BUILDERS: dict[str, Callable[..., Model]] = {
+    "cogvideox": build_tiny_cogvideox_folder,
+    "latte": build_tiny_latte_folder,
+    "hunyuan": build_tiny_hunyuan_folder,
+}
+PIPELINES: dict[str, Any] = {"cogvideox": CogVideoXPipeline, "latte": LattePipeline, "hunyuan": HunyuanVideoPipeline}
+FRAMES = {"cogvideox": 9, "latte": 3, "hunyuan": 9}  # of a shot; 3 latent frames of each
+TEXT_LENGTH = {"cogvideox": 24, "latte": 24, "hunyuan": 33}
 
 
 @pytest.fixture(scope="module", params=BUILDERS)
@@ -41,7 +46,11 @@ def family(request: pytest.FixtureRequest) -> str:
 def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp(family) / "model"
     BUILDERS[family](
-        path, text_length=TEXT_LENGTH, frames_per_shot=FRAMES[family], method="fvdm", method_params={"shift": 1.0}
+        path,
+        text_length=TEXT_LENGTH[family],
+        frames_per_shot=FRAMES[family],
+        method="fvdm",
+        method_params={"shift": 1.0},
     )
     return path
 
@@ -87,12 +96,17 @@ def test_texts_are_stored_as_the_model_reads_them(family, folder):
     texts = encoder.encode_texts([scene], "float32")
     if family == "cogvideox":
         assert STORY_TEXT not in named and named[shot_tensor_key(1, "text")] == "a story box"
-        assert all(tokens.shape == (TEXT_LENGTH, 32) for tokens in texts.values())
+        assert all(tokens.shape == (24, 32) for tokens in texts.values())
+    elif family == "hunyuan":
+        assert STORY_TEXT not in named and named[shot_tensor_key(1, "text")] == "a story box"
+        assert texts["a story box"].shape == (1 + 11 + 8, 32), "the pooled text, the tokens, the template's end"
     else:
         assert named[STORY_TEXT] == "a story" and named[shot_tensor_key(1, "text")] == "box"
         assert texts["box"].shape == (4, 32)
-    with pytest.raises(Failed, match=rf"story {TEXT_LENGTH + 1}, prompt 4\), the model reads {TEXT_LENGTH}"):
-        encoder.encode_texts([make_scene("s", ["red"], 9, story="s" * TEXT_LENGTH)], "float32")
+    length = TEXT_LENGTH[family]
+    counts = "42, prompt 12" if family == "hunyuan" else f"{length + 1}, prompt 4"
+    with pytest.raises(Failed, match=rf"story {counts}\), the model reads {length}"):
+        encoder.encode_texts([make_scene("s", ["red"], 9, story="s" * length)], "float32")
 
 
 def test_prepare_takes_as_many_frames_as_the_vae(family, folder, tmp_path):
@@ -100,10 +114,14 @@ def test_prepare_takes_as_many_frames_as_the_vae(family, folder, tmp_path):
         return make_settings(PrepareConfig(sources=["v"], output=tmp_path, model=folder, **changes))
 
     found = settings(min_shot_frames=1)
-    assert (found.frame_step, found.shot_frames) == ({"cogvideox": 8, "latte": 1}[family], FRAMES[family])
+    assert (found.frame_step, found.shot_frames) == ({"cogvideox": 8, "latte": 1, "hunyuan": 4}[family], FRAMES[family])
     if family == "cogvideox":
         with pytest.raises(ValueError, match=r"shot_frames=13: the VAE takes 8k\+1 frames \(1, 9, 17, 25, ...\)"):
             settings(shot_frames=13)
+    elif family == "hunyuan":
+        assert settings(shot_frames=13).shot_frames == 13
+        with pytest.raises(ValueError, match=r"shot_frames=14: the VAE takes 4k\+1 frames"):
+            settings(shot_frames=14)
     else:
         assert settings(shot_frames=14).shot_frames == 14
 
@@ -150,7 +168,7 @@ def test_a_given_frame_stays(family, folder, tmp_path):
 
 
 def test_parts_of_a_joined_text_cannot_be_dropped(family, folder, dataset, tmp_path):
-    if family != "cogvideox":
+    if family == "latte":
         pytest.skip("texts are apart")
     keys = {
         "model": folder, "dataset": dataset, "run_dir": tmp_path / "run", "steps": 1, "batch_size": 2, "num_workers": 0,
