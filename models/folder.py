@@ -43,7 +43,7 @@ ORIGIN_KEYS = {"_name_or_path", "name_or_path", "is_local", "local_files_only"} 
 
 @dataclass
 class ModelSettings:
-    """What the weights were trained for. The defaults are those of a plain Wan 2.1 folder at 480p."""
+    """What the weights were trained for. The defaults are those of a plain Wan folder at 480p."""
 
     method: str = "fvdm"
     method_params: dict[str, Any] = field(default_factory=dict)

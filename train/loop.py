@@ -101,7 +101,7 @@ def run_loop(
         "method": method.name,
         "method_params": method.config(),
         **source.identity(),
-        **({"expert": backbone.expert.name} if backbone.expert else {}),
+        **({"expert": backbone.expert.name, "boundary": backbone.expert.boundary} if backbone.expert else {}),
     }
     state = TrainState(parameters, ema, optimizer, identity)
     backbone.train()

@@ -67,6 +67,7 @@ def train_worker(job: TrainJob, checkpoints: Checkpoints) -> LoopResult:
     model = load_model(job.model, ("backbone", "codec"), device="cpu", dtype=torch.float32, expert=job.expert)
     backbone, codec = model.backbone, model.codec
     method = get_method(job.method, **job.method_params)
+    method.check_backbone(backbone.capabilities)
     if method.most_states:
         check_states_seen(job.dataset, codec.temporal_stride * (method.first_frames - 1) + 1)
     source = ShardDataset(

@@ -1,4 +1,4 @@
-"""Folders of the families beside Wan: plain diffusers must open what we write and make what we make, and the reverse."""
+"""Folders of the families beside Wan: plain diffusers opens what we write and makes what we make, and the reverse."""
 
 from __future__ import annotations
 

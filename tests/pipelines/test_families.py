@@ -151,6 +151,28 @@ def test_it_trains_exports_and_samples(family, folder, dataset, tmp_path):
             generate_scene(model, board, GenerateSettings(steps=1), seed=0)
 
 
+def test_hunyuan_learns_and_makes_scenes_of_several_shots(family, folder, dataset, tmp_path):
+    if family != "hunyuan":
+        pytest.skip("of two text encoders")
+    keys = {
+        "model": folder, "dataset": dataset, "run_dir": tmp_path / "run", "steps": 1, "batch_size": 2, "num_workers": 0,
+        "method": "lct", "shots_per_scene": 2, "lora.rank": 2, "text_drop.everything": 0.5, "warmup_steps": 0,
+    }  # fmt: skip
+    result = run_train(load_config(TrainConfig, None, [f"{key}={value}" for key, value in keys.items()]))
+    HunyuanVideoPipeline.from_pretrained(folder, local_files_only=True).load_lora_weights(result.lora_dir)
+    model = load_model(result.model_dir)
+    board = Storyboard("two", shots=[StoryboardShot("a red box"), StoryboardShot("it moves")], story="tale")
+    frames, cuts = generate_scene(model, board, GenerateSettings(steps=2, guidance=1.0), seed=0)
+    assert frames.shape == (18, 32, 32, 3) and cuts == [9]
+    other = Storyboard("two", shots=[StoryboardShot("a red box"), StoryboardShot("it stays")], story="tale")
+    assert not np.array_equal(
+        frames[9:], generate_scene(model, other, GenerateSettings(steps=2, guidance=1.0), 0)[0][9:]
+    )
+    causal = [f"{key}={value}" for key, value in (keys | {"method_params.attention_rule": "group_causal"}).items()]
+    with pytest.raises(ValueError, match="no kv_cache: HunyuanVideo joins text and frames"):
+        run_train(load_config(TrainConfig, None, [*causal, f"run_dir={tmp_path / 'causal'}"]))
+
+
 def test_a_given_frame_stays(family, folder, tmp_path):
     """From an image, as method fvdm does: the frame is encoded alone and held through sampling."""
     from PIL import Image
