@@ -28,7 +28,7 @@ class HeldOutLoss:
     Args:
         source: held-out batches; build it with text_drop_prob=0.
         batches: how many of them to read.
-        levels: noise levels, each for all frames at once.
+        levels: noise levels, each for all frames at once; those of another expert are left out.
         wrong_text_above: levels from which on the loss with a neighbour's text is measured, too.
     """
 
@@ -60,6 +60,8 @@ class HeldOutLoss:
 
             for level in self.levels:
                 levels = torch.full((len(batch.latents), batch.latents.shape[2]), level, device=self.parallel.device)
+                if not bool(backbone.learns_at(levels).all()):
+                    continue
                 noisy = process.precondition(process.add_noise(batch.latents, noise, levels), levels)
                 target = process.target(batch.latents, noise, levels)
 

@@ -21,6 +21,7 @@ from models.layout import ClipLayout, Segment, shots_layout
 from models.methods import get_method
 from models.modules.lora import inject_lora, merge_lora, save_lora
 from models.noise import base_levels
+from models.process import FlowMatching
 from models.records import RecordError
 from models.text import TextContext, null_text, pack_text
 from models.tiny import TEXT_DIM, build_tiny_folder
@@ -309,6 +310,12 @@ def test_ti2v_keeps_its_index_and_says_what_it_is(ti2v, tmp_path):
         save_model(tmp_path / again, part, model.settings, copy_parts_from=ti2v)
         assert read_index(tmp_path / again)["expand_timesteps"] is True
     (tmp_path / "whole" / "shotloom.json").unlink()
+    scheduler = {  # the published one's
+        "_class_name": "UniPCMultistepScheduler", "flow_shift": 5.0, "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True, "num_train_timesteps": 1000,
+    }  # fmt: skip
+    (tmp_path / "whole" / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    assert isinstance(load_model(tmp_path / "whole", parts=("backbone",)).backbone.process, FlowMatching)
     assert load_model(tmp_path / "whole", parts=()).settings == ModelSettings(
         level_shift=5.0, method_params={"shift": 5.0}, frames_per_shot=121, height=704, width=1280, fps=24.0
     )

@@ -11,6 +11,7 @@ import torch
 from models.methods import get_method
 from models.process import EDM
 from models.tiny_hunyuan import POOLED_DIM
+from models.tiny_wan22 import tiny_experts
 from tests.models.test_backbones import BACKBONES
 from tests.train.tiny import tiny_backbone
 from train.batches import LatentCache, SceneBatch, keyed_generator
@@ -101,3 +102,11 @@ def test_a_wrong_pairing_is_refused_before_the_first_batch(tmp_path):
     with pytest.raises(ValueError, match="no per_frame_levels: CogVideoX 1.5"):
         run_loop(BACKBONES["cogvideox-1.5"](), METHOD, None, SETTINGS, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_held_out_loss_of_an_expert_is_that_of_its_levels(cache):
+    experts = tiny_experts(boundary=0.6)
+    for expert, levels in ((experts.high, {0.6, 0.95}), (experts.low, {0.2, 0.5}), (experts, {0.2, 0.5, 0.6, 0.95})):
+        evaluate = HeldOutLoss(cache(METHOD.layout_for_training), METHOD, batches=1, levels=(0.2, 0.5, 0.6, 0.95))
+        found = evaluate(0, expert.eval())
+        assert {float(name.split("/")[1]) for name in found if name.startswith("loss/")} == levels
