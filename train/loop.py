@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def run_loop(
     """
     # Initialise
     method.check_backbone(backbone.capabilities)
-    parallel, process = parallel or Parallel(), backbone.process
+    parallel = parallel or Parallel()
     checkpoints = checkpoints or Checkpoints(run_dir / "checkpoints", settings.keep_checkpoints)
     parameters = trainable(backbone)
     optimizer = make_optimizer(parameters, settings.learning_rate, settings.weight_decay, method.rate_scale)
@@ -123,18 +123,11 @@ def run_loop(
 
             first = ((step - 1) * settings.accumulate + part) * source.batch_size + rows.start
             levels, noise = draw(method, batch, settings.seed, first)
-            weights = frame_weights(method, batch, levels)
             conditions = given_conditions(method, batch, settings.seed, first)
-            noisy = process.precondition(process.add_noise(batch.latents, noise, levels), levels)
-            target = process.target(batch.latents, noise, levels)
             sync_gradients(backbone, on=part == settings.accumulate - 1)
             with parallel.autocast(settings.precision):
-                told = method.model_levels(levels)
-                prepared = method.prepare(backbone, batch.layout, batch.text, conditions)
-                seen = {"text": batch.text} | prepared | method.backbone_kwargs(batch.layout)
-                prediction = backbone(noisy, told, **seen)
-            errors = (prediction.float() - target).square().mean(dim=(1, 3, 4))  # [B,F]
-            loss = (errors * weights * process.loss_weight(levels)).sum(dim=1).mean() / settings.accumulate
+                losses, errors, weights = clip_losses(backbone, method, batch, levels, noise, conditions)
+            loss = losses.mean() / settings.accumulate
             loss.backward()
 
             loss_sum += loss.detach()
@@ -209,7 +202,7 @@ def draw(method: Method, batch: SceneBatch, seed: int, first: int) -> tuple[Tens
 
 def given_conditions(method: Method, batch: SceneBatch, seed: int, first: int) -> dict[str, Tensor]:
     """The method's conditions of a batch, all zeros in the samples that lose them; keyed like `draw`."""
-    conditions = method.conditions(batch.latents, batch.layout, batch.labels)
+    conditions = all_conditions(method, batch)
     numbers = range(first, first + len(batch.latents))
     for name, share in method.drops.items():
         draws = [torch.rand((), generator=keyed_generator(seed, "condition", name, n)) for n in numbers]
@@ -217,12 +210,37 @@ def given_conditions(method: Method, batch: SceneBatch, seed: int, first: int) -
         conditions[name] = conditions[name] * kept.view(-1, *[1] * (conditions[name].ndim - 1))
     if batch.given_lost is not None and "given" in conditions:
         conditions["given"] = conditions["given"] * ~batch.given_lost.view(-1, 1, 1, 1, 1)
+    return conditions
+
+
+def all_conditions(method: Method, batch: SceneBatch) -> dict[str, Tensor]:
+    """The method's conditions of a batch, predicted states among them; no sample loses any."""
+    conditions = method.conditions(batch.latents, batch.layout, batch.labels)
     return conditions if batch.states is None else conditions | {"states": batch.states}
 
 
+def clip_losses(
+    backbone: Backbone,
+    method: Method,
+    batch: SceneBatch,
+    levels: Tensor,  # [B,F]
+    noise: Tensor,  # [B,C,F,H,W]
+    conditions: Mapping[str, Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is minimised, per sample [B]; with it the squared error and the weight of each frame, [B,F]."""
+    process = backbone.process
+    weights = frame_weights(method, batch, levels)
+    noisy = process.precondition(process.add_noise(batch.latents, noise, levels), levels)
+    prepared = method.prepare(backbone, batch.layout, batch.text, conditions)
+    seen = {"text": batch.text} | prepared | method.backbone_kwargs(batch.layout)
+    prediction = backbone(noisy, method.model_levels(levels), **seen)
+    errors = (prediction.float() - process.target(batch.latents, noise, levels)).square().mean(dim=(1, 3, 4))
+    return (errors * weights * process.loss_weight(levels)).sum(dim=1), errors, weights
+
+
 def frame_weights(method: Method, batch: SceneBatch, levels: Tensor) -> Tensor:
-    """Loss weights [B,F], summing to 1 per sample; frames at level 0 hold no noise to predict: weight 0."""
-    weights = method.loss_weights(batch.layout).to(levels) * (levels > 0)
+    """Loss weights [B,F], summing to 1 per sample; 0 for frames at whose level nothing is learnt."""
+    weights = method.loss_weights(batch.layout).to(levels) * method.learns(levels)
     return weights / weights.sum(dim=1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
 
 

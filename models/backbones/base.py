@@ -36,6 +36,7 @@ class Capabilities:
     reasons: dict[str, str]
     kv_cache: bool = False  # shots of the past can be kept (models/kv_cache.py) instead of run again
     layer_branch: bool = False  # takes a `LayerBranch`
+    joint_text: bool = False  # text tokens stand in one attention with the video's, where they can have positions
     image_beside: bool = False  # takes `image`, an image's latents beside those of every frame
 
 
@@ -44,6 +45,8 @@ _REASONS = {  # of a lack that the backbone gives no reason for
     "text_per_shot": "not supported",
     "kv_cache": "not supported",
     "layer_branch": "modules beside its layers are only made for Wan",
+    "joint_text": "its text is read by cross-attention, where a group's text would reach no other shot; let every shot "
+    "read the story and its own prompt (global_prompt=prefix)",
     "image_beside": "only Stable Video Diffusion reads an image beside its frames; use method fvdm",
 }
 
@@ -57,6 +60,7 @@ def require(
     text_per_shot: bool = False,
     kv_cache: bool = False,
     layer_branch: bool = False,
+    joint_text: bool = False,
     image_beside: bool = False,
 ) -> None:
     """Raises ValueError with the reason when the backbone lacks something of what is asked for."""
@@ -65,6 +69,7 @@ def require(
         ("text_per_shot", text_per_shot),
         ("kv_cache", kv_cache),
         ("layer_branch", layer_branch),
+        ("joint_text", joint_text),
         ("image_beside", image_beside),
     ):
         if asked and not getattr(capabilities, field):

@@ -14,8 +14,8 @@ whose text is not. The token refiner sees the same time. A frame's modulation ad
 In the diagonal mode (LCT 2503.10589, interleaved 3D RoPE) token i of a shot's text stands at (o+i, o+i, o+i) and its
 video after the last valid text token; positions so differ between samples whose texts differ in length, and never
 depend on padding or on the batch. Weights that were trained without text positions need tuning for it. LCT's global
-prompt is a "dummy" segment with a shot and a text of its own before the others; in the other modes, where a shot sees
-its own text only, put it in front of each prompt.
+prompt is a "dummy" segment with a shot and a text of its own before the others (`models.layout.with_story`); in the
+other modes, where a shot sees its own text only, put it in front of each prompt.
 
 B batch, F latent frames, C channels, H W latent size, n tokens per frame, N = F*n, G text groups, T text copies (see
 joint_attention), L text tokens, D width, P width of the pooled text, d width of a head.
@@ -57,6 +57,7 @@ class HunyuanVideoBackbone(Backbone):
         position_modes=frozenset(get_args(PositionMode)),
         attention_rules=frozenset(get_args(AttentionRule)),
         text_per_shot=True,
+        joint_text=True,
         reasons={
             "kv_cache": "HunyuanVideo joins text and frames in one attention; Shotloom does not keep its keys; use Wan"
         },
@@ -126,11 +127,12 @@ class HunyuanVideoBackbone(Backbone):
             raise ValueError("HunyuanVideo is also conditioned on a pooled text: give TextContext(pooled=[B,G,P])")
 
         diagonal = position_mode == "diagonal"
-        plan = joint_plan(group_sizes(layout), text.frame_text.tolist(), attention_rule, texts_have_positions=diagonal)
+        dummies = layout.is_dummy.nonzero().flatten().tolist()
+        plan = joint_plan(group_sizes(layout), text.frame_text.tolist(), attention_rule, diagonal, dummies)
         copies = list(plan.text_groups)
         lengths = _lengths(text, copies)
         levels = shared_levels(levels)
-        plain = levels.ndim == 1 and len(copies) == 1 and not diagonal
+        plain = levels.ndim == 1 and len(copies) == 1 and not diagonal and not dummies
         # the plain model works on padding, too
         tokens = text.embeddings.shape[2] if plain else max(length for row in lengths for length in row)
         embeddings, pooled = text.embeddings[:, copies, :tokens], text.pooled[:, copies]  # [B,T,L,D], [B,T,P]

@@ -10,9 +10,12 @@ import torch
 
 from models.methods import get_method
 from models.process import EDM
+from models.text import TextContext
+from models.tiny import TEXT_DIM
 from models.tiny_hunyuan import POOLED_DIM
+from tests.models.processes import PROCESSES
 from tests.models.test_backbones import BACKBONES
-from tests.train.tiny import tiny_backbone
+from tests.train.tiny import CHANNELS, SIZE, TEXT_LENGTH, tiny_backbone
 from train.batches import LatentCache, SceneBatch, keyed_generator
 from train.evaluate import HeldOutLoss
 from train.loop import LoopSettings, draw, frame_weights, run_loop
@@ -78,6 +81,63 @@ def test_the_loop_trains_it_on_the_loss_of_its_process(cache, tmp_path, name):
     errors = (prediction - plain.process.target(batch.latents, noise, levels)).square().mean(dim=(1, 3, 4))
     expected = (errors * frame_weights(METHOD, batch, levels)).sum(dim=1).mean()
     assert lines[0]["loss"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+class OneBatch:
+    """A source of one batch, the same for training and for evaluation."""
+
+    def __init__(self, batch: SceneBatch) -> None:
+        self.found, self.batch_size = batch, len(batch.keys)
+
+    def identity(self):
+        return {}
+
+    def batch(self, index: int, rows: slice = slice(None)) -> SceneBatch:
+        return self.found
+
+
+@pytest.mark.parametrize("process", ["flow", "vp epsilon", "vp x0", "vp v, no signal at 1", "edm"])
+@pytest.mark.parametrize("method", ["fvdm", "lct", "tic_ft"])
+def test_held_out_loss_is_the_loss_of_training(tmp_path, process, method):
+    """On the same clips, levels and noise: the weights of frames and of levels are in both."""
+    method = get_method(method)
+    if method.name == "tic_ft":  # condition | buffer | target: most frames have no loss
+        layout = method.layout_for_training([3], [4])
+    else:
+        layout = method.layout_for_training([1, 3])
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(4, CHANNELS, layout.num_frames, SIZE, SIZE, generator=generator)
+    text = torch.randn(4, 1 + int(layout.text_ids.max()), TEXT_LENGTH, TEXT_DIM, generator=generator)
+    batch = SceneBatch(latents, layout, TextContext(text, layout.text_ids), list("abcd"))
+    backbone = tiny_backbone()
+    backbone.process = PROCESSES[process]
+    evaluate = HeldOutLoss(OneBatch(batch), method, batches=1, levels=(0.3, 1.0))
+    found = evaluate(0, backbone)
+
+    noise = torch.stack([torch.randn(latents.shape[1:], generator=keyed_generator("held-out", n)) for n in range(4)])
+    for level in (0.3, 1.0):
+        levels = (
+            method.caps(layout).clamp_max(level) if method.name == "tic_ft" else torch.full((len(layout.roles),), level)
+        )
+        levels = levels.expand(4, -1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("train.loop.draw", lambda *_, levels=levels: (levels, noise))
+            trained = run_loop(
+                tiny_like(backbone), method, OneBatch(batch), replace(SETTINGS, steps=1), tmp_path / f"{level}"
+            )
+        assert trained.step == 1
+        (line,) = read(tmp_path / f"{level}" / "metrics.jsonl")
+        assert found[f"loss/{level:g}"] == pytest.approx(line["loss"], rel=1e-5)
+    x0 = process == "vp x0"
+    weight = backbone.process.loss_weight(torch.tensor([0.3], dtype=torch.float64)).item()
+    assert (weight > 1.01) == x0, "one of the processes weights its loss, so that the test can tell"
+
+
+def tiny_like(backbone):
+    """A backbone with the same weights and process, to train."""
+    other = tiny_backbone()
+    other.process = backbone.process
+    return other
 
 
 def test_one_model_time_leaves_what_each_frame_is_scaled_by(cache, tmp_path):
