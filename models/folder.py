@@ -49,6 +49,7 @@ class ModelSettings:
     height: int = 480
     width: int = 832
     fps: float = 16.0
+    text_positions: bool = False  # the text was trained with positions, as LCT's diagonal layout gives it
     train: dict[str, Any] = field(default_factory=dict)  # how the weights came about; read by people
 
 

@@ -56,6 +56,7 @@ class PlanConfig:
 
 def make_plan(method: str, task: str, config: PlanConfig) -> tuple[ClipLayout, Tensor]:
     """The layout and the plan [rows,F] of a task. Raises ValueError for what the method does not know or take."""
+    from models.layout import with_story
     from models.methods import get_method
     from models.noise import base_levels
 
@@ -64,6 +65,7 @@ def make_plan(method: str, task: str, config: PlanConfig) -> tuple[ClipLayout, T
     givens = config.givens or GIVENS.get((method, task), {})
     try:
         layout = made.layout_for_task(task, config.shots or SHOTS.get((method, task), [7]), **givens)
+        layout = with_story(layout) if made.story_group else layout
         return layout, made.plan(layout, base_levels(config.steps, config.shift), task, **config.options)
     except TypeError as error:  # an argument that this method's task does not have
         raise ValueError(f"{method} {task} with givens {givens} and options {config.options}: {error}") from error

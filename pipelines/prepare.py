@@ -47,6 +47,9 @@ class PrepareConfig:
     min_side: int = knob(32, "filter: pixels of the shorter side")
     min_rate: float = knob(0.5, "filter: source frames per encoded frame")
     states: StatesConfig = knob(StatesConfig, "for method aid: predict the states of every shot")
+    texts_apart: bool = knob(
+        False, "CogVideoX, for method lct with global_prompt=group: also encode story and prompts each alone"
+    )
     dtype: StoreType = knob("float16", "how latents and text embeddings are stored")
     shard_mb: float = knob(256.0, "target size of a shard")
     seconds_limit: float = knob(3600.0, "time limit for one stage of one video")
@@ -197,4 +200,5 @@ def make_settings(config: PrepareConfig) -> PrepareSettings:
         seconds_per_video=config.seconds_limit,
         states_key=predictor_key(config.states),
         states_frames=config.states.frames,
+        texts_apart=config.texts_apart,
     )

@@ -155,7 +155,7 @@ def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
     written = [scene for scene in unit.scenes if any(shot.encoded for shot in scene.shots)]
     for scene in written:
         scene.latents = encoder.source(place.settings.dtype)
-    texts = encoder.encode_texts(written, place.settings.dtype)
+    texts = encoder.encode_texts(written, place.settings.dtype, place.settings.texts_apart)
     if encoder.states is not None:
         first = 0
         for scene in unit.scenes:
@@ -176,7 +176,8 @@ def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
             shots = unit.shots[first : first + len(scene.shots)]
             first += len(scene.shots)
             if scene in written:
-                tensors = {name: texts[text].clone() for name, text in scene_texts(scene).items()}
+                named = scene_texts(scene, place.settings.texts_apart)
+                tensors = {name: texts[text].clone() for name, text in named.items()}
                 tensors |= encoder.encode_states(scene, place.settings.dtype)
                 if scene.scene_id in unit.recall:
                     tensors |= recall_latents(unit.recall[scene.scene_id], scene.scene_id)

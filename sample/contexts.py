@@ -22,23 +22,32 @@ if TYPE_CHECKING:
 
 
 def encode_texts(
-    storyboards: Sequence[Storyboard], layout: ClipLayout, model: Model, text: str
+    storyboards: Sequence[Storyboard], layout: ClipLayout, model: Model, text: str, story_group: bool = False
 ) -> tuple[TextContext, TextContext]:
-    """The contexts of all shots [B, G, L, D] and those of the null branch."""
+    """The contexts of all shots [B, G, L, D] and those of the null branch.
+
+    `story_group`: the story is the last context, and the shots' are their prompts alone (`models.layout.with_story`).
+    """
     rows, nulls = [], []
     for board in storyboards:
         own = []
         for index, shot in enumerate(board.shots):
             try:
-                own.append(encode_context(shot_texts(board, shot, text), model))
+                said = [shot.prompt or shot.sentence] if story_group else shot_texts(board, shot, text)
+                own.append(encode_context(said, model))
             except ValueError as error:
                 raise StoryboardError(f"{where(board, index)}: {error}", f"shots.{index}.prompt") from error
+        if story_group:
+            try:
+                own.append(encode_context([board.story], model))
+            except ValueError as error:
+                raise StoryboardError(f"storyboard {board.name!r}: story: {error}", "story") from error
         try:
             null = encode_context([board.negative], model)
         except ValueError as error:
             raise StoryboardError(f"storyboard {board.name!r}: negative: {error}", "negative") from error
         rows.append(torch.stack(own))
-        nulls.append(null.expand(len(board.shots), -1, -1))
+        nulls.append(null.expand(len(own), -1, -1))
     contexts, null_contexts = (TextContext(torch.stack(texts), layout.text_ids) for texts in (rows, nulls))
     to = model.device, model.backbone.dtype
     return contexts.to(*to), null_contexts.to(*to)

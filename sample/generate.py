@@ -19,7 +19,7 @@ from torch import Tensor
 
 from models.backbones.base import require
 from models.codecs import to_frames
-from models.layout import ClipLayout, drop_frames, shots_layout
+from models.layout import ClipLayout, drop_frames, shots_layout, with_story
 from models.methods import get_method
 from models.noise import base_levels
 from models.scene import MAX_HISTORY
@@ -118,11 +118,13 @@ def generate_scenes(
     method = get_method(model.settings.method, **model.settings.method_params)
     references = load_references(first, method, model)
     layout, task = _layout(method, first, media, references, model)
+    if story_apart := method.story_group and settings.text == "scene" and bool(first.story):
+        layout = with_story(layout)
     levels = base_levels(settings.steps, shift=model.settings.level_shift)
     if model.reads_images:
         text, null = image_contexts(storyboards, media, layout, model)
     else:
-        text, null = encode_texts(storyboards, layout, model, settings.text)
+        text, null = encode_texts(storyboards, layout, model, settings.text, story_apart)
     read = states_of(storyboards, media, method, model, states)
     shape = (len(storyboards), model.codec.latent_channels, layout.num_frames, *latent_size(model))
     given = encode_media(media, references, layout, model, len(storyboards))
@@ -149,13 +151,15 @@ def generate_scenes(
     )
     if method.puts_given_back and given is not None:
         latents[:, :, : method.first_frames] = given[:, :, : method.first_frames].to(latents)
-    seen_first = sum(num_latent_frames(model, pixels) for pixels in references)
+    seen_first = story_apart + sum(num_latent_frames(model, pixels) for pixels in references)
     return [_to_clip(one[:, seen_first:], drop_frames(layout, seen_first), first, media, model) for one in latents]
 
 
 def scene_shape(storyboard: Storyboard, described: ModelSettings) -> tuple[tuple[Any, ...], ...]:
     """What storyboards of one batch share: how they are made, the length of each shot and what it is given and sees."""
-    return (storyboard.task, storyboard.history, repr(storyboard.plan)), *(
+    method = get_method(described.method, **described.method_params)
+    made = (storyboard.task, storyboard.history, repr(storyboard.plan), method.story_group and bool(storyboard.story))
+    return made, *(
         (
             shot.frames or described.frames_per_shot,
             shot.given,

@@ -83,9 +83,11 @@ def encode_media(
     media: list[np.ndarray | None], references: list[np.ndarray], layout: ClipLayout, model: Model, batch: int
 ) -> Tensor | None:
     """Normalised latents [B, C, F, H, W] of the given frames, each shot or reference encoded alone; zero elsewhere."""
-    starts = [] if references else [frames.start for frames in layout.shot_slices]  # references go with no media
+    dummies = layout.is_dummy.tolist()
+    shots = [frames.start for frames in layout.shot_slices if not dummies[frames.start]]
+    starts = [] if references else shots  # references go with no media
     clips = [(start, pixels) for start, pixels in zip(starts, media, strict=False) if pixels is not None]
-    at = 0
+    at = shots[0]
     for pixels in references:
         clips.append((at, pixels))
         at += num_latent_frames(model, pixels)

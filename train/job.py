@@ -23,6 +23,15 @@ class Lora:
     merge_scale: float = 1.0  # strength of the updates in that folder
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Scenes to measure the loss on: a `share` of the dataset's, by their ids, or those of another dataset."""
+
+    share: float = 0.0
+    dataset: Path | None = None
+    batches: int = 4
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
     """Everything a worker needs to know. `batch_size` is that of a micro-batch, over all workers."""
@@ -44,3 +53,4 @@ class TrainJob:
     parallel: Literal["one_device", "fsdp2"] = "one_device"
     activation_checkpointing: bool = False
     compile_blocks: bool = False
+    held_out: HeldOut | None = None  # None: no held-out loss; how often is the loop's `evaluate_every`

@@ -74,8 +74,8 @@ class LCT(Method):
             raise ValueError(f"lct: global_prompt is {self.global_prompt!r}; choose prefix or group")
         if self.global_prompt == "group" and self.position_mode != "diagonal":
             raise ValueError(
-                f"lct: global_prompt is 'group', position_mode {self.position_mode!r}: a shot sees texts besides its own "
-                "only where texts have positions; set position_mode=diagonal, or global_prompt=prefix"
+                f"lct: global_prompt is 'group', position_mode {self.position_mode!r}: a shot sees texts besides its "
+                "own only where texts have positions; set position_mode=diagonal, or global_prompt=prefix"
             )
         if self.attention_rule not in ("full", "group_causal"):
             raise ValueError(f"lct: attention_rule is {self.attention_rule!r}; choose full or group_causal")
