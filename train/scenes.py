@@ -157,9 +157,10 @@ class ShardDataset:
         self._dataset = hashlib.sha256(keys.encode()).hexdigest()[:16]  # held-out scenes are part of what it is
         self.records: list[Record] = []
         self.buckets: dict[Bucket, list[Window]] = defaultdict(list)
-        for record in whole:
-            scene = Scene.from_json(record.json)
-            if kept_out(scene.scene_id, held_out_share) != held_out:
+        scenes = [Scene.from_json(record.json) for record in whole]
+        apart = kept_out([scene.scene_id for scene in scenes], held_out_share)
+        for record, scene in zip(whole, scenes, strict=True):
+            if (scene.scene_id in apart) != held_out:
                 continue
             self.records.append(record)
             _check_encoders(record, scene, made_with)
@@ -168,9 +169,9 @@ class ShardDataset:
                 self._add(record, scene, run)
         if not self.records:
             raise ValueError(
-                f"{folder}: with held_out.share={held_out_share} none of its {len(whole)} scenes is "
-                f"{'held out; raise it' if held_out else 'left to train on; lower it'}, or set held_out.share=0 and "
-                "held_out.dataset to a second dataset"
+                f"{folder}: with held_out.share={held_out_share} none of its {len(whole)} scenes is left to "
+                f"{'measure' if held_out else 'train on'}: change it, or set held_out.share=0 and held_out.dataset to "
+                "a second dataset"
             )
         self._weights = self._bucket_weights()
         self._turns = Turns(np.array(list(self._weights.values())))
@@ -393,11 +394,20 @@ def scene_texts(scene: Scene, shot: int) -> tuple[str, ...]:
     return (STORY_TEXT,) * bool(scene.story) + (shot_tensor_key(shot, own),)
 
 
-def kept_out(scene_id: str, share: float) -> bool:
-    """Whether a scene is among the `share` that is never trained on. Its id alone decides: neither the other scenes of
-    a dataset, nor seed, order or number of workers."""
-    draw = int.from_bytes(hashlib.blake2b(scene_id.encode(), digest_size=8, person=b"held-out").digest(), "big")
-    return draw < share * 2**64
+def kept_out(scene_ids: Sequence[str], share: float) -> set[str]:
+    """Scenes that are never trained on, about a `share` of them, at least one if it is above 0.
+
+    Each scene's id decides for it, neither the other scenes (but where no other is kept out) nor seed, order or number
+    of workers: as data are added, no scene changes sides.
+    """
+
+    def draw(scene_id: str) -> float:
+        digest = hashlib.blake2b(scene_id.encode(), digest_size=8, person=b"held-out").digest()
+        return int.from_bytes(digest, "big") / 2**64
+
+    if not share or not scene_ids:
+        return set()
+    return {scene_id for scene_id in scene_ids if draw(scene_id) < share} or {min(scene_ids, key=draw)}
 
 
 def own_text(scene: Scene, shot: int) -> str:
