@@ -157,17 +157,17 @@ class ShardDataset:
         self._dataset = hashlib.sha256(keys.encode()).hexdigest()[:16]  # held-out scenes are part of what it is
         self.records: list[Record] = []
         self.buckets: dict[Bucket, list[Window]] = defaultdict(list)
-        scenes = [Scene.from_json(record.json) for record in whole]
-        apart = kept_out([scene.scene_id for scene in scenes], held_out_share)
-        for record, scene in zip(whole, scenes, strict=True):
-            if (scene.scene_id in apart) != held_out:
+        apart = kept_out([record.key for record in whole], held_out_share)  # a record's key is its scene's id
+        for record in whole:
+            if (record.key in apart) != held_out:
                 continue
             self.records.append(record)
+            scene = Scene.from_json(record.json)
             _check_encoders(record, scene, made_with)
             self._check_drop(record, scene)
             for run in encoded_runs(record, len(scene.shots)):
                 self._add(record, scene, run)
-        if not self.records:
+        if whole and not self.records:
             raise ValueError(
                 f"{folder}: with held_out.share={held_out_share} none of its {len(whole)} scenes is left to "
                 f"{'measure' if held_out else 'train on'}: change it, or set held_out.share=0 and held_out.dataset to "

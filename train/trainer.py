@@ -68,8 +68,10 @@ def train_worker(job: TrainJob, checkpoints: Checkpoints) -> LoopResult:
     model = load_model(job.model, parts=("backbone", "codec"), device="cpu", dtype=torch.float32)
     backbone, codec = model.backbone, model.codec
     method = get_method(job.method, **job.method_params)
+    held_out = job.held_out
     if method.most_states:
-        check_states_seen(job.dataset, codec.temporal_stride * (method.first_frames - 1) + 1)
+        for folder in (job.dataset, *([held_out.dataset] if held_out and held_out.dataset else [])):
+            check_states_seen(folder, codec.temporal_stride * (method.first_frames - 1) + 1)
     method.check_backbone(backbone.capabilities)
     check_text_positions(job, method, model)
     open_dataset = partial(
@@ -89,7 +91,6 @@ def train_worker(job: TrainJob, checkpoints: Checkpoints) -> LoopResult:
         story_group=method.story_group,
         seed=job.loop.seed,
     )
-    held_out = job.held_out
     source = open_dataset(
         job.dataset,
         loses_given="image" in method.guided,

@@ -190,8 +190,8 @@ class LCT(Method):
         super().check_backbone(capabilities)
         if self.attention_rule == "group_causal":  # which is there for the cache
             require(capabilities, kv_cache=True)
-        if self.story_group:
-            require(capabilities, joint_text=True)
+        if self.story_group:  # the dummy is one frame, at a level of its own
+            require(capabilities, joint_text=True, per_frame_levels=True)
 
 
 def _composition(shot_frames: Sequence[int], condition_frames: Sequence[int]) -> ClipLayout:
