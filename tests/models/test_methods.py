@@ -349,7 +349,7 @@ def test_training_levels_follow_the_methods_own_shares():
     lct, fvdm = partial(levels, "lct", [2, 1, 2]), partial(levels, "fvdm", [5])
     for found in (lct(shared_prob=1.0, context_prob=0.0), fvdm(p=0.0, clean_prob=0.0)):
         assert (found == found[:, :1]).all()
-    apart = lct(shared_prob=0.0)
+    apart = lct(shared_prob=0.0, context_prob=0.0)
     assert (apart[:, 0] == apart[:, 1]).all() and not (apart[:, [0, 0, 2]] == apart[:, [2, 3, 3]]).any()
     apart = fvdm(p=1.0, clean_prob=0.0)
     assert not (apart[:, 1:] == apart[:, :-1]).any() and (apart > 0).all()
