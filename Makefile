@@ -34,7 +34,7 @@ toy-models: $(STAMP) ## train the small shipped models again (hours; can be stop
 	$(BIN)/python -m pipelines.toy_models $(ARGS)
 
 # METHOD/TASK of each picture
-PLANS := fvdm/i2v fvdm/diagonal tic_ft/i2v_in_context lct/shot_conditioned lct/autoregressive fca/tvp aid/tvp
+PLANS := fvdm/i2v fvdm/diagonal fvdm/long_video tic_ft/i2v_in_context lct/shot_conditioned lct/autoregressive fca/tvp aid/tvp
 
 docs-figures: $(STAMP) ## draw the noise plans of docs/methods/ again
 	mkdir -p docs/methods/plans

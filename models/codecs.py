@@ -1,11 +1,12 @@
-"""Video to latents and back: causal video VAEs (Wan, CogVideoX), and image VAEs, frame by frame (Latte, SVD).
+"""Video to latents and back: causal video VAEs (Wan, CogVideoX, HunyuanVideo) and image VAEs, by frame (Latte, SVD).
 
 B batch, C latent channels, F latent frames, T video frames, H W video size, h w latent size. A causal VAE of temporal
 stride 4 makes F latents of T = 4(F-1)+1 frames, an image VAE one of each. Rule: what must be known without the future
 is encoded alone: every shot by itself, a given frame by itself. For Wan, a prefix encoded alone has the latents that it
 has in its clip. For CogVideoX it has not: it works in pieces of 9, then 8, video frames and its group norms average
 over a piece, so that a latent changes with later frames of its piece, and cutting given frames out of an encoded clip
-would leak what is to be generated.
+would leak what is to be generated. HunyuanVideo's group norms average over time, too, and above 16 video frames it
+works in overlapping pieces.
 """
 
 from __future__ import annotations
@@ -18,12 +19,18 @@ from typing import Any, cast, get_args
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLTemporalDecoder, AutoencoderKLWan
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLTemporalDecoder,
+    AutoencoderKLWan,
+)
 from torch import Tensor
 
 from models.text import weights_hash
 
-VideoVAE = AutoencoderKLWan | AutoencoderKLCogVideoX
+VideoVAE = AutoencoderKLWan | AutoencoderKLCogVideoX | AutoencoderKLHunyuanVideo
 ImageVAE = AutoencoderKL | AutoencoderKLTemporalDecoder  # the latter's decoder sees all frames of a clip
 VAE = VideoVAE | ImageVAE
 CLASSES: dict[str, Any] = {c.__name__: c for c in get_args(VAE)}
@@ -82,6 +89,11 @@ class VideoCodec:
             self.spatial_stride = 2 ** (len(config.block_out_channels) - 1)
             self.latent_channels = config.latent_channels
             mean, std = _scaling(config)
+        elif isinstance(vae, AutoencoderKLHunyuanVideo):
+            self.temporal_stride = int(config.temporal_compression_ratio)
+            self.spatial_stride = int(config.spatial_compression_ratio)
+            self.latent_channels = config.latent_channels
+            mean, std = _scaling(config)
         else:
             self.temporal_stride = config.scale_factor_temporal
             self.spatial_stride = config.scale_factor_spatial
@@ -120,7 +132,7 @@ class VideoCodec:
         return weights_hash(sorted(self.vae.state_dict().items()), dict(self.vae.config))
 
     def num_latent_frames(self, num_frames: int) -> int:
-        """F for T video frames; ValueError unless T = step*k + 1: the step is 4 for Wan, 8 for CogVideoX, else 1."""
+        """F for T video frames; ValueError unless T = step*k + 1: 4 for Wan, HunyuanVideo, 8 for CogVideoX, else 1."""
         step = self.frame_step
         if num_frames < 1 or (num_frames - 1) % step:
             raise ValueError(
@@ -176,4 +188,6 @@ def _frame_step(kind: str, config: Mapping[str, Any]) -> int:
     if kind == AutoencoderKLCogVideoX.__name__:
         # it decodes latents in pairs after the first; of an even number it makes 4F frames, not 4(F-1)+1
         return 2 * int(config.get("temporal_compression_ratio", 4))
+    if kind == AutoencoderKLHunyuanVideo.__name__:
+        return int(config.get("temporal_compression_ratio", 4))
     return int(config.get("scale_factor_temporal", 4)) if kind == AutoencoderKLWan.__name__ else 1

@@ -13,9 +13,11 @@ from typing import Any, Literal
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLCogVideoX,
+    AutoencoderKLHunyuanVideo,
     AutoencoderKLTemporalDecoder,
     AutoencoderKLWan,
     CogVideoXTransformer3DModel,
+    HunyuanVideoTransformer3DModel,
     LatteTransformer3DModel,
     UNetSpatioTemporalConditionModel,
     WanTransformer3DModel,
@@ -23,13 +25,15 @@ from diffusers import (
 
 from models.backbones.base import Backbone
 from models.backbones.cogvideox import CogVideoXBackbone
+from models.backbones.hunyuan import HunyuanVideoBackbone
 from models.backbones.latte import LatteBackbone
 from models.backbones.svd import SVDBackbone
 from models.backbones.wan import WanBackbone
+from models.experts import EXPERT_FOLDERS, Expert
 from models.process import FlowMatching, Process
 from models.text import TextStyle
 
-FamilyName = Literal["wan", "cogvideox", "latte", "svd"]
+FamilyName = Literal["wan", "cogvideox", "latte", "hunyuan", "svd"]
 Part = Literal["backbone", "codec", "text"]
 
 
@@ -38,8 +42,9 @@ class Family:
     pipeline: str  # the diffusers class that opens the folder
     model_class: Any  # of `transformer/`, or `unet/`
     vae_class: Any  # of `vae/`
-    build: Callable[[Any, Process], Backbone]
-    settings: Callable[[Mapping[str, Any]], dict[str, Any]]  # of a plain folder, from the config of its model
+    build: Callable[..., Backbone]  # of the model, the process and, for one of two experts, which it is
+    # of a plain folder, from the configs of its model and its scheduler
+    settings: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
     text_style: TextStyle | None = TextStyle()  # None: it reads an image (`models.image_encoder`)
     # further entries of model_index.json
     index: Mapping[str, Any] = field(default_factory=dict)
@@ -49,10 +54,18 @@ class Family:
     )
 
 
-def _wan(transformer: WanTransformer3DModel, process: Process) -> WanBackbone:
+def _wan(transformer: WanTransformer3DModel, process: Process, expert: Expert | None = None) -> WanBackbone:
     if not isinstance(process, FlowMatching):
         raise ValueError(f"a Wan is a flow, but its scheduler is of {type(process).__name__}; check scheduler/")
-    return WanBackbone(transformer)
+    return WanBackbone(transformer, expert)
+
+
+def _wan_settings(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    shift = float(scheduler.get("flow_shift") or scheduler.get("shift") or 3.0)
+    known: dict[str, Any] = {} if shift == 3.0 else {"level_shift": shift, "method_params": {"shift": shift}}
+    if config["in_channels"] == 48:  # Wan 2.2 TI2V-5B
+        known |= {"frames_per_shot": 121, "height": 704, "width": 1280, "fps": 24.0}
+    return known
 
 
 def _cogvideox(transformer: CogVideoXTransformer3DModel, process: Process) -> CogVideoXBackbone:
@@ -64,7 +77,7 @@ def _cogvideox(transformer: CogVideoXTransformer3DModel, process: Process) -> Co
     return CogVideoXBackbone(transformer, process)
 
 
-def _cogvideox_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def _cogvideox_settings(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "frames_per_shot": config["sample_frames"], "height": 8 * config["sample_height"],
         "width": 8 * config["sample_width"], "fps": 8.0, "text_length": config["max_text_seq_length"],
@@ -72,7 +85,22 @@ def _cogvideox_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _latte_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def _hunyuan(transformer: HunyuanVideoTransformer3DModel, process: Process) -> HunyuanVideoBackbone:
+    if not isinstance(process, FlowMatching):
+        raise ValueError(f"a HunyuanVideo is a flow, its scheduler is of {type(process).__name__}; check scheduler/")
+    return HunyuanVideoBackbone(transformer, packed_text=True)
+
+
+def _hunyuan_settings(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    shift = float(scheduler.get("shift") or 7.0)
+    return {
+        "frames_per_shot": 129, "height": 720, "width": 1280, "fps": 24.0,
+        "text_length": 257,  # the pooled text, then HunyuanVideoPipeline's 256 tokens
+        "level_shift": shift, "method_params": {"shift": shift},
+    }  # fmt: skip
+
+
+def _latte_settings(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> dict[str, Any]:
     size = 8 * config["sample_size"]
     return {
         "frames_per_shot": config["video_length"], "height": size, "width": size, "fps": 8.0,
@@ -81,7 +109,7 @@ def _latte_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _svd_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def _svd_settings(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "method": "svd", "frames_per_shot": config["num_frames"], "height": 576, "width": 1024, "fps": 7.0,
         "text_length": 1, "level_shift": 1.0,
@@ -90,7 +118,7 @@ def _svd_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 FAMILIES: dict[FamilyName, Family] = {
     "wan": Family(
-        "WanPipeline", WanTransformer3DModel, AutoencoderKLWan, _wan, lambda config: {},
+        "WanPipeline", WanTransformer3DModel, AutoencoderKLWan, _wan, _wan_settings,
         index={"boundary_ratio": None, "expand_timesteps": False, "transformer_2": [None, None]},
     ),
     "cogvideox": Family(
@@ -101,6 +129,14 @@ FAMILIES: dict[FamilyName, Family] = {
         "LattePipeline", LatteTransformer3DModel, AutoencoderKL, LatteBackbone, _latte_settings,
         text_style=TextStyle(lowercase=True),
     ),
+    "hunyuan": Family(
+        "HunyuanVideoPipeline", HunyuanVideoTransformer3DModel, AutoencoderKLHunyuanVideo, _hunyuan, _hunyuan_settings,
+        text_style=TextStyle(pooled=True),
+        folders={
+            "backbone": ("transformer",), "codec": ("vae",),
+            "text": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+        },
+    ),
     "svd": Family(
         "StableVideoDiffusionPipeline", UNetSpatioTemporalConditionModel, AutoencoderKLTemporalDecoder, SVDBackbone,
         _svd_settings, text_style=None,
@@ -110,13 +146,36 @@ FAMILIES: dict[FamilyName, Family] = {
 
 # pipelines whose classes Shotloom knows and whose folders it does not open: why, and what to use instead
 REFUSED = {
-    "HunyuanVideoPipeline": "a HunyuanVideo reads two texts, of a LLaMA behind a prompt template and of a CLIP, and a "
-    "model folder holds one text encoder; use models.backbones.hunyuan from Python, or another model",
+    "HunyuanVideoImageToVideoPipeline": "it takes its image beside the noisy latents; use the text-to-video model, "
+    "which learns image conditions as clean frames (method fvdm)",
     "CogVideoXImageToVideoPipeline": "it takes its image beside the noisy latents; use the text-to-video model, which "
     "learns image conditions as clean frames (method fvdm)",
     "WanImageToVideoPipeline": "it takes its image beside the noisy latents; use the text-to-video model, which learns "
     "image conditions as clean frames (method fvdm)",
 }
+
+
+def boundary_of(index: Mapping[str, Any]) -> float | None:
+    """Where the two experts of a folder's model take turns, from its model_index.json; None for a single model.
+
+    ValueError for half of what makes a pair: a second model without a boundary, or a boundary without a second model.
+    """
+    second = any(index.get(EXPERT_FOLDERS["low"]) or ())
+    boundary = index.get("boundary_ratio")
+    if not second and boundary is None:
+        return None
+    if not second or boundary is None or not 0 < boundary < 1:
+        raise ValueError(
+            f"boundary_ratio is {boundary} and transformer_2 {index.get('transformer_2')}: two experts need both, the "
+            "boundary between 0 and 1 (Wan 2.2 T2V-A14B: 0.875), and a single model needs neither"
+        )
+    return float(boundary)
+
+
+def folders_of(family: Family, part: Part, index: Mapping[str, Any]) -> tuple[str, ...]:
+    """The folders of a part in a model folder with this model_index.json."""
+    second = part == "backbone" and boundary_of(index) is not None
+    return (*family.folders[part], EXPERT_FOLDERS["low"]) if second else family.folders[part]
 
 
 def family_of_pipeline(name: str | None) -> FamilyName:

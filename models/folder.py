@@ -1,6 +1,8 @@
 """Model folders: the diffusers layout, which the family's plain pipeline reads, plus `shotloom.json`.
 
 model_index.json  transformer/  vae/  text_encoder/  tokenizer/  scheduler/  shotloom.json
+Wan 2.2 A14B: transformer_2/ besides, the expert of the lower noise levels
+HunyuanVideo: text_encoder_2/ and tokenizer_2/ besides
 Stable Video Diffusion: unet/ for transformer/, image_encoder/ and feature_extractor/ for text_encoder/ and tokenizer/
 conditioner/  a method's own modules, where it has some (FCA); plain diffusers leaves them out
 """
@@ -21,13 +23,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from models.backbones.base import Backbone
+from models.backbones.experts import WanExperts
 from models.codecs import VideoCodec
-from models.families import FAMILIES, Family, FamilyName, Part, family_of_pipeline
+from models.experts import EXPERT_FOLDERS, Expert, ExpertName
+from models.families import FAMILIES, Family, FamilyName, Part, boundary_of, family_of_pipeline, folders_of
 from models.image_encoder import ImageEncoder
 from models.methods import get_method
 from models.records import RecordError, decode
 from models.schedules import process_of_scheduler
 from models.text import TextEncoder
+from models.text_hunyuan import HunyuanTextEncoder
 
 SETTINGS_FILE = "shotloom.json"
 INDEX_FILE = "model_index.json"
@@ -38,7 +43,7 @@ ORIGIN_KEYS = {"_name_or_path", "name_or_path", "is_local", "local_files_only"} 
 
 @dataclass
 class ModelSettings:
-    """What the weights were trained for. The defaults are those of a plain Wan 2.1 folder at 480p."""
+    """What the weights were trained for. The defaults are those of a plain Wan folder at 480p."""
 
     method: str = "fvdm"
     method_params: dict[str, Any] = field(default_factory=dict)
@@ -49,6 +54,7 @@ class ModelSettings:
     height: int = 480
     width: int = 832
     fps: float = 16.0
+    text_positions: bool = False  # the text was trained with positions, as LCT's diagonal layout gives it
     train: dict[str, Any] = field(default_factory=dict)  # how the weights came about; read by people
 
 
@@ -62,10 +68,12 @@ class Model:
         text: TextEncoder | ImageEncoder | None,
         settings: ModelSettings,
         scheduler: Mapping[str, Any] | None = None,  # its diffusers config; None: Wan's
+        index: Mapping[str, Any] | None = None,  # entries of model_index.json besides the parts (`Family.index`)
     ) -> None:
         self._parts: dict[str, Any] = {"backbone": backbone, "codec": codec, "text": text}
         self.settings = settings
         self.scheduler = scheduler
+        self.index = dict(index or {})
 
     @property
     def backbone(self) -> Backbone:
@@ -112,33 +120,48 @@ def load_model(
     parts: Sequence[Part] = get_args(Part),
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    expert: ExpertName | None = None,
 ) -> Model:
     """Open a model folder. The codec is always float32; `dtype` is for backbone and text encoder.
 
+    `expert` opens one of the two models of a Wan 2.2 A14B alone, which is how each is trained; None opens all there is.
     Raises FileNotFoundError or RecordError naming the file for a folder that is not one.
     """
     path = Path(path)
     settings = load_settings(path)
-    family = FAMILIES[settings.backbone]
+    family, index = FAMILIES[settings.backbone], read_index(path)
+    boundary = boundary_of(index)
+    if expert is not None:
+        check_expert(path, expert)
     for part in parts:
-        for name in family.folders[part]:
+        for name in folders_of(family, part, index):
             if not (path / name).is_dir():
                 raise FileNotFoundError(f"{path / name} is missing: the {part} of a model folder lies there")
     backbone, codec, scheduler = None, None, None
     text: TextEncoder | ImageEncoder | None = None
     if "backbone" in parts:
-        if (path / "transformer_2").is_dir():
-            raise ValueError(f"{path}: two-expert Wan 2.2 models are not supported; use Wan 2.1 or a one-expert model")
         scheduler = _read_scheduler(path)
-        # from_pretrained, not .to(dtype): it keeps the time embedding in float32
-        loaded: Any = family.model_class.from_pretrained(
-            path / family.folders["backbone"][0], torch_dtype=dtype, local_files_only=True, use_safetensors=True
-        )
+
+        def load(name: str, *half: Expert) -> Backbone:
+            # from_pretrained, not .to(dtype): it keeps the time embedding in float32
+            loaded: Any = family.model_class.from_pretrained(
+                path / name, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+            )
+            return family.build(loaded.to(device), process_of_scheduler(scheduler), *half).eval()
+
         try:
-            backbone = family.build(loaded.to(device), process_of_scheduler(scheduler)).eval()
+            if boundary is None:
+                backbone = load(family.folders["backbone"][0])
+            elif expert is not None:
+                backbone = load(EXPERT_FOLDERS[expert], Expert(expert, boundary))
+            else:
+                high, low = (load(EXPERT_FOLDERS[name], Expert(name, boundary)) for name in get_args(ExpertName))
+                backbone = WanExperts(high, low).eval()  # type: ignore[arg-type]  # only a Wan has two
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         if (path / CONDITIONER_FILE).is_file():
+            if boundary is not None:
+                raise ValueError(f"{path / CONDITIONER_FILE}: conditioning modules belong to one model, this has two")
             _load_conditioner(backbone, path / CONDITIONER_FILE, settings, device, dtype)
     if "codec" in parts:
         codec = VideoCodec.from_folder(path, device)
@@ -150,9 +173,38 @@ def load_model(
     if "text" in parts:
         if family.text_style is None:
             text = ImageEncoder.from_folder(path, device, dtype)
+        elif family.text_style.pooled:
+            text = HunyuanTextEncoder.from_folder(path, settings.text_length, device, dtype)
         else:
             text = TextEncoder.from_folder(path, settings.text_length, device, dtype, family.text_style)
-    return Model(backbone, codec, text, settings, scheduler)
+    return Model(backbone, codec, text, settings, scheduler, {k: index[k] for k in family.index if k in index})
+
+
+def read_index(path: Path | str) -> dict[str, Any]:
+    """`model_index.json` of a model folder; FileNotFoundError or RecordError naming it for what is none."""
+    index = Path(path) / INDEX_FILE
+    if not index.is_file():
+        raise FileNotFoundError(f"{index} is missing: {path} is not a model folder")
+    found = json.loads(index.read_text())
+    try:
+        family_of_pipeline(found.get("_class_name"))
+        boundary_of(found)
+    except ValueError as error:
+        raise RecordError(f"{index}: {error}") from error
+    return found
+
+
+def check_expert(path: Path | str, expert: ExpertName | None) -> None:
+    """Raises ValueError unless `expert` names one where a model folder holds two, and is None where it holds one."""
+    boundary = boundary_of(read_index(path))
+    if boundary is None and expert is not None:
+        raise ValueError(f"expert is {expert!r}, but {path} holds a single model: leave expert out")
+    if boundary is not None and expert is None:
+        raise ValueError(
+            f"{path} holds two experts, which are trained one after another: set expert=high for levels from "
+            f"{boundary} on (what happens where), or expert=low for those below (how it looks), then train the other "
+            "from the folder that this leaves"
+        )
 
 
 def _read_scheduler(path: Path) -> dict[str, Any]:
@@ -180,18 +232,12 @@ def _load_conditioner(
 def load_settings(path: Path | str) -> ModelSettings:
     """`shotloom.json` of a model folder; for a plain diffusers folder, which has none, what its configurations say."""
     path = Path(path)
-    index = path / INDEX_FILE
-    if not index.is_file():
-        raise FileNotFoundError(f"{index} is missing: {path} is not a model folder")
-    try:
-        family = family_of_pipeline(json.loads(index.read_text()).get("_class_name"))
-    except ValueError as error:
-        raise RecordError(f"{index}: {error}") from error
+    family = family_of_pipeline(read_index(path)["_class_name"])
     file = path / SETTINGS_FILE
     if not file.is_file():
-        config = path / FAMILIES[family].folders["backbone"][0] / "config.json"
-        known = FAMILIES[family].settings(json.loads(config.read_text())) if config.is_file() else {}
-        return ModelSettings(backbone=family, **known)
+        configs = [path / FAMILIES[family].folders["backbone"][0] / "config.json", path / SCHEDULER_FILE]
+        model, scheduler = (json.loads(f.read_text()) if f.is_file() else {} for f in configs)
+        return ModelSettings(backbone=family, **(FAMILIES[family].settings(model, scheduler) if model else {}))
     settings = decode(ModelSettings, json.loads(file.read_text()), str(file))
     if settings.backbone != family:
         raise RecordError(
@@ -203,7 +249,9 @@ def load_settings(path: Path | str) -> ModelSettings:
 
 def part_folders(path: Path | str) -> Mapping[Part, tuple[str, ...]]:
     """The folders of each part in a model folder."""
-    return FAMILIES[load_settings(path).backbone].folders
+    index = read_index(path)
+    family = FAMILIES[load_settings(path).backbone]
+    return {part: folders_of(family, part, index) for part in get_args(Part)}
 
 
 def save_model(
@@ -227,22 +275,29 @@ def save_model(
         shutil.rmtree(stale, ignore_errors=True)
     temporary.mkdir(parents=True)
     family = FAMILIES[settings.backbone]
+    source = None if copy_parts_from is None else Path(copy_parts_from)
+    source_index = {} if source is None else read_index(source)
+    if source_index and source_index["_class_name"] != family.pipeline:
+        raise ValueError(f"{source} is for {source_index['_class_name']}, the model for {family.pipeline}")
     index: dict[str, Any] = {
         "_class_name": family.pipeline,
         "_diffusers_version": diffusers.__version__,
         **family.index,
+        **{key: value for key, value in source_index.items() if key in family.index},
+        **model.index,
     }
     if model.has("backbone"):
-        (folder,) = family.folders["backbone"]
-        transformer: Any = getattr(model.backbone, folder, None)
-        if not isinstance(transformer, family.model_class):
-            raise ValueError(
-                f"settings.backbone is {settings.backbone!r}, but the model is {type(transformer).__name__}"
-            )
-        if getattr(transformer, "peft_config", None):
-            raise ValueError("the backbone still has LoRA layers: merge_lora it first, or save_lora them on their own")
-        _in_type(transformer, dtype).save_pretrained(temporary / folder)
-        index[folder] = ["diffusers", type(transformer).__name__]
+        for folder, transformer in model.backbone.models_by_folder.items():
+            if not isinstance(transformer, family.model_class):
+                raise ValueError(
+                    f"settings.backbone is {settings.backbone!r}, but the model is {type(transformer).__name__}"
+                )
+            if getattr(transformer, "peft_config", None):
+                raise ValueError(
+                    "the backbone still has LoRA layers: merge_lora it first, or save_lora them on their own"
+                )
+            _in_type(transformer, dtype).save_pretrained(temporary / folder)
+            index[folder] = ["diffusers", type(transformer).__name__]
         if model.backbone.conditioner is not None:
             weights = {name: w.contiguous() for name, w in model.backbone.conditioner.state_dict().items()}
             (temporary / CONDITIONER_FILE).parent.mkdir()
@@ -253,18 +308,17 @@ def save_model(
     if model.has("text"):
         _write_text(model, family, temporary, dtype, index)
     for part in get_args(Part):
-        if not model.has(part):
-            if copy_parts_from is None:
-                raise ValueError(f"cannot write {path}: the model holds no {part}; load it, or give copy_parts_from")
-            source = Path(copy_parts_from)
-            source_index = json.loads((source / INDEX_FILE).read_text())
-            if source_index["_class_name"] != family.pipeline:
-                raise ValueError(f"{source} is for {source_index['_class_name']}, the model for {family.pipeline}")
-            for name in family.folders[part]:
-                shutil.copytree(source / name, temporary / name)
-                index[name] = source_index[name]
-            if part == "backbone" and (source / CONDITIONER_FILE).is_file():
-                shutil.copytree(source / CONDITIONER_FILE.parent, temporary / CONDITIONER_FILE.parent)
+        missing = [name for name in folders_of(family, part, index) if not (temporary / name).is_dir()]
+        if missing and source is None:
+            raise ValueError(
+                f"cannot write {path}: the model holds no {part} for {missing[0]}/; load it, or give copy_parts_from"
+            )
+        for name in missing:
+            assert source is not None
+            shutil.copytree(source / name, temporary / name)
+            index[name] = source_index[name]
+        if part == "backbone" and source is not None and not model.has(part) and (source / CONDITIONER_FILE).is_file():
+            shutil.copytree(source / CONDITIONER_FILE.parent, temporary / CONDITIONER_FILE.parent)
     scheduler = _scheduler(model, settings, copy_parts_from)
     scheduler.save_pretrained(temporary / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
@@ -282,11 +336,9 @@ def _write_text(model: Model, family: Family, path: Path, dtype: torch.dtype | N
     encoder: Any = model.image_encoder if family.text_style is None else model.text
     if (style := getattr(encoder, "style", None)) != family.text_style:
         raise ValueError(f"a {family.pipeline} reads texts as {family.text_style}, this encoder as {style}")
-    folder, prepares = family.folders["text"]
-    _in_type(encoder.model, dtype).save_pretrained(path / folder)
-    getattr(encoder, prepares).save_pretrained(path / prepares)
-    index[folder] = ["transformers", type(encoder.model).__name__]
-    index[prepares] = ["transformers", type(getattr(encoder, prepares)).__name__]
+    for folder, module in encoder.modules_by_folder.items():
+        (_in_type(module, dtype) if isinstance(module, nn.Module) else module).save_pretrained(path / folder)
+        index[folder] = ["transformers", type(module).__name__]
 
 
 def _forget_origin(folder: Path) -> None:
@@ -304,8 +356,8 @@ def _in_type(module: Any, dtype: torch.dtype | None) -> Any:
 
 
 def _scheduler(model: Model, settings: ModelSettings, copy_parts_from: Path | str | None) -> Any:
-    """The diffusers scheduler of a folder to write. A Wan's always samples as Shotloom does."""
-    if settings.backbone == "wan":
+    """The diffusers scheduler of a folder to write. A flow's always samples as Shotloom does."""
+    if settings.backbone in ("wan", "hunyuan"):
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=settings.level_shift)
     config = model.scheduler
     if config is None and copy_parts_from is not None:

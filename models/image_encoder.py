@@ -38,6 +38,11 @@ class ImageEncoder:
         )
         return ImageEncoder(extractor, model.to(device), path / "image_encoder")
 
+    @property
+    def modules_by_folder(self) -> dict[str, Any]:
+        """The encoder and what prepares images for it, by the folder of a model folder that each lies in."""
+        return {"image_encoder": self.model, "feature_extractor": self.feature_extractor}
+
     @cached_property
     def hash(self) -> str:
         """SHA-256 over the weights as they are on disk, whatever type they were loaded in."""

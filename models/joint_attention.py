@@ -9,6 +9,9 @@ whether texts have positions: where they have (LCT 2503.10589, interleaved posit
 seen; where they have none, a frame sees the text that it reads and no other, because nothing else could tell it which
 of several texts is its own.
 
+Of a dummy frame (LCT's global prompt, `models.layout.with_story`) all see the first token only: the frame stands for
+one. What comes out for its others means nothing.
+
 Text may be padded. Padding is cut off, and only where the samples of a batch differ in length is the rest of it masked,
 as keys [B,1,1,K].
 """
@@ -45,6 +48,7 @@ class JointPlan:
     parts: tuple[JointPart, ...]
     back: tuple[int, ...]  # where each frame stands in the parts' order
     alone: bool  # the parts are equally large and see themselves only
+    dummies: tuple[int, ...] = ()  # frames that are seen as one token
 
 
 def joint_plan(
@@ -52,6 +56,7 @@ def joint_plan(
     reads: Sequence[int],  # the text group that each frame reads, F of them
     rule: AttentionRule,
     texts_have_positions: bool = False,
+    dummies: Sequence[int] = (),  # frames of role "dummy"
 ) -> JointPlan:
     """The plan of a clip. A text that no frame reads has no copy, and so costs nothing."""
     frames = sum(shots)
@@ -82,7 +87,7 @@ def joint_plan(
     groups = tuple(group for _, group in readers)
     order = [frame for part in parts for frame in part.frames]
     back = tuple(sorted(range(frames), key=order.__getitem__))
-    return JointPlan(groups, text_frames, tuple(parts), back, rule == "same_frame")
+    return JointPlan(groups, text_frames, tuple(parts), back, rule == "same_frame", tuple(dummies))
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +121,7 @@ def joint_attention(
     What a part does not see never enters its arithmetic. Parts that see themselves only are one call, as a batch.
     What comes out for a padding token means nothing.
     """
-    if len(plan.parts) == 1 and padding is None:
+    if len(plan.parts) == 1 and padding is None and not plan.dummies:
         return attend(q, k, v)  # all see all
     texts, frames = len(plan.text_groups), len(plan.back)
 
@@ -138,9 +143,9 @@ def joint_attention(
     text_outs, video_outs = [], []
     for part in plan.parts:
         video = _take(q_video, part.frames)
-        query = _join(q_text, part.texts, longest, video)
-        key = _join(k_text, part.key_texts, longest, k_video[:, part.key_frames])
-        value = _join(v_text, part.key_texts, longest, v_video[:, part.key_frames])
+        query = _join(q_text, part.texts, longest, video.flatten(1, 2))
+        key = _join(k_text, part.key_texts, longest, _seen(k_video, part.key_frames, plan.dummies))
+        value = _join(v_text, part.key_texts, longest, _seen(v_video, part.key_frames, plan.dummies))
         if padding is not None and any(padding.differs[part.key_texts]):
             seen = range(texts)[part.key_texts]
             out = attend(query, key, value, _key_mask([padding.valid[:, i, : longest[i]] for i in seen], key))
@@ -153,9 +158,19 @@ def joint_attention(
 
 
 def _join(text: Tensor, texts: slice, longest: tuple[int, ...], video: Tensor) -> Tensor:
-    """The valid tokens of some texts of [B,T,L,heads,d], then the frames [B,F,n,heads,d]."""
+    """The valid tokens of some texts of [B,T,L,heads,d], then those of the video [B,N,heads,d]."""
     parts = [text[:, i, : longest[i]] for i in range(text.shape[1])[texts]]
-    return torch.cat([*parts, video.flatten(1, 2)], dim=1)
+    return torch.cat([*parts, video], dim=1)
+
+
+def _seen(video: Tensor, frames: slice, dummies: tuple[int, ...]) -> Tensor:
+    """The tokens of some frames of [B,F,n,heads,d], of dummies the first one each: [B,N,heads,d]."""
+    parts, start = [], frames.start
+    for dummy in (f for f in dummies if frames.start <= f < frames.stop):
+        parts += [video[:, start:dummy].flatten(1, 2), video[:, dummy, :1]]
+        start = dummy + 1
+    rest = video[:, start : frames.stop].flatten(1, 2)
+    return torch.cat([*parts, rest], dim=1) if parts else rest
 
 
 def _key_mask(valid: list[Tensor], key: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ F latent frames. A clip is an ordered tuple of segments; a shot is one unbroken 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -20,7 +21,9 @@ class Segment:
     """`num_frames` latent frames in a row that share a role, a shot and a text.
 
     Roles: "target" is generated; "condition" is given by the user; "history" was generated before; "buffer" is source
-    noised part of the way (TIC-FT); "dummy" is a placeholder that is attended to but neither trained nor decoded.
+    noised part of the way (TIC-FT); "dummy" is a placeholder that is attended to but neither trained nor decoded. It is
+    a zero latent at level 0, and where texts stand in the same attention (`models.joint_attention`) all see one token
+    of it.
     """
 
     role: Role
@@ -99,6 +102,11 @@ class ClipLayout:
         return torch.tensor([role in GIVEN_ROLES for role in self.roles])
 
     @property
+    def is_dummy(self) -> Tensor:
+        """Bool [F]: placeholders, which are seen and neither trained nor decoded."""
+        return torch.tensor([role == "dummy" for role in self.roles])
+
+    @property
     def is_target(self) -> Tensor:
         """Bool [F]: frames that are generated and trained."""
         return torch.tensor([role == "target" for role in self.roles])
@@ -111,6 +119,30 @@ class ClipLayout:
 def shots_layout(shot_frames: list[int]) -> ClipLayout:
     """Shots back to back, all to be generated, each reading its own text."""
     return ClipLayout(tuple(Segment("target", frames, i, i) for i, frames in enumerate(shot_frames)))
+
+
+def mark_given(layout: ClipLayout, given: Collection[int], as_role: Role = "condition") -> ClipLayout:
+    """The layout with the frames in `given` in another role; neighbours alike stay one segment."""
+    segments: list[Segment] = []
+    for segment, frames in zip(layout.segments, layout.frame_slices, strict=True):
+        for frame in range(frames.start, frames.stop):
+            role = as_role if frame in given else segment.role
+            last = segments[-1] if segments and frame > frames.start else None
+            if last is not None and last.role == role:
+                segments[-1] = Segment(role, last.num_frames + 1, segment.shot_id, segment.text_id)
+            else:
+                segments.append(Segment(role, 1, segment.shot_id, segment.text_id))
+    return ClipLayout(tuple(segments))
+
+
+def with_story(layout: ClipLayout) -> ClipLayout:
+    """The layout behind a group for the story: one dummy frame with a shot and a text of its own (LCT 2503.10589).
+
+    Both are numbered after those of the layout, so that shots and their texts keep their numbers.
+    """
+    shot = 1 + max(segment.shot_id for segment in layout.segments)
+    text = 1 + max(segment.text_id for segment in layout.segments)
+    return ClipLayout((Segment("dummy", 1, shot, text), *layout.segments))
 
 
 def drop_frames(layout: ClipLayout, count: int) -> ClipLayout:

@@ -75,8 +75,7 @@ def noise_plan(
         plan = torch.where(given, context_level, _lagged(levels, ~given, lag))
     else:
         raise ValueError(f"unknown plan mode {mode!r}; choose one of {', '.join(get_args(PlanMode))}")
-    dummy = torch.tensor([role == "dummy" for role in layout.roles], device=levels.device)
-    return torch.where(dummy, 0.0, plan)
+    return torch.where(layout.is_dummy.to(levels.device), 0.0, plan)
 
 
 def sample_levels(
@@ -92,6 +91,9 @@ def sample_levels(
     std: float = 1.0,
     clean_prob: float = 0.0,  # share of samples in which some frames (or shots) are exactly clean
     shared_prob: float = 0.0,  # "per_shot": share of samples with one level for all shots
+    context_prob: float = 0.0,  # share of samples in which some frames (or shots) are at `context_level`
+    context_level: float = 0.0,
+    context_first: bool = False,  # those are the first of the clip; else any
     caps: Sequence[float] | Tensor | None = None,  # [F], for "capped"
 ) -> Tensor:
     """Training levels [B,F], on the generator's device.
@@ -99,18 +101,26 @@ def sample_levels(
     shared: one level per sample. per_frame: one per frame. mixed: per frame with probability `p`, else shared (PTSS,
     FVDM 2410.03160). per_shot: one per shot (LCT 2503.10589). capped: min(shared, cap_f) (TIC-FT).
     Continuous draws never hit 0 exactly, so `clean_prob` of the samples get 1 to n-1 of their n frames (shots for
-    per_shot) set to 0; never all of them, so that every sample has something to learn. Dummy frames are at 0.
+    per_shot) set to 0; never all of them, so that every sample has something to learn. Likewise `context_prob` of the
+    samples and `context_level`, near which a density may have next to no draws; a frame chosen for both is clean.
+    Dummy frames are at 0 and count for nothing.
     """
     if dist not in get_args(LevelDist):
         raise ValueError(f"unknown level distribution {dist!r}; choose one of {', '.join(get_args(LevelDist))}")
-    for name, value in (("p", p), ("clean_prob", clean_prob), ("shared_prob", shared_prob)):
+    for name, value in (
+        ("p", p), ("clean_prob", clean_prob), ("shared_prob", shared_prob), ("context_prob", context_prob),
+        ("context_level", context_level),
+    ):  # fmt: skip
         if not 0 <= value <= 1:
-            raise ValueError(f"{name} is {value}, expected a probability")
+            raise ValueError(f"{name} is {value}, expected 0 to 1")
     device = generator.device
-    # units that share a level: the shots, or the single frames; [F] -> unit
+    # units that share a level: the shots, or the single frames, dummies left out; [F] -> unit
     shots = [i for i, frames in enumerate(layout.shot_slices) for _ in range(frames.stop - frames.start)]
-    unit = torch.tensor(shots if dist == "per_shot" else list(range(layout.num_frames)), device=device)
-    units = int(unit[-1]) + 1
+    names = shots if dist == "per_shot" else list(range(layout.num_frames))
+    drawn = dict.fromkeys(name for name, role in zip(names, layout.roles, strict=True) if role != "dummy")
+    numbers = {name: number for number, name in enumerate(drawn)}
+    unit = torch.tensor([numbers.get(name, 0) for name in names], device=device)
+    units = len(numbers)
 
     def draw(*shape: int) -> Tensor:
         if density == "uniform":
@@ -129,16 +139,22 @@ def sample_levels(
     shared, own = draw(batch, 1), draw(batch, units)
     independent = {"shared": 0.0, "capped": 0.0, "per_frame": 1.0, "mixed": p, "per_shot": 1 - shared_prob}[dist]
     levels = torch.where(happens(independent), own, shared)  # [B,units]
-    cleaned = happens(clean_prob)
-    if units > 1:
+
+    def some(probability: float, first: bool = False) -> Tensor:  # [B,units]; 1 to units - 1 of them, in such samples
+        happening = happens(probability)
+        if units < 2:
+            return torch.zeros_like(levels, dtype=torch.bool)
         count = torch.randint(1, units, (batch, 1), generator=generator, device=device)
         rank = torch.rand((batch, units), generator=generator, device=device).argsort(dim=1).argsort(dim=1)
-        levels = torch.where(cleaned & (rank < count), 0.0, levels)
+        return happening & ((torch.arange(units, device=device) if first else rank) < count)
+
+    cleaned, contexts = some(clean_prob), some(context_prob, context_first)
+    levels = torch.where(contexts, context_level, levels)
+    levels = torch.where(cleaned, 0.0, levels)
     levels = levels[:, unit]  # [B,F]
     if dist == "capped":
         levels = torch.minimum(levels, _frame_values("caps", caps, layout).to(levels))
-    dummy = torch.tensor([role == "dummy" for role in layout.roles], device=device)
-    return torch.where(dummy, 0.0, levels)
+    return torch.where(layout.is_dummy.to(device), 0.0, levels)
 
 
 def loss_weights(layout: ClipLayout, reduce: Reduce = "frame") -> Tensor:

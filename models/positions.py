@@ -34,7 +34,8 @@ def position_ids(
                 M-RoPE step): a video token of shot g is at (o+f, o+y, o+x), o = o_g + L_g, and
                 o_{g+1} = o_g + L_g + max(F_g, H', W'). `text_lengths` L_g makes room for text tokens, one number per
                 shot, for backbones whose text has positions; Wan's has none. `extent` replaces (H', W') in the step
-                where a backbone stretches the patch grid over a larger one.
+                where a backbone stretches the patch grid over a larger one. A dummy frame stands for one token
+                (`models.joint_attention`): all of it is at (o+f, o, o), and the step is the number of its frames.
     """
     rows, columns = grid
     shots = layout.shot_slices
@@ -43,6 +44,7 @@ def position_ids(
         raise ValueError(f"text_lengths has {len(lengths)} entries, the layout {len(shots)} shots; give one per shot")
     if mode not in get_args(PositionMode):
         raise ValueError(f"unknown position mode {mode!r}; choose one of {', '.join(get_args(PositionMode))}")
+    dummies = layout.is_dummy
     parts = []
     origin = 0
     for frames, text_length in zip(shots, lengths, strict=True):
@@ -51,8 +53,9 @@ def position_ids(
         ids = torch.stack([t, y, x], dim=-1).flatten(0, 2)
         if mode == "diagonal":
             origin += text_length
-            parts.append(ids + origin)
-            origin += max(count, *(extent or grid))
+            dummy = bool(dummies[frames].all())
+            parts.append(ids * torch.tensor([1, 0, 0]) + origin if dummy else ids + origin)
+            origin += count if dummy else max(count, *(extent or grid))
         else:
             parts.append(ids + torch.tensor([origin, 0, 0]))
             origin += count + (gap if mode == "time_gap" else 0)

@@ -12,7 +12,11 @@ T = TypeVar("T")
 
 
 class RecordError(ValueError):
-    """A record does not have the fields or types that its dataclass asks for."""
+    """A record does not have the fields or types that its dataclass asks for; `at` is the field's place, if known."""
+
+    def __init__(self, message: str, at: str = "") -> None:
+        super().__init__(message)
+        self.at = at
 
 
 def decode(kind: type[T], value: Any, at: str) -> T:
@@ -27,7 +31,7 @@ def decode(kind: type[T], value: Any, at: str) -> T:
         return cast(T, None if value is None else decode(next(a for a in args if a is not type(None)), value, at))
     if origin is Literal:
         if value not in args:
-            raise RecordError(f"{at} is {value!r}, expected one of {', '.join(map(repr, args))}")
+            raise RecordError(f"{at} is {value!r}, expected one of {', '.join(map(repr, args))}", at)
         return cast(T, value)
     if origin is list and isinstance(value, list):
         return cast(T, [decode(args[0], inner, f"{at}[{i}]") for i, inner in enumerate(value)])
@@ -39,19 +43,21 @@ def decode(kind: type[T], value: Any, at: str) -> T:
         return cast(T, float(value))
     if origin is None and isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise RecordError(f"{at} is {value!r} ({type(value).__name__}), expected {getattr(kind, '__name__', kind)}")
+    expected = getattr(kind, "__name__", kind)
+    raise RecordError(f"{at} is {value!r} ({type(value).__name__}), expected {expected}", at)
 
 
 def _decode_dataclass(kind: Any, value: Any, at: str) -> Any:
     if not isinstance(value, dict):
-        raise RecordError(f"{at}: expected an object, got {type(value).__name__}")
+        raise RecordError(f"{at}: expected an object, got {type(value).__name__}", at)
     hints = typing.get_type_hints(kind)
     names = [f.name for f in fields(kind)]
     for key in value:
         if key not in names:
             near = get_close_matches(key, names, n=1)
-            raise RecordError(f"{at}: unknown field {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
+            raise RecordError(f"{at}: unknown field {key!r}{hint}", f"{at}.{key}")
     needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
     if missing := [name for name in needed if name not in value]:
-        raise RecordError(f"{at}: missing field {', '.join(map(repr, missing))}")
+        raise RecordError(f"{at}: missing field {', '.join(map(repr, missing))}", f"{at}.{missing[0]}")
     return kind(**{name: decode(hints[name], value[name], f"{at}.{name}") for name in names if name in value})

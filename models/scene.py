@@ -7,6 +7,7 @@ scene lie next to it under the names that `shot_tensor_key` and `STORY_TEXT` giv
     s000.first_mean / .first_logvar, .last_*        [C,1,H,W]  first and last frame, each encoded alone
     r000.latent_mean                                [C,F,H,W]  a reference, encoded alone; an image as a still clip
     text.story, s000.text, s000.sentence_text       [L,D]      text embeddings, valid tokens only
+    s000.prompt_text                                [L,D]      the prompt alone, where s000.text has the story in it
     s000.states_text                                [S,L,D]    predicted states, each encoded alone; zeros are padding
 
 C channels, F latent frames, H W latent size, S states, L text tokens, D text width. Times are integers: presentation
@@ -33,7 +34,7 @@ CUT_MARKER = "[SHOT CUT]"  # begins the prompt of a shot that a cut leads to (LC
 MAX_HISTORY = 8  # earlier shots that one shot is made to see (LCT, whose training scenes have up to nine shots)
 SHOT_TENSORS = (
     "latent_mean", "latent_logvar", "first_mean", "first_logvar", "last_mean", "last_logvar", "text", "sentence_text",
-    "states_text",
+    "states_text", "prompt_text",
 )  # fmt: skip
 
 
@@ -133,7 +134,7 @@ class LatentSource:
     vae_hash: str
     text_hash: str
     dtype: str
-    texts_joined: bool = False  # story and prompt are encoded as one text (`models.text.TextStyle.padded`), no story
+    texts_joined: bool = False  # story and prompt are encoded as one text (`models.text.TextStyle.joined`)
 
 
 @dataclass

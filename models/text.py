@@ -3,7 +3,8 @@
 B batch, G text groups, L text tokens, D width of the text, F latent frames. A context is a fixed number of tokens,
 which a backbone reads without a mask. Wan and Latte have zeros after the valid tokens, so several texts make a context
 one after another. CogVideoX reads the padding, too, which the encoder has seen: its context is one text, padded before
-it was encoded, and several texts are first joined (`TextStyle.padded`). HunyuanVideo takes the number of valid tokens.
+it was encoded, and several texts are first joined (`TextStyle.padded`). HunyuanVideo reads one text, too, by two
+encoders: its context is the pooled text of one as the first row, then the tokens of the other (`TextStyle.pooled`).
 """
 
 from __future__ import annotations
@@ -91,6 +92,12 @@ class TextStyle:
 
     padded: bool = False  # tokens are padded to `max_length`, encoded without a mask, and all are read (CogVideoX)
     lowercase: bool = False  # Latte
+    pooled: bool = False  # a second encoder's pooled text, filled up with zeros, is the first row (HunyuanVideo)
+
+    @property
+    def joined(self) -> bool:
+        """Whether several texts are joined to one before it is encoded."""
+        return self.padded or self.pooled
 
 
 class TextEncoder:
@@ -141,6 +148,11 @@ class TextEncoder:
     def dim(self) -> int:
         return int(self.model.config.d_model)  # type: ignore[union-attr, arg-type]
 
+    @property
+    def modules_by_folder(self) -> dict[str, Any]:
+        """Encoders and tokenizers, by the folder of a model folder that each lies in."""
+        return {"text_encoder": self.model, "tokenizer": self.tokenizer}
+
     @cached_property
     def hash(self) -> str:
         """SHA-256 over the weights as on disk, whatever type they were loaded in, tokenizer's name and style."""
@@ -153,8 +165,8 @@ class TextEncoder:
         return weights_hash(weights, config)
 
     def parts(self, texts: Sequence[str]) -> list[str]:
-        """The strings that a context of these texts is encoded from: each alone, or all as one where it is padded."""
-        return [" ".join(text for text in texts if text)] if self.style.padded else list(texts)
+        """The strings that a context of these texts is encoded from: each alone, or all as one (`TextStyle.joined`)."""
+        return [" ".join(text for text in texts if text)] if self.style.joined else list(texts)
 
     def num_tokens(self, text: str) -> int:
         """Valid tokens of a text, with its end token."""
@@ -214,6 +226,17 @@ def pack_text(embeddings: Sequence[Tensor], length: int) -> Tensor:
             "with a larger text_length"
         )
     return torch.nn.functional.pad(tokens, (0, 0, 0, length - len(tokens)))
+
+
+def unpack_pooled(context: TextContext, width: int) -> TextContext:
+    """Contexts whose first row is a pooled text, `width` numbers wide, with zeros after the valid tokens, taken apart.
+
+    Embeddings [B,G,1+L,D] become [B,G,L,D] with `lengths` and `pooled` [B,G,width].
+    """
+    tokens = context.embeddings[:, :, 1:]
+    places = torch.arange(1, tokens.shape[2] + 1, device=tokens.device)
+    lengths = ((tokens != 0).any(dim=3) * places).amax(dim=2)
+    return replace(context, embeddings=tokens, lengths=lengths.cpu(), pooled=context.embeddings[:, :, 0, :width])
 
 
 def weights_hash(weights: Iterable[tuple[str, Tensor]], config: dict[str, Any]) -> str:

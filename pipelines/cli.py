@@ -72,7 +72,7 @@ JOBS = (
         "pipelines.evaluate",
         "EvaluateConfig",
         "run_evaluate",
-        "Score generated ToyWorld scenes with the judge: identity, action, text, cuts.",
+        "Score generated ToyWorld scenes and pairs with the judge: identity, action, text, cuts, what was given.",
         "shotloom evaluate videos=runs/sample",
     ),
 )

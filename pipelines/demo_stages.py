@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pipelines.demo_types import DemoConfig, Stage
     from pipelines.train import TrainConfig
     from preprocess.report import PrepareReport
+    from preprocess.settings import Cuts
     from sample.storyboard import Storyboard
 
 LEVEL: Literal["small"] = "small"  # what the shipped model knows
@@ -84,7 +85,7 @@ def collect(config: DemoConfig, stage: Stage) -> Path:
     return config.videos
 
 
-def prepare_dataset(config: DemoConfig, videos: Path, dataset: Path, stage: Stage) -> Prepared:
+def prepare_dataset(config: DemoConfig, videos: Path, dataset: Path, stage: Stage, cuts: Cuts = "detect") -> Prepared:
     """`shotloom prepare`; the scenes it wrote are read back with plain webdataset."""
     from pipelines.prepare import PrepareConfig, prepare
 
@@ -93,6 +94,7 @@ def prepare_dataset(config: DemoConfig, videos: Path, dataset: Path, stage: Stag
             sources=[str(videos)],
             output=dataset,
             model=config.model,
+            cuts=cuts,
             max_seconds_per_video=None if config.videos is None else config.max_seconds,
         )
     )
@@ -261,8 +263,10 @@ def fetch_video(url: str, board: Storyboard, seed: int, path: Path) -> Served:
 
     board = replace(board, shots=board.shots[:SHOTS])
     body = {
-        "prompt": board.story or board.shots[0].sentence or board.shots[0].prompt,
-        "shots": [{"prompt": shot.prompt or shot.sentence, "sentence": shot.sentence} for shot in board.shots],
+        "storyboard": {
+            "story": board.story,
+            "shots": [{"prompt": shot.prompt, "sentence": shot.sentence} for shot in board.shots],
+        },
         "seed": seed,
     }
     began = time.monotonic()

@@ -1,7 +1,9 @@
 """`shotloom evaluate`: read generated ToyWorld videos back and score them against the words they were made from.
 
 The folder is one that `shotloom sample` wrote. The judge sees the decoded mp4 and nothing else; what it should have
-seen is parsed from the storyboard's text. Videos that could not be made are listed, and count for nothing.
+seen is parsed from the storyboard's text. A shot with references is judged against the pair of `shotloom toyworld
+pairs` whose name its storyboard has: the name says how the pair was drawn, so no other file is needed. Videos that
+could not be made are listed, and count for nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
     from sample.storyboard import Storyboard
     from toyworld.judge import SceneReading
+    from toyworld.pairs import ToyPair
     from toyworld.world import ToyScene
 
 
@@ -56,6 +59,7 @@ def run_evaluate(config: EvaluateConfig, on_video: Callable[[str], None] | None 
     from sample.storyboard import Storyboard
     from sample.video_io import read_video
     from toyworld.judge import score_cuts, score_scene_reading, summarise, unsaid_identity
+    from toyworld.judge_pairs import score_pair
 
     manifest = config.videos / "manifest.jsonl"
     if not manifest.is_file():
@@ -69,12 +73,15 @@ def run_evaluate(config: EvaluateConfig, on_video: Callable[[str], None] | None 
                 if record["status"] != "completed":
                     raise ValueError(f"was not made: {record['error']}")
                 frames, _ = read_video(safe_join(config.videos, record["file"]))
-                reading = read_storyboard(frames, record["cuts"], Storyboard.from_dict(record["storyboard"]))
+                board = Storyboard.from_dict(record["storyboard"])
+                if any(shot.references for shot in board.shots):
+                    scores[name] = score_pair(frames, pair_of_storyboard(board))
+                else:
+                    reading = read_storyboard(frames, record["cuts"], board)
+                    readings.append(reading)
+                    scores[name] = {**score_scene_reading(reading), **score_cuts(frames, record["cuts"])}
             except ValueError as error:
                 failed[name] = str(error)
-            else:
-                readings.append(reading)
-                scores[name] = {**score_scene_reading(reading), **score_cuts(frames, record["cuts"])}
             bar.advance(1)
             if on_video is not None:
                 on_video(name)
@@ -108,6 +115,17 @@ def read_storyboard(frames: np.ndarray, cuts: list[int], storyboard: Storyboard)
     return SceneReading(
         tuple(wanted), tuple(places.index(shot.place) for shot in wanted), tuple(read(clip) for clip in clips)
     )
+
+
+def pair_of_storyboard(storyboard: Storyboard) -> ToyPair:
+    """The ToyWorld pair whose shot a storyboard asks for. Raises ValueError where name, roles or text are not its."""
+    from toyworld.pairs import pair_of_id, pair_texts
+
+    pair, (shot, *others) = pair_of_id(storyboard.name), storyboard.shots
+    roles = [one.role for one in shot.references]
+    if others or roles != [one.role for one in pair.references] or (storyboard.story, shot.prompt) != pair_texts(pair):
+        raise ValueError(f"the storyboard asks for something else than the pair {pair.pair_id}, whose name it has")
+    return pair
 
 
 def toy_storyboard(scene: ToyScene, name: str = "") -> Storyboard:

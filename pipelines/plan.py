@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # Latent frames of the shots, and what a task is given, where the command is not told.
 SHOTS: dict[tuple[str, str], list[int]] = {
     ("lct", task): [3, 3, 3] for task in ("joint", "shot_conditioned", "autoregressive", "extension")
-}
+} | {("fvdm", "long_video"): [11]}
 GIVENS: dict[tuple[str, str], dict[str, Any]] = {
     ("fvdm", "extension"): {"head": 2},
     ("fvdm", "transition"): {"head": 2, "tail": 2},
@@ -36,6 +36,8 @@ GIVENS: dict[tuple[str, str], dict[str, Any]] = {
     ("tic_ft", "v2v_style"): {"condition_frames": [5]},
     ("tic_ft", "action_transfer"): {"condition_frames": [5, 4]},
 }
+# Options of a task's plan where the command is not told any.
+OPTIONS: dict[tuple[str, str], dict[str, Any]] = {("fvdm", "long_video"): {"clip": 5, "overlap": 2}}
 # What a method must be for a task, in the place of its defaults.
 PARAMS: dict[tuple[str, str], dict[str, Any]] = {
     ("lct", task): {"attention_rule": "group_causal"} for task in ("autoregressive", "extension")
@@ -50,23 +52,26 @@ class PlanConfig:
     steps: int = knob(10, "denoising steps")
     shift: float = knob(3.0, "timestep shift of the levels")
     givens: dict[str, Any] = knob({}, "what the task is given, such as {head: 2}; empty = an example")
-    options: dict[str, Any] = knob({}, "options of the task's plan, such as {lag: 2}")
+    options: dict[str, Any] = knob({}, "options of the task's plan, such as {lag: 2}; empty = an example")
     method_params: dict[str, Any] = knob({}, "parameters of the method, besides those that the task needs")
 
 
 def make_plan(method: str, task: str, config: PlanConfig) -> tuple[ClipLayout, Tensor]:
     """The layout and the plan [rows,F] of a task. Raises ValueError for what the method does not know or take."""
+    from models.layout import with_story
     from models.methods import get_method
     from models.noise import base_levels
 
     made = get_method(method, **PARAMS.get((method, task), {}) | config.method_params)
     made.check_task(task)
     givens = config.givens or GIVENS.get((method, task), {})
+    options = config.options or ({} if config.shots else OPTIONS.get((method, task), {}))
     try:
         layout = made.layout_for_task(task, config.shots or SHOTS.get((method, task), [7]), **givens)
-        return layout, made.plan(layout, base_levels(config.steps, config.shift), task, **config.options)
+        layout = with_story(layout) if made.story_group else layout
+        return layout, made.plan(layout, base_levels(config.steps, config.shift), task, **options)
     except TypeError as error:  # an argument that this method's task does not have
-        raise ValueError(f"{method} {task} with givens {givens} and options {config.options}: {error}") from error
+        raise ValueError(f"{method} {task} with givens {givens} and options {options}: {error}") from error
 
 
 def plan_table(layout: ClipLayout, plan: Tensor) -> str:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from infra.knobs import knob, required
 from pipelines.states import StatesConfig, make_predictor, predictor_key
 from preprocess.report import PrepareReport
-from preprocess.settings import CaptionBackend, PrepareSettings, StoreType
+from preprocess.settings import CaptionBackend, Cuts, PrepareSettings, StoreType
 from preprocess.watch import MAX_ATTEMPTS
 
 if TYPE_CHECKING:
@@ -42,11 +42,15 @@ class PrepareConfig:
     shot_frames: int | None = knob(None, "encoded frames per shot at most (Wan: 4k+1); null = the model's")
     min_shot_frames: int = knob(5, "a shot with fewer encoded frames is recorded but not encoded")
     max_shots: int = knob(9, "shots per scene at most")
+    cuts: Cuts = knob("detect", "where shots begin: captions = where the shots of X.json beside X.mp4 begin and end")
     captions: CaptionBackend = knob("sidecar_or_describe", "sidecar = X.json beside X.mp4, describe = measured")
     max_seconds_per_video: float | None = knob(None, "take this much of each video; null = all")
     min_side: int = knob(32, "filter: pixels of the shorter side")
     min_rate: float = knob(0.5, "filter: source frames per encoded frame")
     states: StatesConfig = knob(StatesConfig, "for method aid: predict the states of every shot")
+    texts_apart: bool = knob(
+        False, "CogVideoX, for method lct with global_prompt=group: also encode story and prompts each alone"
+    )
     dtype: StoreType = knob("float16", "how latents and text embeddings are stored")
     shard_mb: float = knob(256.0, "target size of a shard")
     seconds_limit: float = knob(3600.0, "time limit for one stage of one video")
@@ -192,9 +196,11 @@ def make_settings(config: PrepareConfig) -> PrepareSettings:
         max_seconds=config.max_seconds_per_video,
         min_side=config.min_side,
         min_rate=config.min_rate,
+        cuts=config.cuts,
         captions=config.captions,
         dtype=config.dtype,
         seconds_per_video=config.seconds_limit,
         states_key=predictor_key(config.states),
         states_frames=config.states.frames,
+        texts_apart=config.texts_apart,
     )

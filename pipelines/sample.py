@@ -82,8 +82,11 @@ class SampleReport:
         return int(self.failed > 0)
 
     def summary(self) -> str:
-        lines = [f"{self.made} made, {self.skipped} were there, {self.failed} failed; {self.manifest}"]
-        return "\n".join(lines + [f"{r['name']} failed: {r['error']}" for r in self.records if r["status"] == "failed"])
+        """A line per failure, then one that counts."""
+        lines = [f"{r['name']} failed: {r['error']}" for r in self.records if r["status"] == "failed"]
+        reasons = " (reasons above and in the manifest; run again to try these alone)" if self.failed else ""
+        counts = f"{self.made} made, {self.skipped} were there, {self.failed} failed{reasons}; {self.manifest}"
+        return "\n".join([*lines, counts])
 
 
 def run_sample(
@@ -98,23 +101,25 @@ def run_sample(
     """
     from infra.log import progress
     from infra.storage import atomic_write_text
+    from models.codecs import VideoCodec
     from models.folder import load_model
     from pipelines.storyboards import load_storyboards
     from sample.generate import check_task
 
     started = time.monotonic()
     paths = [config.storyboards] if isinstance(config.storyboards, Path) else config.storyboards
-    boards = [*load_storyboards(paths), *(storyboards or [])]
+    described = load_model(config.model, parts=()).settings
+    frame_step = VideoCodec.frame_step_of(config.model)
+    boards = [*load_storyboards(paths, frame_step), *(storyboards or [])]
     names = [board.name for board in boards]
     if not boards:
         raise ValueError("no storyboards to sample; name files or folders in `storyboards`")
     if len(set(names)) != len(names):
         raise ValueError(f"storyboard names must differ, they become file names: {sorted(names)}")
     config.out.mkdir(parents=True, exist_ok=True)
-    described = load_model(config.model, parts=()).settings
     check_task(config.task, described)
     weights = folder_fingerprint(config.model)
-    jobs = {board.name: _Job.of(board, config, weights) for board in boards}
+    jobs = {board.name: _Job.of(board, config, weights, frame_step) for board in boards}
     records = {name: record for name, job in jobs.items() if (record := job.finished(config.out)) is not None}
     skipped = len(records)
     groups = _group([job for name, job in jobs.items() if name not in records], described, config.batch_size)
@@ -144,10 +149,10 @@ class _Job:
     fingerprint: str
 
     @staticmethod
-    def of(board: Storyboard, config: SampleConfig, weights: str) -> _Job:
+    def of(board: Storyboard, config: SampleConfig, weights: str, frame_step: int) -> _Job:
         from sample.storyboard import derive_seed
 
-        board.validate()
+        board.validate(frame_step=frame_step)
         seed = derive_seed(config.seed, board.name) if board.seed is None else board.seed
         fingerprint = board.fingerprint(
             seed=seed,

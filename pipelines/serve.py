@@ -8,10 +8,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from infra.knobs import knob, required
+from pipelines.states import StatesConfig, make_predictor
 
 if TYPE_CHECKING:
     from sample.server_settings import ServerSettings
@@ -31,6 +33,10 @@ class ServeConfig:
     port: int = knob(8000, "port to listen on; 0 = a free one")
     steps: int = knob(30, "denoising steps of a request that names none")
     guidance: float = knob(5.0, "guidance scale of a request that names none; 1 = none")
+    image_guidance: float = knob(
+        1.5, "guidance scale of the given frames, for models of method aid, of a request that names none; 1 = none"
+    )
+    states: StatesConfig = knob(StatesConfig, "for models of method aid: who says the states a storyboard does not")
     max_shots: int = knob(9, "most shots of one storyboard")
     max_frames: int = knob(0, "most pixel frames of one shot; 0 = as many as the model was trained on")
     min_side: int = knob(256, "smaller videos are enlarged by a whole factor to this many pixels a side; 0 = never")
@@ -103,10 +109,10 @@ def server_settings(config: ServeConfig) -> ServerSettings:
 
     from models.codecs import VideoCodec
     from models.folder import load_settings
-    from sample.api import VideoService
-    from sample.generate import largest_scene, starts_from_image
+    from sample.generate import largest_scene, refused_fields, refused_tasks
     from sample.server_settings import ServerSettings
     from sample.video_io import enlarge
+    from sample.video_request import VideoService
 
     described = load_settings(config.model)
     height, width = enlarge(np.empty((0, described.height, described.width, 3), np.uint8), config.min_side).shape[1:3]
@@ -119,7 +125,11 @@ def server_settings(config: ServeConfig) -> ServerSettings:
         frame_step=VideoCodec.frame_step_of(config.model),
         max_frames=config.max_frames or described.frames_per_shot,
         max_shots=min(config.max_shots, largest_scene(described)),
-        first_frame=starts_from_image(described),
+        max_shots_in_turn=config.max_shots,
+        media_width=described.width,
+        media_height=described.height,
+        refused_tasks=refused_tasks(described),
+        refused_fields=refused_fields(described),
         results=config.folder.resolve() / "videos",
         max_queued=config.max_queued,
     )
@@ -129,6 +139,8 @@ def server_settings(config: ServeConfig) -> ServerSettings:
         service=service,
         steps=config.steps,
         guidance=config.guidance,
+        image_guidance=config.image_guidance,
+        states=partial(make_predictor, config.states),
         min_side=config.min_side,
         device=config.device,
         dtype=config.dtype,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from infra.config import ConfigError, load_config
-from sample.storyboard import Storyboard, StoryboardError, StoryboardShot
+from sample.storyboard import Storyboard, StoryboardError
 
 SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -19,9 +19,10 @@ class StoryboardFile:
     storyboards: list[Storyboard] = field(default_factory=list)
 
 
-def load_storyboards(paths: Iterable[Path]) -> list[Storyboard]:
+def load_storyboards(paths: Iterable[Path], frame_step: int = 4) -> list[Storyboard]:
     """All storyboards of the files, and of the files in the folders, in order; names are unique.
 
+    `frame_step` is the model's: a shot holds as many times k frames, and one (`models.codecs.VideoCodec`).
     A storyboard without a name gets its file's, numbered if the file holds several. Media paths are relative to the
     file that names them. Raises ConfigError naming the file and the key.
     """
@@ -33,7 +34,7 @@ def load_storyboards(paths: Iterable[Path]) -> list[Storyboard]:
             if board.name == Storyboard.name:
                 board = replace(board, name=path.stem if len(loaded) == 1 else f"{path.stem}-{index:03d}")
             try:
-                board.validate()
+                board.validate(frame_step=frame_step)
             except StoryboardError as error:
                 raise ConfigError(f"{path}: {error}") from error
             if board.name in origin:
@@ -42,7 +43,7 @@ def load_storyboards(paths: Iterable[Path]) -> list[Storyboard]:
                     "names, so give each its own"
                 )
             origin[board.name] = path
-            boards.append(replace(board, shots=[_resolve_media(shot, path) for shot in board.shots]))
+            boards.append(_resolve_media(board, path))
     return boards
 
 
@@ -78,13 +79,11 @@ def _read(path: Path) -> list[Storyboard]:
     return boards
 
 
-def _resolve_media(shot: StoryboardShot, path: Path) -> StoryboardShot:
-    def found(name: str, value: str) -> str:
+def _resolve_media(board: Storyboard, path: Path) -> Storyboard:
+    def found(field: str, value: str) -> str:
         file = (path.parent / value).resolve()
         if not file.is_file():
-            raise ConfigError(f"{path}: {name}: no such file {file}")
+            raise ConfigError(f"{path}: {field}: no such file {file}")
         return str(file)
 
-    media = {name: found(name, value) for name in ("given", "first_frame") if (value := getattr(shot, name))}
-    references = [replace(one, path=found(one.role, one.path)) for one in shot.references]
-    return replace(shot, **media, references=references)
+    return board.with_media(found)

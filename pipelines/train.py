@@ -44,12 +44,33 @@ class TextDropConfig:
 
 
 @dataclass(kw_only=True)
+class HeldOutConfig:
+    """The loss on scenes that are never trained on, at a few noise levels; off unless `share` or `dataset` is set."""
+
+    share: float = knob(0.0, "share of the dataset's scenes, chosen by their ids, to keep out of training; 0 = none")
+    dataset: Path | None = knob(None, "a second prepared dataset, whose scenes are measured instead")
+    every: int = knob(100, "steps between measurements; the last step is always measured")
+    batches: int = knob(4, "batches of held-out scenes per measurement")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise ValueError(f"held_out.share={self.share}: expected at least 0 and less than 1")
+        if self.share and self.dataset:
+            raise ValueError(f"held_out.share={self.share} and held_out.dataset={self.dataset}: set one of them")
+        if self.every < 1 or self.batches < 1:
+            raise ValueError(f"held_out.every={self.every}, held_out.batches={self.batches}: expected at least 1")
+
+
+@dataclass(kw_only=True)
 class TrainConfig:
     """All that `shotloom train` can be told."""
 
     dataset: Path = required("folder that `shotloom prepare` wrote")
     model: Path = required("model folder to start from")
     run_dir: Path = required("folder of this run; started again on the same folder, a run goes on where it was")
+    expert: Literal["high", "low"] | None = knob(
+        None, "which of a Wan 2.2 A14B's two models to train, each in a run of its own; null = the model has one"
+    )
     method: str = knob("lct", "fvdm, lct, tic_ft, fca or aid")
     method_params: dict[str, Any] = knob({}, "parameters of the method; empty = its defaults")
     shots_per_scene: int = knob(
@@ -76,6 +97,7 @@ class TrainConfig:
     checkpoint_every: int = knob(100, "steps between checkpoints; 0 = only at the end")
     keep_checkpoints: int = knob(2, "how many of the newest to keep")
     log_every: int = knob(10, "steps between lines of metrics.jsonl and TensorBoard")
+    held_out: HeldOutConfig = knob(HeldOutConfig, "measure the loss on scenes that are not trained on")
     lora: LoraConfig = knob(LoraConfig, "low-rank updates instead of all weights")
 
     def __post_init__(self) -> None:
@@ -99,11 +121,16 @@ class TrainResult:
     steps: int
     losses_path: Path  # metrics.jsonl
     checkpoint: Path
+    held_out: dict[str, float]  # the last measurement, {"loss/0.5": ...}; {} if there was none
 
     def summary(self) -> str:
-        """Two lines for the terminal."""
+        """Two lines for the terminal, three with held-out scenes."""
         written = ", ".join(str(folder) for folder in (self.model_dir, self.lora_dir) if folder)
-        return f"Trained to step {self.steps}: {written}\nFigures: tensorboard --logdir {self.losses_path.parent}"
+        lines = [f"Trained to step {self.steps}: {written}"]
+        if self.held_out:
+            figures = ", ".join(f"{name} {value:.4g}" for name, value in self.held_out.items())
+            lines.append(f"Held-out scenes: {figures}")
+        return "\n".join([*lines, f"Figures: tensorboard --logdir {self.losses_path.parent}"])
 
 
 def run_train(
@@ -121,6 +148,7 @@ def run_train(
     """
     from infra.log import progress
     from infra.ray_session import ray_session
+    from train.metrics import last_evaluation
     from train.trainer import fit
     from train.watch import watching
 
@@ -139,6 +167,7 @@ def run_train(
         step,
         run_dir / "metrics.jsonl",
         checkpoint,
+        last_evaluation(run_dir / "metrics.jsonl") if job.held_out else {},
     )
 
 
@@ -148,13 +177,16 @@ def _show(bar: Progress, line: dict[str, Any]) -> None:
 
 def make_job(config: TrainConfig) -> TrainJob:
     """The job of a config; encodes the empty text with the model's encoder."""
-    from models.folder import load_model
+    from models.folder import check_expert, load_model
     from models.text import null_text
-    from train.job import Lora, TrainJob
+    from train.job import HeldOut, Lora, TrainJob
     from train.loop import LoopSettings
     from train.scenes import TextDrop
 
+    check_expert(config.model, config.expert)
     lora, model = config.lora, load_model(config.model, parts=("text",))
+    apart = config.held_out
+    held_out = HeldOut(apart.share, apart.dataset.resolve() if apart.dataset else None, apart.batches)
     return TrainJob(
         model=config.model.resolve(),
         dataset=config.dataset.resolve(),
@@ -169,9 +201,11 @@ def make_job(config: TrainConfig) -> TrainJob:
         text_drop=TextDrop(**vars(config.text_drop)),
         latents=config.latents,
         lora=Lora(lora.rank, lora.alpha, tuple(lora.targets), lora.merge, lora.merge_scale) if lora.rank else None,
+        expert=config.expert,
         parallel=config.parallel,
         activation_checkpointing=config.activation_checkpointing,
         compile_blocks=config.compile,
+        held_out=held_out if apart.share or apart.dataset else None,
         loop=LoopSettings(
             steps=config.steps,
             learning_rate=config.learning_rate,
@@ -186,5 +220,6 @@ def make_job(config: TrainConfig) -> TrainJob:
             checkpoint_every=config.checkpoint_every,
             keep_checkpoints=config.keep_checkpoints,
             log_every=config.log_every,
+            evaluate_every=apart.every if apart.share or apart.dataset else 0,
         ),
     )

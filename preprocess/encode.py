@@ -80,13 +80,13 @@ class Encoder:
             raise Failed("encode", "the VAE gave values that are not finite for a reference")
         return [mean.to("cpu", _DTYPES[dtype]).contiguous() for mean in means]
 
-    def encode_texts(self, scenes: Sequence[Scene], dtype: StoreType) -> dict[str, Tensor]:
-        """Embedding [L,D] of every text of the scenes, each distinct text encoded once.
+    def encode_texts(self, scenes: Sequence[Scene], dtype: StoreType, apart: bool = False) -> dict[str, Tensor]:
+        """Embedding [L,D] of every text of the scenes (see `scene_texts`), each distinct text encoded once.
 
         Raises Failed naming the shot whose story and prompt together are longer than the model reads.
         """
         torch.set_num_threads(self.threads)
-        texts = list(dict.fromkeys(text for scene in scenes for text in scene_texts(scene).values()))
+        texts = list(dict.fromkeys(text for scene in scenes for text in scene_texts(scene, apart).values()))
         for scene in scenes:
             for shot in scene.shots:
                 self._check_length(scene, shot)
@@ -122,7 +122,7 @@ class Encoder:
         }
 
     def source(self, dtype: StoreType) -> LatentSource:
-        return LatentSource(self.codec.hash, self.text.hash, dtype, self.text.style.padded)
+        return LatentSource(self.codec.hash, self.text.hash, dtype, self.text.style.joined)
 
     def _check_length(self, scene: Scene, shot: Shot) -> None:
         together = self.text.parts([scene.story, shot.prompt])
@@ -152,13 +152,18 @@ def encoder_key(path: Path | str) -> str:
     return digest.hexdigest()[:16]
 
 
-def scene_texts(scene: Scene) -> dict[str, str]:
-    """Tensor name -> text, of every text of a scene that is encoded."""
+def scene_texts(scene: Scene, apart: bool = False) -> dict[str, str]:
+    """Tensor name -> text, of every text of a scene that is encoded.
+
+    `apart`: where story and prompt are one text, also each alone, for a global prompt that is a group of its own (LCT).
+    """
     joined = scene.latents is not None and scene.latents.texts_joined
-    texts = {} if joined else {STORY_TEXT: scene.story}
+    texts = {STORY_TEXT: scene.story} if apart or not joined else {}
     for shot in scene.shots:
         prompt = " ".join(text for text in (scene.story, shot.prompt) if text) if joined else shot.prompt
         texts[shot_tensor_key(shot.index, "text")] = prompt
+        if apart and joined:
+            texts[shot_tensor_key(shot.index, "prompt_text")] = shot.prompt
         if shot.sentence:
             texts[shot_tensor_key(shot.index, "sentence_text")] = shot.sentence
     return texts

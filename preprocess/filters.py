@@ -30,7 +30,7 @@ def check_shots(shots: list[RawShot], settings: PrepareSettings) -> None:
     if not any(shot.span_pts for shot in shots):
         longest = max(shot.end_frame - shot.start_frame for shot in shots)
         raise Filtered(
-            "filters",
+            "captions" if settings.cuts == "captions" else "filters",  # other captions, another outcome
             f"no shot is long enough: the longest of {len(shots)} has {longest} source frames, and a shot needs "
             f"{settings.min_shot_frames} at {settings.fps:g} frames/s",
         )

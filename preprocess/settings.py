@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 CaptionBackend = Literal["sidecar", "describe", "sidecar_or_describe"]
+Cuts = Literal["detect", "captions"]
 StoreType = Literal["float32", "float16", "bfloat16"]
 
 # raise when a stage gives other results for the same settings, so that earlier work is done again
 STAGES_VERSION = 1
-_NOT_VISION = ("captions", "seconds_per_video", "states_key", "states_frames")
+_NOT_VISION = ("captions", "seconds_per_video", "states_key", "states_frames", "texts_apart")
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,13 @@ class PrepareSettings:
     max_seconds: float | None = None  # of each video
     min_side: int = 32  # pixels of the shorter side
     min_rate: float = 0.5  # source frames per encoded frame; below it most encoded frames would be repeats
+    cuts: Cuts = "detect"
     captions: CaptionBackend = "sidecar_or_describe"
     dtype: StoreType = "float16"  # of latents and text embeddings
     seconds_per_video: float = 600.0  # time limit for the work on one video
     states_key: str = ""  # of the state predictor (`models.states`); "" = states are not predicted
     states_frames: int = 1  # encoded frames of a shot that the predictor is shown, from the first
+    texts_apart: bool = False  # where story and prompt are encoded as one text, encode each alone, too
 
     def __post_init__(self) -> None:
         for name in ("shot_frames", "states_frames"):
@@ -55,7 +58,7 @@ class PrepareSettings:
 
     def caption_key(self, template_hash: str) -> str:
         states = [self.states_key, self.states_frames] if self.states_key else []
-        return _key([self.captions, template_hash, *states])
+        return _key([self.captions, template_hash, *states, *["texts_apart"] * self.texts_apart])
 
 
 def _key(value: Any) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from preprocess.measure import measure_shot
 from preprocess.probe import VideoInfo
 from preprocess.settings import PrepareSettings
 from preprocess.shots import Boundary, ShotDetector
+
+if TYPE_CHECKING:
+    from preprocess.known_cuts import KnownCuts
 
 
 @dataclass
@@ -44,13 +47,14 @@ def read_shots(
     settings: PrepareSettings,
     scratch: BinaryIO,
     deadline: float | None = None,
+    cuts: KnownCuts | None = None,
 ) -> tuple[list[RawShot], DecodeCount]:
-    """Decode once; find the shots; write the encoded spans, uint8 [n,H,W,3] one after another, to `scratch`.
+    """Decode once; find the shots, or take `cuts`; write the encoded spans, one after another, to `scratch`.
 
-    Shots are gap-free and cover what was read. Raises Failed where decoding fails.
+    A span is uint8 [n,H,W,3]. Shots are gap-free and cover what was read. Raises Failed where decoding fails.
     """
     count = DecodeCount()
-    detector = ShotDetector()
+    detector = cuts or ShotDetector()
     shots = _ShotBuilder(info, settings, scratch)
     window: deque[tuple[Frame, np.ndarray, float]] = deque()
     boundaries: deque[Boundary] = deque()

@@ -29,6 +29,7 @@ from preprocess.captions import caption_scenes, template_hash
 from preprocess.decode import DecodeCount
 from preprocess.encode import Encoder, scene_texts
 from preprocess.filters import check_shots, check_video
+from preprocess.known_cuts import caption_cuts
 from preprocess.outcome import Failed, SetAside, short
 from preprocess.parts import Part, Row, read_part, shot_rows, write_part
 from preprocess.probe import VideoInfo, probe
@@ -129,17 +130,19 @@ def probe_stage(unit: Unit, place: Workplace) -> None:
 def decode_stage(unit: Unit, place: Workplace) -> None:
     """The one decode: shots, and their encoded spans in the scratch file; an earlier result is recalled."""
     assert unit.info is not None
-    wants_pixels = bool(place.settings.states_key)  # a state predictor looks at frames, which an earlier result lacks
-    recalled = recall_scenes(unit.recall, unit.info) if unit.recall and not wants_pixels else None
+    # a state predictor looks at frames, which an earlier result lacks; other captions may have other cuts
+    anew = bool(place.settings.states_key) or place.settings.cuts == "captions"
+    recalled = recall_scenes(unit.recall, unit.info) if unit.recall and not anew else None
     if recalled is not None:
         unit.scenes, unit.shots = recalled
         unit.count = recalled_count(unit.earlier, unit.info)
         return
     unit.recall = {}
+    cuts = caption_cuts(unit.file.captions) if place.settings.cuts == "captions" else None
     deadline = time.monotonic() + place.settings.seconds_per_video
     place.scratch.mkdir(parents=True, exist_ok=True)
     with place.scratch_file(unit).open("wb") as file:
-        unit.shots, unit.count = read_shots(unit.file.path, unit.info, place.settings, file, deadline)
+        unit.shots, unit.count = read_shots(unit.file.path, unit.info, place.settings, file, deadline, cuts)
     check_shots(unit.shots, place.settings)
     unit.scenes = make_scenes(unit.file, unit.sha256, unit.info, unit.shots, place.settings)
 
@@ -155,7 +158,7 @@ def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
     written = [scene for scene in unit.scenes if any(shot.encoded for shot in scene.shots)]
     for scene in written:
         scene.latents = encoder.source(place.settings.dtype)
-    texts = encoder.encode_texts(written, place.settings.dtype)
+    texts = encoder.encode_texts(written, place.settings.dtype, place.settings.texts_apart)
     if encoder.states is not None:
         first = 0
         for scene in unit.scenes:
@@ -176,7 +179,8 @@ def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
             shots = unit.shots[first : first + len(scene.shots)]
             first += len(scene.shots)
             if scene in written:
-                tensors = {name: texts[text].clone() for name, text in scene_texts(scene).items()}
+                named = scene_texts(scene, place.settings.texts_apart)
+                tensors = {name: texts[text].clone() for name, text in named.items()}
                 tensors |= encoder.encode_states(scene, place.settings.dtype)
                 if scene.scene_id in unit.recall:
                     tensors |= recall_latents(unit.recall[scene.scene_id], scene.scene_id)

@@ -13,7 +13,6 @@ from models.codecs import to_video
 from models.layout import ClipLayout
 from models.states import StatePredictor, encode_states, fit_states, instruction_of
 from models.text import TextContext, pack_text
-from sample.given import where
 from sample.storyboard import Storyboard, StoryboardError, StoryboardShot
 
 if TYPE_CHECKING:
@@ -22,23 +21,32 @@ if TYPE_CHECKING:
 
 
 def encode_texts(
-    storyboards: Sequence[Storyboard], layout: ClipLayout, model: Model, text: str
+    storyboards: Sequence[Storyboard], layout: ClipLayout, model: Model, text: str, story_group: bool = False
 ) -> tuple[TextContext, TextContext]:
-    """The contexts of all shots [B, G, L, D] and those of the null branch."""
+    """The contexts of all shots [B, G, L, D] and those of the null branch.
+
+    `story_group`: the story is the last context, and the shots' are their prompts alone (`models.layout.with_story`).
+    """
     rows, nulls = [], []
     for board in storyboards:
         own = []
         for index, shot in enumerate(board.shots):
             try:
-                own.append(encode_context(shot_texts(board, shot, text), model))
+                said = [shot.prompt or shot.sentence] if story_group else shot_texts(board, shot, text)
+                own.append(encode_context(said, model))
             except ValueError as error:
-                raise StoryboardError(f"{where(board, index)}: {error}", f"shots.{index}.prompt") from error
+                raise StoryboardError(f"{board.where(index)}: {error}", f"shots.{index}.prompt") from error
+        if story_group:
+            try:
+                own.append(encode_context([board.story], model))
+            except ValueError as error:
+                raise StoryboardError(f"storyboard {board.name!r}: story: {error}", "story") from error
         try:
             null = encode_context([board.negative], model)
         except ValueError as error:
             raise StoryboardError(f"storyboard {board.name!r}: negative: {error}", "negative") from error
         rows.append(torch.stack(own))
-        nulls.append(null.expand(len(board.shots), -1, -1))
+        nulls.append(null.expand(len(own), -1, -1))
     contexts, null_contexts = (TextContext(torch.stack(texts), layout.text_ids) for texts in (rows, nulls))
     to = model.device, model.backbone.dtype
     return contexts.to(*to), null_contexts.to(*to)
@@ -50,9 +58,7 @@ def image_contexts(
     """For a model that reads images: the first frame's embedding as the context of the one shot, and none."""
     first = media[0]
     if first is None:
-        raise StoryboardError(
-            f"{where(storyboards[0], 0)}: this model starts from a first_frame", "shots.0.first_frame"
-        )
+        raise StoryboardError(f"{storyboards[0].where(0)}: this model starts from a first_frame", "shots.0.first_frame")
     image = to_video([first[:1]])[:, :, 0]  # [1, 3, H, W]
     found = TextContext(model.image_encoder.encode(image)[None].expand(len(storyboards), -1, -1, -1), layout.text_ids)
     to = model.device, model.backbone.dtype
@@ -80,13 +86,31 @@ def states_of(
             if len(said) > method.most_states:
                 raise ValueError(f"{len(said)} states; this model reads {method.most_states}")
         except (ValueError, RuntimeError) as error:
-            raise StoryboardError(f"{where(board, 0)}: states: {error}", "shots.0.states") from error
+            raise StoryboardError(f"{board.where(0)}: states: {error}", "shots.0.states") from error
         rows.append(encode_states(fit_states(said, instruction, method.most_states), model.text))
     rows.append(encode_states([""], model.text))
     shape = (method.most_states, max(row.shape[1] for row in rows))
     padded = [torch.nn.functional.pad(r, (0, 0, 0, shape[1] - r.shape[1], 0, shape[0] - len(r))) for r in rows]
     *found, null = (row.to(model.device, model.backbone.dtype) for row in padded)
     return {"states": (torch.stack(found), null.expand(len(found), -1, -1, -1))}
+
+
+def labels_of(storyboards: Sequence[Storyboard], method: Method) -> Tensor | None:
+    """The class of each storyboard's one shot, long [B], -1 where it has none; None of a model that is told none."""
+    classes = method.classes
+    for board in storyboards:
+        for index, shot in enumerate(board.shots):
+            problem = ""
+            if classes is None:
+                problem = "" if shot.label is None else f"label={shot.label}; this model reads words: write a prompt"
+            elif not shot.given and (shot.label is None or shot.label >= classes):
+                known = f"a class, 0 to {classes - 1}, or -1 for none" if classes else "-1, no class"
+                problem = f"label={shot.label}; this model reads no words: give {known}"
+            elif board.story or board.negative:
+                problem = "this model reads no words; leave story and negative out"
+            if problem:
+                raise StoryboardError(f"{board.where(index)}: {problem}", f"shots.{index}.label")
+    return None if classes is None else torch.tensor([board.shots[0].label for board in storyboards])
 
 
 def encode_context(texts: list[str], model: Model) -> Tensor:

@@ -2,8 +2,9 @@
 
 A scene is made as one clip whose shots see one another, or shot by shot behind a cache of earlier ones (LCT,
 2503.10589); a shot with references as one clip that begins with them and ends with what is kept (TIC-FT, 2506.00996;
-LCT's compositions); or with `independent=True` shot by shot from the same texts and the same start noise, which is the
-baseline that a scene model has to beat. Every shot is decoded alone, as it was encoded in training.
+LCT's compositions); a shot longer than a clip as overlapping clips (FVDM, 2410.03160); or with `independent=True` shot
+by shot from the same texts and the same start noise, which is the baseline that a scene model has to beat. Every shot
+is decoded alone, as it was encoded in training.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -19,14 +20,22 @@ from torch import Tensor
 
 from models.backbones.base import require
 from models.codecs import to_frames
-from models.layout import ClipLayout, drop_frames, shots_layout
+from models.layout import ClipLayout, drop_frames, shots_layout, with_story
 from models.methods import get_method
 from models.noise import base_levels
 from models.scene import MAX_HISTORY
 from models.solvers import SolverName
 from models.states import StatePredictor
-from sample.contexts import encode_texts, image_contexts, states_of
-from sample.given import encode_media, latent_size, load_media, load_references, num_latent_frames, where
+from sample.contexts import encode_texts, image_contexts, labels_of, states_of
+from sample.frame_tasks import (
+    check_given_frames,
+    layout_of_frame_task,
+    layout_of_given_frames,
+    plan_of,
+    sample_long_video,
+)
+from sample.given import encode_media, latent_size, load_media, load_references, num_latent_frames
+from sample.given_frames import PlacedClip, load_given_frames
 from sample.guidance import Guidance
 from sample.rollout import RolloutShot, rollout
 from sample.sampler import Callback, sample
@@ -36,7 +45,6 @@ if TYPE_CHECKING:
     from models.folder import Model, ModelSettings
     from models.methods import Method
 
-NEEDS_FRAMES = ("edit", "noisy_frames")  # tasks that are told which frames are remade
 MAX_SHOTS = 9  # LCT trains on scenes of up to nine shots
 
 
@@ -109,29 +117,31 @@ def generate_scenes(
         raise ValueError(f"a batch needs storyboards of one shape, got {len(shapes)}: {sorted(map(str, shapes))}")
 
     first = storyboards[0]  # stands for all where only the shape matters
+    method = get_method(model.settings.method, **model.settings.method_params)
     sequence = first.task or settings.task
     for board in storyboards:
         board.check_sequence(sequence)
+    labels = labels_of(storyboards, method)
     if sequence in ("autoregressive", "extension"):
         return _generate_in_turn(model, storyboards, settings, seeds, sequence, callback)
+    check_given_frames(method, first)
     media = [load_media(first, index, model) for index in range(len(first.shots))]
-    method = get_method(model.settings.method, **model.settings.method_params)
+    placed = [clip for index in range(len(first.shots)) for clip in load_given_frames(first, index, model)]
     references = load_references(first, method, model)
-    layout, task = _layout(method, first, media, references, model)
+    layout, task = _layout(method, first, media, references, placed, model)
+    if story_apart := method.story_group and settings.text == "scene" and bool(first.story):
+        layout = with_story(layout)
     levels = base_levels(settings.steps, shift=model.settings.level_shift)
     if model.reads_images:
         text, null = image_contexts(storyboards, media, layout, model)
     else:
-        text, null = encode_texts(storyboards, layout, model, settings.text)
+        text, null = encode_texts(storyboards, layout, model, settings.text, story_apart)
     read = states_of(storyboards, media, method, model, states)
     shape = (len(storyboards), model.codec.latent_channels, layout.num_frames, *latent_size(model))
-    given = encode_media(media, references, layout, model, len(storyboards))
+    given = encode_media(media, references, layout, model, len(storyboards), placed)
+    clean = (torch.zeros(shape) if given is None else given).to(text.embeddings)
     scales = {"text": settings.guidance, "image": settings.image_guidance}
-    latents = sample(
-        model.backbone,
-        layout,
-        _plan(method, layout, levels, task, first).to(text.embeddings.device),
-        text,
+    options: dict[str, Any] = dict(
         shape=shape,
         generator=[
             shot_generators(board, seed, len(references)) for board, seed in zip(storyboards, seeds, strict=True)
@@ -139,29 +149,41 @@ def generate_scenes(
         given=given,
         guidance=Guidance([(name, scales[name]) for name in method.guided], method.guided),
         null={"text": null} | {name: value for name, (_, value) in read.items()},
-        model_levels=method.model_levels,
-        conditions=method.conditions((torch.zeros(shape) if given is None else given).to(text.embeddings), layout)
-        | {name: value for name, (value, _) in read.items()},
-        prepare=partial(method.prepare, model.backbone, layout),
+        conditions=method.conditions(clean, layout, labels) | {name: value for name, (value, _) in read.items()},
         solver=settings.solver,
         callback=callback,
-        **method.backbone_kwargs(layout),
     )
+    if task == "long_video":
+        latents = sample_long_video(method, layout, levels, text, first, model, options)
+    else:
+        latents = sample(
+            model.backbone,
+            layout,
+            plan_of(method, layout, levels, task, first).to(text.embeddings.device),
+            text,
+            model_levels=method.model_levels,
+            prepare=partial(method.prepare, model.backbone, layout),
+            **options,
+            **method.backbone_kwargs(layout),
+        )
     if method.puts_given_back and given is not None:
         latents[:, :, : method.first_frames] = given[:, :, : method.first_frames].to(latents)
-    seen_first = sum(num_latent_frames(model, pixels) for pixels in references)
+    seen_first = story_apart + sum(num_latent_frames(model, pixels) for pixels in references)
     return [_to_clip(one[:, seen_first:], drop_frames(layout, seen_first), first, media, model) for one in latents]
 
 
 def scene_shape(storyboard: Storyboard, described: ModelSettings) -> tuple[tuple[Any, ...], ...]:
     """What storyboards of one batch share: how they are made, the length of each shot and what it is given and sees."""
-    return (storyboard.task, storyboard.history, repr(storyboard.plan)), *(
+    method = get_method(described.method, **described.method_params)
+    made = (storyboard.task, storyboard.history, repr(storyboard.plan), method.story_group and bool(storyboard.story))
+    return made, *(
         (
             shot.frames or described.frames_per_shot,
             shot.given,
             shot.first_frame,
             None if shot.history is None else tuple(shot.history),
             *((one.role, one.path) for one in shot.references),
+            *((one.path, one.at, one.start, one.frames) for one in shot.given_frames),
         )
         for shot in storyboard.shots
     )
@@ -175,6 +197,37 @@ def largest_scene(described: ModelSettings) -> int:
 def starts_from_image(described: ModelSettings) -> bool:
     """Whether a shot can start from a given first frame."""
     return not {"i2v", "tvp"}.isdisjoint(get_method(described.method, **described.method_params).tasks)
+
+
+def refused_tasks(described: ModelSettings) -> dict[str, str]:
+    """The tasks of a storyboard that a model of these settings cannot do, each with the reason."""
+    method, refused = get_method(described.method, **described.method_params), {}
+    for task in get_args(Task):
+        try:
+            check_task(task, described)
+        except ValueError as error:
+            refused[task] = str(error)
+    for task in FRAME_TASKS:
+        try:
+            method.check_task(task)
+        except ValueError as error:
+            refused[task] = f"task={task}: {error}"
+    return refused
+
+
+def refused_fields(described: ModelSettings) -> dict[str, str]:
+    """The fields of a storyboard's shots that a model of these settings has no use for, each with the reason."""
+    method = get_method(described.method, **described.method_params)
+    kind = f"a model of method {method.name!r}"
+    refused = {
+        "given": (f"{kind} cannot see given shots", "shot_conditioned" in method.tasks),
+        "first_frame": (f"{kind} cannot start from an image", starts_from_image(described)),
+        "given_frames": (f"{kind} holds no frames of a shot", "any_frame" in method.tasks),
+        "references": (f"{kind} reads no references", method.reads_references or "composition" in method.tasks),
+        "states": (f"{kind} reads no states", method.most_states > 0),
+        "label": (f"{kind} without method_params.labels knows no classes", method.classes is not None),
+    }
+    return {name: reason for name, (reason, has) in refused.items() if not has}
 
 
 def check_task(task: Task, described: ModelSettings) -> None:
@@ -295,12 +348,15 @@ def _layout(
     storyboard: Storyboard,
     media: list[np.ndarray | None],
     references: list[np.ndarray],
+    placed: list[PlacedClip],
     model: Model,
 ) -> tuple[ClipLayout, str]:
     """How the model's method lays out what the storyboard asks for, and the task's name."""
     shots = storyboard.shots
     if storyboard.task in FRAME_TASKS:
-        return _layout_of_frame_task(method, storyboard, media, model), storyboard.task
+        return layout_of_frame_task(method, storyboard, media[0], placed, model), storyboard.task
+    if placed:
+        return layout_of_given_frames(method, storyboard, placed, model), "any_frame"
     if references:
         task = method.task_of([one.role for one in shots[0].references])
         target = model.codec.num_latent_frames(shots[0].frames or model.settings.frames_per_shot)
@@ -315,7 +371,7 @@ def _layout(
         index, field = (given[0], "given") if given else (started[0], "first_frame") if started else (0, "prompt")
         hint = "; independent=true makes every shot by itself" if many and not given else ""
         raise StoryboardError(
-            f"{where(storyboard, index)}: a model of method {method.name!r} cannot make {len(shots)} shots in one "
+            f"{storyboard.where(index)}: a model of method {method.name!r} cannot make {len(shots)} shots in one "
             f"scene with {len(given)} given shots and {len(started)} given first frames (its tasks: "
             f"{', '.join(method.tasks)}){hint}",
             f"shots.{index}.{field}",
@@ -325,34 +381,7 @@ def _layout(
         return method.layout_for_task(task, latent_frames, **({"given_shots": given} if given else {})), task
     except ValueError as error:
         index = given[-1] if given else 0
-        raise StoryboardError(f"{where(storyboard, index)}: {error}", f"shots.{index}.given") from error
-
-
-def _layout_of_frame_task(
-    method: Method, storyboard: Storyboard, media: list[np.ndarray | None], model: Model
-) -> ClipLayout:
-    """One shot whose frames start or end at different levels; see `sample.storyboard.FrameTask`."""
-    task, pixels = storyboard.task or "", media[0]
-    length = storyboard.shots[0].frames or model.settings.frames_per_shot
-    frames = model.codec.num_latent_frames(len(pixels) if task == "edit" and pixels is not None else length)
-    givens: dict[str, Any] = {"frames": range(frames) if task == "edit" else [0]} if task in NEEDS_FRAMES else {}
-    if task == "diagonal" and pixels is not None:
-        givens = {"head": num_latent_frames(model, pixels)}
-    try:
-        method.check_task(task)
-        return method.layout_for_task(task, [frames], **givens)
-    except ValueError as error:
-        raise StoryboardError(f"storyboard {storyboard.name!r}: task={task}: {error}", "task") from error
-
-
-def _plan(method: Method, layout: ClipLayout, levels: Tensor, task: str, storyboard: Storyboard) -> Tensor:
-    """The plan of a task with the storyboard's options for it."""
-    if not storyboard.plan:
-        return method.plan(layout, levels, task)
-    try:
-        return method.plan(layout, levels, task, **storyboard.plan)
-    except (ValueError, TypeError) as error:  # an option of another task, of no task, or of a wrong type
-        raise StoryboardError(f"storyboard {storyboard.name!r}: plan={storyboard.plan}: {error}", "plan") from error
+        raise StoryboardError(f"{storyboard.where(index)}: {error}", f"shots.{index}.given") from error
 
 
 def _shot_frames(storyboard: Storyboard, media: list[np.ndarray | None], model: Model) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,14 +13,14 @@ from models.codecs import to_video
 from models.layout import ClipLayout
 from models.methods import get_method
 from models.scene import IMAGE_ROLES
-from sample.storyboard import Storyboard, StoryboardError
+from sample.given_frames import PlacedClip
+from sample.shot import is_image
+from sample.storyboard import FROM_IMAGE, Storyboard, StoryboardError
 from sample.video_io import fit_frames, read_image, read_video
 
 if TYPE_CHECKING:
     from models.folder import Model
     from models.methods import Method
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 def load_media(storyboard: Storyboard, index: int, model: Model) -> np.ndarray | None:
@@ -35,15 +35,15 @@ def load_media(storyboard: Storyboard, index: int, model: Model) -> np.ndarray |
     length = shot.frames or model.settings.frames_per_shot
     whole = storyboard.task == "edit"
     try:
-        image = Path(path).suffix.lower() in IMAGE_SUFFIXES
+        image = is_image(path)
         frames = (
             read_image(path)[None] if image or (shot.first_frame and start == 1 and not whole) else read_video(path)[0]
         )
         if shot.first_frame and len(frames) < start:
             raise ValueError(f"holds {len(frames)} frames, but this model starts from {start}; give a longer video")
     except ValueError as error:
-        raise StoryboardError(f"{where(storyboard, index)}: {field}: {error}", f"shots.{index}.{field}") from error
-    if storyboard.task in ("progressive", "progressive_min"):  # every frame starts from the image
+        raise StoryboardError(f"{storyboard.where(index)}: {field}: {error}", f"shots.{index}.{field}") from error
+    if storyboard.task in FROM_IMAGE:  # every frame starts from the image
         frames, start = frames[:1].repeat(length, axis=0), length
     longest = start if shot.first_frame and not whole else length
     step = model.codec.frame_step
@@ -69,9 +69,7 @@ def load_references(storyboard: Storyboard, method: Method, model: Model) -> lis
             lengths.append(None if image else (longest - 1) // step * step // stride + 1)
         latent_frames = method.condition_frames([one.role for _, one in wanted], lengths)
     except ValueError as error:
-        raise StoryboardError(
-            f"{where(storyboard, index)}: references: {error}", f"shots.{index}.references"
-        ) from error
+        raise StoryboardError(f"{storyboard.where(index)}: references: {error}", f"shots.{index}.references") from error
     references = []
     for clip, frames in zip(clips, latent_frames, strict=True):
         at = np.minimum(np.arange(stride * (frames - 1) + 1), len(clip) - 1)  # an image stands still
@@ -80,21 +78,33 @@ def load_references(storyboard: Storyboard, method: Method, model: Model) -> lis
 
 
 def encode_media(
-    media: list[np.ndarray | None], references: list[np.ndarray], layout: ClipLayout, model: Model, batch: int
+    media: list[np.ndarray | None],
+    references: list[np.ndarray],
+    layout: ClipLayout,
+    model: Model,
+    batch: int,
+    placed: Sequence[PlacedClip] = (),  # of the only shot
 ) -> Tensor | None:
-    """Normalised latents [B, C, F, H, W] of the given frames, each shot or reference encoded alone; zero elsewhere."""
-    starts = [] if references else [frames.start for frames in layout.shot_slices]  # references go with no media
-    clips = [(start, pixels) for start, pixels in zip(starts, media, strict=False) if pixels is not None]
-    at = 0
+    """Normalised latents [B, C, F, H, W] of the given frames, each clip of them encoded alone; zero elsewhere."""
+    dummies = layout.is_dummy.tolist()
+    shots = [frames.start for frames in layout.shot_slices if not dummies[frames.start]]
+    starts = [] if references else shots  # references go with no media
+    clips = [
+        PlacedClip(start, num_latent_frames(model, pixels), pixels)
+        for start, pixels in zip(starts, media, strict=False)
+        if pixels is not None
+    ]
+    at = shots[0]
     for pixels in references:
-        clips.append((at, pixels))
-        at += num_latent_frames(model, pixels)
+        clips.append(PlacedClip(at, num_latent_frames(model, pixels), pixels))
+        at += clips[-1].count
+    clips += placed
     if not clips:
         return None
     given = torch.zeros(model.codec.latent_channels, layout.num_frames, *latent_size(model))
-    for start, pixels in clips:
-        latents = model.codec.normalize(model.codec.encode(to_video([pixels]))[0])[0]
-        given[:, start : start + latents.shape[1]] = latents.cpu()
+    for clip in clips:
+        latents = model.codec.normalize(model.codec.encode(to_video([clip.pixels]))[0])[0]
+        given[:, clip.start : clip.start + clip.count] = latents[:, -clip.count :].cpu()
     return given.expand(batch, -1, -1, -1, -1)
 
 
@@ -104,7 +114,3 @@ def num_latent_frames(model: Model, pixels: np.ndarray) -> int:
 
 def latent_size(model: Model) -> tuple[int, int]:
     return model.settings.height // model.codec.spatial_stride, model.settings.width // model.codec.spatial_stride
-
-
-def where(storyboard: Storyboard, index: int) -> str:
-    return f"storyboard {storyboard.name!r}, shot {index}"

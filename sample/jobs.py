@@ -14,7 +14,7 @@ import json
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,12 @@ CREATE TABLE IF NOT EXISTS jobs (
     result TEXT,                               -- file name, relative to the service's folder
     error_code TEXT,
     error_message TEXT
+);
+CREATE TABLE IF NOT EXISTS media (               -- what a job is given; it goes when the job ends
+    job TEXT NOT NULL,
+    name TEXT NOT NULL,                        -- file name, as the request has it
+    data BLOB NOT NULL,
+    PRIMARY KEY (job, name)
 );
 CREATE INDEX IF NOT EXISTS jobs_by_status ON jobs (status, number);
 CREATE INDEX IF NOT EXISTS jobs_by_body ON jobs (body_hash, created_at);
@@ -109,14 +115,18 @@ class JobStore:
         self.clock = clock
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._connect() as db:
+            db.execute("PRAGMA auto_vacuum=FULL")  # of a new file: the room of media is given back
             db.execute("PRAGMA journal_mode=WAL")
             db.executescript(SCHEMA)
 
     # -- clients ---------------------------------------------------------------------------------------------------
 
-    def create(self, request: dict[str, Any], key: str | None = None) -> tuple[Job, bool]:
+    def create(
+        self, request: dict[str, Any], key: str | None = None, media: Mapping[str, bytes] | None = None
+    ) -> tuple[Job, bool]:
         """A new queued job, or the one an earlier equal call made: (job, whether it is new).
 
+        `media`: files that the request names; names must tell contents apart, since equal requests are one.
         With `key`: the same key within `key_s` gives the same job; with another body it raises KeyReused.
         Without: an equal body within `dedupe_s` gives the same job, unless that one failed.
         """
@@ -145,12 +155,21 @@ class JobStore:
                 "VALUES (?, ?, ?, ?, ?, 'queued')",
                 (job_id, now, digest, key, body),
             )
+            db.executemany(
+                "INSERT INTO media (job, name, data) VALUES (?, ?, ?)",
+                [(job_id, name, data) for name, data in (media or {}).items()],
+            )
             return _job(self._row(db, job_id)), True
 
     def get(self, job_id: str) -> Job | None:
         with self._connect() as db:
             row = self._one(db, "id = ?", job_id)
         return None if row is None else _job(row)
+
+    def media(self, job_id: str) -> dict[str, bytes]:
+        """The files of an unfinished job, by name."""
+        with self._connect() as db:
+            return dict(db.execute("SELECT name, data FROM media WHERE job = ?", (job_id,)).fetchall())
 
     def page(
         self, *, after: str | None = None, limit: int = 20, order: Literal["asc", "desc"] = "desc"
@@ -317,6 +336,7 @@ class JobStore:
             "lease_until = NULL, progress = CASE WHEN ? = 'completed' THEN 100 ELSE progress END WHERE id = ?",
             (status, result, code, message, self.clock(), status, job_id),
         )
+        db.execute("DELETE FROM media WHERE job = ?", (job_id,))
 
 
 def _job(row: sqlite3.Row) -> Job:

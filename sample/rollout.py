@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from models.backbones.base import Backbone, require
-from models.kv_cache import KVCache
 from models.layout import ClipLayout, Segment
 from models.solvers import SolverName
 from models.text import TextContext
@@ -85,7 +84,7 @@ def _run(
     total = steps * sum(shot.given is None for shot in shots)
     last_reader = {j: index for index, shot in enumerate(shots) if shot.given is None for j in shot.history}
     pool: dict[int, tuple[Tensor, Tensor]] = {}  # finished shots that are still seen: latents, and noise as history
-    cache = KVCache()
+    cache = backbone.new_cache()
     cached: tuple[int, ...] = ()  # the shots in it
     for index, (shot, layout) in enumerate(zip(shots, layouts, strict=True)):
         if shot.given is not None:

@@ -73,6 +73,7 @@ def sample(
         )
     noise = draw_noise(layout, shape, generator).to(plan.device)
     source = torch.zeros_like(noise) if given is None else given.to(noise)
+    source = source.masked_fill(layout.is_dummy.to(noise.device).view(-1, 1, 1), 0.0)
     from_nothing = (plan[0] == 1).view(-1, 1, 1)  # [F, 1, 1]
     x = torch.where(from_nothing, process.pure_noise(noise), process.add_noise(source, noise, plan[0]))
     stepper = make_solver(solver, process, lambda: draw_noise(layout, shape, generator))
@@ -97,7 +98,8 @@ def draw_noise(layout: ClipLayout, shape: tuple[int, int, int, int, int], genera
     """Start noise [B, C, F, H, W], drawn segment by segment.
 
     With a generator per sample no sample's noise depends on its batch neighbours; with one per sample and shot no
-    shot's noise depends on the other shots either, so a shot alone and in its scene starts from the same noise.
+    shot's noise depends on the other shots either, so a shot alone and in its scene starts from the same noise. Dummy
+    frames have none.
     """
     batch, channels, _, height, width = shape
     if not isinstance(generator, torch.Generator) and len(generator) != batch:
@@ -107,8 +109,12 @@ def draw_noise(layout: ClipLayout, shape: tuple[int, int, int, int, int], genera
         own = generator if isinstance(generator, torch.Generator) else generator[b]
         parts = []
         for segment in layout.segments:
-            source = own if isinstance(own, torch.Generator) else own[segment.shot_id]
             size = (channels, segment.num_frames, height, width)
+            if segment.role == "dummy":
+                device = (own if isinstance(own, torch.Generator) else own[0]).device
+                parts.append(torch.zeros(size, device=device))
+                continue
+            source = own if isinstance(own, torch.Generator) else own[segment.shot_id]
             parts.append(torch.randn(size, generator=source, device=source.device, dtype=torch.float32))
         rows.append(torch.cat(parts, dim=1))
     return torch.stack(rows)
@@ -140,7 +146,8 @@ def _check(layout: ClipLayout, plan: Tensor, shape: tuple[int, ...], given: Tens
         raise ValueError(f"shape {shape} has {shape[2]} latent frames, the layout {layout.num_frames}")
     if (plan[1:] > plan[:-1]).any() or plan.min() < 0 or plan.max() > 1:
         raise ValueError("plan levels must lie in [0, 1] and never rise from one row to the next")
-    needs_source = [f for f, level in enumerate(plan[0].tolist()) if level < 1]
+    dummies = layout.is_dummy.tolist()
+    needs_source = [f for f, level in enumerate(plan[0].tolist()) if level < 1 and not dummies[f]]
     if given is None and needs_source:
         raise ValueError(f"plan starts latent frames {needs_source} below level 1, so `given` must hold their latents")
     if given is not None and tuple(given.shape) != tuple(shape):

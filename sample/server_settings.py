@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sample.api import VideoService
 from sample.jobs import JobStore
+from sample.video_request import VideoService
+
+if TYPE_CHECKING:
+    from models.states import StatePredictor
 
 
 @dataclass(frozen=True)
@@ -18,6 +23,8 @@ class ServerSettings:
     service: VideoService
     steps: int = 30  # of requests that name none, as the next
     guidance: float = 5.0
+    image_guidance: float = 1.5
+    states: Callable[[], StatePredictor | None] | None = None  # opens the predictor of states; runs in each replica
     min_side: int = 0  # smaller videos are enlarged to this
     device: str = "cpu"
     dtype: str = "float32"

@@ -5,43 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from models.scene import CUT_MARKER, MAX_HISTORY, Reference
+from sample.shot import GivenFrames, StoryboardError, StoryboardShot
 
 # auto: all shots at once, as their media ask. autoregressive: one after another, each seeing earlier ones (LCT).
 # extension: likewise, as one shot that goes on.
 Task = Literal["auto", "autoregressive", "extension"]
-# of a shot by itself (FVDM): a clip noised part of the way and made anew, a first frame likewise, a clip that grows out
-# of an image, frames that follow one another
-FrameTask = Literal["edit", "noisy_frames", "progressive", "progressive_min", "diagonal"]
+# of a shot by itself (FVDM): a clip noised part of the way and made anew, given frames likewise, a clip that grows out
+# of an image, frames that follow one another, a shot longer than the model's clips
+FrameTask = Literal["edit", "noisy_frames", "progressive", "progressive_min", "diagonal", "long_video"]
 FRAME_TASKS: tuple[str, ...] = get_args(FrameTask)
+FROM_IMAGE = ("progressive", "progressive_min")  # all frames start from one image
+FROM_NOTHING = ("diagonal", "long_video")  # nothing need be given
+
+PATHS = ("given", "first_frame")  # fields of a shot that are the path of an image or video
+LISTS_OF_PATHS = ("given_frames", "references")  # fields of a shot whose entries have such a `path`
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
-class StoryboardError(ValueError):
-    """A storyboard that cannot be generated; the message names the storyboard, the shot, the field and the fix."""
-
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param  # dotted path of the field, such as "shots.1.frames"
-
-
-@dataclass
-class StoryboardShot:
-    """One shot. `prompt` is read together with the story, `sentence` stands alone; at least one is needed."""
-
-    prompt: str = ""
-    sentence: str = ""
-    frames: int | None = None  # pixel frames, 4k+1; None: as many as the model was trained on
-    seed: int | None = None  # None: derived from the storyboard's seed and the shot's index
-    given: str = ""  # path of an image or video that is this shot: the model sees it, does not make it
-    first_frame: str = ""  # path of an image (of a video, for models told so) that this shot starts from
-    states: list[str] = field(default_factory=list)  # for aid: what it goes through, in order; empty = predicted
-    references: list[Reference] = field(default_factory=list)  # seen before the shot, and no part of it
-    history: list[int] | None = None  # the earlier shots that this one sees, counted from 0; None: the storyboard's
 
 
 @dataclass
@@ -54,7 +38,7 @@ class Storyboard:
     negative: str = ""  # what the null branch of guidance reads instead of an empty text
     seed: int | None = None  # None: derived from the run's seed and the name
     task: Literal[Task, FrameTask] | None = None  # None: the run's
-    plan: dict[str, Any] = field(default_factory=dict)  # options of a `FrameTask`, such as {edit_level: 0.6}
+    plan: dict[str, Any] = field(default_factory=dict)  # of a `FrameTask` or of given frames, such as {edit_level: 0.6}
     history: int | None = None  # how many earlier shots a shot sees, the nearest ones; None: the run's
 
     def validate(self, *, frame_step: int = 4, max_shots: int | None = None) -> None:
@@ -72,28 +56,11 @@ class Storyboard:
                 f"storyboard {self.name!r} has {len(self.shots)} shots; at most {max_shots} are made at once", "shots"
             )
         for index, shot in enumerate(self.shots):
-            where = f"storyboard {self.name!r}, shot {index}"
-            if not (shot.prompt.strip() or shot.sentence.strip()):
-                raise StoryboardError(
-                    f"{where}: prompt and sentence are both empty; write one", f"shots.{index}.prompt"
-                )
-            if shot.frames is not None and (shot.frames < 1 or (shot.frames - 1) % frame_step):
-                near = nearest_frames(shot.frames, frame_step)
-                raise StoryboardError(
-                    f"{where}: frames={shot.frames}; a shot holds {frame_step}k+1 frames, the nearest is {near}",
-                    f"shots.{index}.frames",
-                )
-            if shot.given and shot.first_frame:
-                raise StoryboardError(
-                    f"{where}: both given and first_frame are set; give the whole shot or its first frame",
-                    f"shots.{index}.first_frame",
-                )
-            if shot.references and (shot.given or shot.first_frame):
-                raise StoryboardError(
-                    f"{where}: references stand before a shot that is made whole; leave given and first_frame out",
-                    f"shots.{index}.references",
-                )
-            self._validate_history(index)
+            shot.validate(self.where(index), index, frame_step)
+        seeds = [("seed", self.seed), *((f"shots.{index}.seed", shot.seed) for index, shot in enumerate(self.shots))]
+        for name, seed in seeds:
+            if seed is not None and not 0 <= seed < 2**63:
+                raise StoryboardError(f"storyboard {self.name!r}: {name}={seed}; give 0 to 2**63 - 1", name)
         if self.history is not None and not 1 <= self.history <= MAX_HISTORY:
             raise StoryboardError(
                 f"storyboard {self.name!r}: history={self.history}; a shot sees 1 to {MAX_HISTORY} earlier shots",
@@ -104,26 +71,18 @@ class Storyboard:
                 f"storyboard {self.name!r}: every shot is given, so there is nothing to make", "shots"
             )
 
-    def _validate_history(self, index: int) -> None:
-        chosen = self.shots[index].history
-        if chosen is None:
-            return
-        where = f"storyboard {self.name!r}, shot {index}: history={chosen}"
-        if self.shots[index].given:
-            raise StoryboardError(f"{where}; a given shot is not made, so it sees none", f"shots.{index}.history")
-        if not set(chosen) <= set(range(index)) or len(set(chosen)) != len(chosen):
-            known = f"0 to {index - 1}, each once" if index else "none before the first"
-            raise StoryboardError(f"{where}; give numbers of earlier shots: {known}", f"shots.{index}.history")
-        if len(chosen) > MAX_HISTORY:
-            raise StoryboardError(f"{where}; a shot sees at most {MAX_HISTORY}", f"shots.{index}.history")
+    def where(self, index: int) -> str:
+        """How errors name a shot."""
+        return f"storyboard {self.name!r}, shot {index}"
 
     def check_sequence(self, task: str) -> None:
         """Raise StoryboardError where the storyboard does not fit how its shots are made: see `Task`, `FrameTask`."""
         if task in FRAME_TASKS:
             self._check_frame_task(task)
-        elif self.plan:
+        elif self.plan and not any(shot.given_frames for shot in self.shots):
             raise StoryboardError(
-                f"storyboard {self.name!r}: plan={self.plan} is for a task of {', '.join(FRAME_TASKS)}; leave it out",
+                f"storyboard {self.name!r}: plan={self.plan} is for a task of {', '.join(FRAME_TASKS)} and for "
+                "given_frames; leave it out",
                 "plan",
             )
         if task == "auto" or task in FRAME_TASKS:
@@ -138,8 +97,8 @@ class Storyboard:
                     )
             return
         for index, shot in enumerate(self.shots):
-            where = f"storyboard {self.name!r}, shot {index}"
-            for name in ("references", "first_frame"):
+            where = self.where(index)
+            for name in ("references", "first_frame", "given_frames"):
                 if getattr(shot, name):
                     raise StoryboardError(
                         f"{where}: {name} does not go with task {task}; give an image or a video as a shot of its own "
@@ -160,10 +119,18 @@ class Storyboard:
         (shot,) = self.shots
         for name in ("given", "references"):
             if getattr(shot, name):
-                raise StoryboardError(f"{where}: {name} does not go with it; give first_frame", f"shots.0.{name}")
-        if not shot.first_frame and task != "diagonal":
+                raise StoryboardError(
+                    f"{where}: {name} does not go with it; give first_frame or given_frames", f"shots.0.{name}"
+                )
+        if task in FROM_IMAGE and shot.given_frames:
+            raise StoryboardError(
+                f"{where}: given_frames does not go with it; give first_frame, the image that all frames start from",
+                "shots.0.given_frames",
+            )
+        if not (shot.first_frame or shot.given_frames or task in FROM_NOTHING):
             what = "the video to edit" if task == "edit" else "the image to start from"
-            raise StoryboardError(f"{where}: first_frame is empty; it names {what}", "shots.0.first_frame")
+            more = "" if task in FROM_IMAGE else "; or name parts of the shot in given_frames"
+            raise StoryboardError(f"{where}: first_frame is empty; it names {what}{more}", "shots.0.first_frame")
 
     def histories(self, nearest: int) -> list[tuple[int, ...]]:
         """The earlier shots that each shot sees, in the order of the scene unless the shot says another.
@@ -178,12 +145,31 @@ class Storyboard:
 
     def media(self) -> list[str]:
         """Paths of all images and videos that the shots name."""
-        return [
-            path
-            for shot in self.shots
-            for path in (shot.given, shot.first_frame, *(one.path for one in shot.references))
-            if path
-        ]
+        paths: list[str] = []
+
+        def note(field: str, path: str) -> str:
+            paths.append(path)
+            return path
+
+        self.with_media(note)
+        return paths
+
+    def with_media(self, find: Callable[[str, str], str]) -> Storyboard:
+        """A copy that names `find(field, path)` for each path; the field is dotted, such as "shots.1.given"."""
+        shots = []
+        for index, shot in enumerate(self.shots):
+            at = f"shots.{index}"
+            changed: dict[str, Any] = {}
+            for name in PATHS:
+                if path := getattr(shot, name):
+                    changed[name] = find(f"{at}.{name}", path)
+            for name in LISTS_OF_PATHS:
+                changed[name] = [
+                    replace(one, path=find(f"{at}.{name}.{number}.path", one.path))
+                    for number, one in enumerate(getattr(shot, name))
+                ]
+            shots.append(replace(shot, **changed))
+        return replace(self, shots=shots)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -191,21 +177,19 @@ class Storyboard:
     @staticmethod
     def from_dict(record: dict[str, Any]) -> Storyboard:
         """Inverse of `to_dict`; the record is trusted (files and requests are checked where they come in)."""
-        shots = [
-            StoryboardShot(**{**shot, "references": [Reference(**one) for one in shot.get("references", [])]})
-            for shot in record["shots"]
-        ]
+        shots = []
+        for shot in record["shots"]:
+            lists = {
+                "references": [Reference(**one) for one in shot.get("references", [])],
+                "given_frames": [GivenFrames(**one) for one in shot.get("given_frames", [])],
+            }
+            shots.append(StoryboardShot(**{**shot, **lists}))
         return Storyboard(**{**record, "shots": shots})
 
     def fingerprint(self, **settings: Any) -> str:
         """Hash over the storyboard and whatever else decides its pixels; equal hashes mean the same video."""
         text = json.dumps({"storyboard": self.to_dict(), **settings}, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
-
-
-def nearest_frames(frames: float, frame_step: int = 4) -> int:
-    """The nearest length of the form stride*k+1, at least 1."""
-    return max(0, round((frames - 1) / frame_step)) * frame_step + 1
 
 
 def derive_seed(*parts: int | str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import logging
 import os
 import socket
@@ -47,6 +46,7 @@ class VideoSampler:
         self.settings = settings
         self.store = settings.store()
         self.model = load_model(settings.model, device=settings.device, dtype=getattr(torch, settings.dtype))
+        self.states = None if settings.states is None else settings.states()
         self.worker = f"{socket.gethostname()}:{os.getpid()}"
         self.busy = threading.Lock()
 
@@ -93,10 +93,8 @@ class VideoSampler:
     def _generate(self, lease: Lease, stop: threading.Event) -> tuple[np.ndarray, float]:
         request = lease.job.request
         board = Storyboard.from_dict(request["storyboard"])
-        steps, guidance = request["steps"], request["guidance"]
-        settings = GenerateSettings(
-            self.settings.steps if steps is None else steps, self.settings.guidance if guidance is None else guidance
-        )
+        names = ("steps", "guidance", "image_guidance")
+        said = {name: request[name] if request[name] is not None else getattr(self.settings, name) for name in names}
         seed = derive_seed(lease.job.id) if board.seed is None else board.seed
         noted = 0.0
 
@@ -111,11 +109,15 @@ class VideoSampler:
                 raise Cancelled
 
         with tempfile.TemporaryDirectory() as scratch:
-            if request["first_frame"] is not None:
-                image = Path(scratch) / "first_frame.png"
-                image.write_bytes(base64.b64decode(request["first_frame"]))
-                board.shots[0].first_frame = str(image)
-            frames, _ = generate_scene(self.model, board, settings, seed, callback=on_step)
+            for name, data in self.store.media(lease.job.id).items():
+                (Path(scratch) / name).write_bytes(data)
+            board = board.with_media(lambda field, name: str(Path(scratch) / name))
+            try:
+                frames, _ = generate_scene(
+                    self.model, board, GenerateSettings(**said), seed, states=self.states, callback=on_step
+                )
+            except StoryboardError as error:  # clients know no paths of the server
+                raise StoryboardError(str(error).replace(f"{scratch}/", ""), error.param) from error
         return frames, self.model.settings.fps
 
 

@@ -14,6 +14,7 @@ shows an action to transfer is one of training.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -92,6 +93,20 @@ def sample_pair(
         return ToyPair(task, target, (actor, PairReference("first_frame", target, 0)))
     portrait = PairReference("portrait", target)
     return ToyPair(task, target, (portrait, PairReference("place", target)) if task == "multi_image" else (portrait,))
+
+
+def pair_of_id(pair_id: str) -> ToyPair:
+    """Inverse of `ToyPair.pair_id`. Raises ValueError where no pair has this id."""
+    task, level, split = "|".join(PAIR_TASKS), "|".join(LEVELS), "|".join(get_args(Split))
+    match = re.fullmatch(rf"({task})-toy-({level})-({split})-(\d+)-(\d+)", pair_id)
+    if match is None:
+        raise ValueError(
+            f"{pair_id!r} is no pair of `shotloom toyworld pairs`, such as i2v_in_context-toy-small-test-0-3"
+        )
+    pair = sample_pair(match[1], match[2], seed=int(match[4]), index=int(match[5]), split=match[3])  # type: ignore[arg-type]
+    if pair.pair_id != pair_id:
+        raise ValueError(f"{pair_id!r} is no pair's id; the pair it comes nearest to is {pair.pair_id!r}")
+    return pair
 
 
 def _in_style(scene: ToyScene, style: Any) -> ToyScene:

@@ -14,6 +14,7 @@ from models.folder import load_model, save_model
 from models.methods.base import Method
 from models.modules.lora import inject_lora, merge_lora, save_lora
 from train.job import TrainJob
+from train.metrics import last_evaluation
 
 
 def full_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -37,7 +38,7 @@ def export_model(job: TrainJob, weights: Mapping[str, Tensor], method: Method, s
     The folder's settings are those of the model that training started from, with this job's method and a record of how
     the weights came about.
     """
-    model = load_model(job.model, parts=("backbone",), device="cpu", dtype=torch.float32)
+    model = load_model(job.model, parts=("backbone",), device="cpu", dtype=torch.float32, expert=job.expert)
     if job.lora:
         inject_lora(model.backbone, job.lora.rank, job.lora.alpha, job.lora.targets)
     method.attach(model.backbone)
@@ -51,6 +52,7 @@ def export_model(job: TrainJob, weights: Mapping[str, Tensor], method: Method, s
         model.settings,
         method=method.name,
         method_params=method.config(),
+        text_positions=method.places_text(model.backbone.capabilities),
         train={"started_from": model.settings.train, "run": training_record(job, step)},
     )
     save_model(job.run_dir / "model", model, settings, copy_parts_from=job.model)
@@ -58,6 +60,7 @@ def export_model(job: TrainJob, weights: Mapping[str, Tensor], method: Method, s
 
 def training_record(job: TrainJob, step: int) -> dict[str, Any]:
     """What a reader of `shotloom.json` wants to know of the run; names of folders, not where they lie."""
+    held_out = job.held_out
     return {
         "model": job.model.name,
         "dataset": job.dataset.name,
@@ -69,4 +72,13 @@ def training_record(job: TrainJob, step: int) -> dict[str, Any]:
         "single_shot_prob": job.single_shot_prob,
         "lora_rank": job.lora.rank if job.lora else 0,
         "lora_scale": job.lora.merge_scale if job.lora else 0.0,
-    }
+        **({"expert": job.expert} if job.expert else {}),
+    } | (
+        {
+            "held_out_share": held_out.share,
+            "held_out_dataset": held_out.dataset.name if held_out.dataset else "",
+            "held_out": last_evaluation(job.run_dir / "metrics.jsonl"),
+        }
+        if held_out
+        else {}
+    )

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from models.experts import ExpertName
 from train.loop import LoopSettings
 from train.scenes import Latents, TextDrop
 
@@ -21,6 +22,15 @@ class Lora:
     targets: tuple[str, ...]
     merge: bool = True  # export a whole model folder, too
     merge_scale: float = 1.0  # strength of the updates in that folder
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Scenes to measure the loss on: a `share` of the dataset's, by their ids, or those of another dataset."""
+
+    share: float = 0.0
+    dataset: Path | None = None
+    batches: int = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +51,8 @@ class TrainJob:
     text_drop: TextDrop = field(default_factory=TextDrop)
     latents: Latents = "sample"
     lora: Lora | None = None
+    expert: ExpertName | None = None  # which of a Wan 2.2 A14B's two models; None: the model is one
     parallel: Literal["one_device", "fsdp2"] = "one_device"
     activation_checkpointing: bool = False
     compile_blocks: bool = False
+    held_out: HeldOut | None = None  # None: no held-out loss; how often is the loop's `evaluate_every`

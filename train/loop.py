@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from models.backbones.base import Backbone
+from models.layout import ClipLayout
 from models.methods.base import Method
 from train.batches import BatchSource, SceneBatch, keyed_generator, keyed_seed, prefetch
 from train.checkpoint import Checkpoints, TrainState
@@ -89,7 +90,7 @@ def run_loop(
     """
     # Initialise
     method.check_backbone(backbone.capabilities)
-    parallel, process = parallel or Parallel(), backbone.process
+    parallel = parallel or Parallel()
     checkpoints = checkpoints or Checkpoints(run_dir / "checkpoints", settings.keep_checkpoints)
     parameters = trainable(backbone)
     optimizer = make_optimizer(parameters, settings.learning_rate, settings.weight_decay, method.rate_scale)
@@ -100,6 +101,7 @@ def run_loop(
         "method": method.name,
         "method_params": method.config(),
         **source.identity(),
+        **({"expert": backbone.expert.name, "boundary": backbone.expert.boundary} if backbone.expert else {}),
     }
     state = TrainState(parameters, ema, optimizer, identity)
     backbone.train()
@@ -122,19 +124,12 @@ def run_loop(
             waited += time.perf_counter() - before
 
             first = ((step - 1) * settings.accumulate + part) * source.batch_size + rows.start
-            levels, noise = draw(method, batch, settings.seed, first)
-            weights = frame_weights(method, batch, levels)
+            levels, noise = draw(method, batch, settings.seed, first, backbone.learns_at)
             conditions = given_conditions(method, batch, settings.seed, first)
-            noisy = process.precondition(process.add_noise(batch.latents, noise, levels), levels)
-            target = process.target(batch.latents, noise, levels)
             sync_gradients(backbone, on=part == settings.accumulate - 1)
             with parallel.autocast(settings.precision):
-                told = method.model_levels(levels)
-                prepared = method.prepare(backbone, batch.layout, batch.text, conditions)
-                seen = {"text": batch.text} | prepared | method.backbone_kwargs(batch.layout)
-                prediction = backbone(noisy, told, **seen)
-            errors = (prediction.float() - target).square().mean(dim=(1, 3, 4))  # [B,F]
-            loss = (errors * weights * process.loss_weight(levels)).sum(dim=1).mean() / settings.accumulate
+                losses, errors, weights = clip_losses(backbone, method, batch, levels, noise, conditions)
+            loss = losses.mean() / settings.accumulate
             loss.backward()
 
             loss_sum += loss.detach()
@@ -196,20 +191,46 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, settings: LoopSettings, 
     return rate
 
 
-def draw(method: Method, batch: SceneBatch, seed: int, first: int) -> tuple[Tensor, Tensor]:
+def draw(
+    method: Method, batch: SceneBatch, seed: int, first: int, learns_at: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Noise levels [B,F] and noise [B,C,F,H,W], keyed by each sample's number (`first` is that of row 0).
 
-    So a sample gets the same draws however the step is split into micro-batches and workers.
+    So a sample gets the same draws however the step is split into micro-batches and workers. `learns_at` is the
+    backbone's (`Backbone.learns_at`); None: all levels are its to learn.
     """
     numbers = range(first, first + len(batch.latents))
-    levels = [method.sample_levels(batch.layout, 1, keyed_generator(seed, "levels", n)) for n in numbers]
+    levels = [draw_levels(method, batch.layout, keyed_generator(seed, "levels", n), learns_at) for n in numbers]
     noise = [torch.randn(batch.latents.shape[1:], generator=keyed_generator(seed, "noise", n)) for n in numbers]
     return torch.cat(levels).to(batch.latents.device), torch.stack(noise).to(batch.latents.device)
 
 
+def draw_levels(
+    method: Method,
+    layout: ClipLayout,
+    generator: torch.Generator,
+    learns_at: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Levels [1,F] of one sample: the method's, given that the backbone learns there.
+
+    One of two experts so learns what it will be asked in sampling, in the proportions of the method: draws that are the
+    other's are thrown away. ValueError if tens of thousands are.
+    """
+    for count in (1, *[1024] * 64):
+        levels = method.sample_levels(layout, count, generator)
+        own = levels if learns_at is None else levels[learns_at(method.model_levels(levels))]
+        if len(own):
+            return own[:1]
+    raise ValueError(
+        f"method {method.name!r} ({method.config()}) draws no levels for this expert: the highest of "
+        f"{layout.num_frames} frames never lies on its side of the boundary; let frames share a level, or take another "
+        "density or shift"
+    )
+
+
 def given_conditions(method: Method, batch: SceneBatch, seed: int, first: int) -> dict[str, Tensor]:
     """The method's conditions of a batch, all zeros in the samples that lose them; keyed like `draw`."""
-    conditions = method.conditions(batch.latents, batch.layout, batch.labels)
+    conditions = all_conditions(method, batch)
     numbers = range(first, first + len(batch.latents))
     for name, share in method.drops.items():
         draws = [torch.rand((), generator=keyed_generator(seed, "condition", name, n)) for n in numbers]
@@ -217,12 +238,37 @@ def given_conditions(method: Method, batch: SceneBatch, seed: int, first: int) -
         conditions[name] = conditions[name] * kept.view(-1, *[1] * (conditions[name].ndim - 1))
     if batch.given_lost is not None and "given" in conditions:
         conditions["given"] = conditions["given"] * ~batch.given_lost.view(-1, 1, 1, 1, 1)
+    return conditions
+
+
+def all_conditions(method: Method, batch: SceneBatch) -> dict[str, Tensor]:
+    """The method's conditions of a batch, predicted states among them; no sample loses any."""
+    conditions = method.conditions(batch.latents, batch.layout, batch.labels)
     return conditions if batch.states is None else conditions | {"states": batch.states}
 
 
+def clip_losses(
+    backbone: Backbone,
+    method: Method,
+    batch: SceneBatch,
+    levels: Tensor,  # [B,F]
+    noise: Tensor,  # [B,C,F,H,W]
+    conditions: Mapping[str, Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is minimised, per sample [B]; with it the squared error and the weight of each frame, [B,F]."""
+    process = backbone.process
+    weights = frame_weights(method, batch, levels)
+    noisy = process.precondition(process.add_noise(batch.latents, noise, levels), levels)
+    prepared = method.prepare(backbone, batch.layout, batch.text, conditions)
+    seen = {"text": batch.text} | prepared | method.backbone_kwargs(batch.layout)
+    prediction = backbone(noisy, method.model_levels(levels), **seen)
+    errors = (prediction.float() - process.target(batch.latents, noise, levels)).square().mean(dim=(1, 3, 4))
+    return (errors * weights * process.loss_weight(levels)).sum(dim=1), errors, weights
+
+
 def frame_weights(method: Method, batch: SceneBatch, levels: Tensor) -> Tensor:
-    """Loss weights [B,F], summing to 1 per sample; frames at level 0 hold no noise to predict: weight 0."""
-    weights = method.loss_weights(batch.layout).to(levels) * (levels > 0)
+    """Loss weights [B,F], summing to 1 per sample; 0 for frames at whose level nothing is learnt."""
+    weights = method.loss_weights(batch.layout).to(levels) * method.learns(levels)
     return weights / weights.sum(dim=1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
 
 

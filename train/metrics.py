@@ -104,6 +104,14 @@ class Tracker:
             self.board.close()
 
 
+def last_evaluation(path: Path) -> dict[str, float]:
+    """The newest held-out figures of a metrics.jsonl, {"loss/0.5": ...}; {} if there are none."""
+    for line in reversed(read(path)):
+        if found := {name.removeprefix("eval/"): value for name, value in line.items() if name.startswith("eval/")}:
+            return found
+    return {}
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line cut short by a kill is left out."""
     lines: list[dict[str, Any]] = []

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.layout import ClipLayout
+from models.layout import ClipLayout, with_story
 from models.scene import STORY_TEXT, Scene, reference_tensor_key, shot_tensor_key
 from models.states import null_states
 from models.text import TextContext, pack_text
@@ -25,7 +25,8 @@ from train.batches import SceneBatch, keyed_generator, rows_of, stream
 from train.shards import Record, read_shard
 
 Latents = Literal["sample", "mean"]
-# kind, latent frames of each reference and of each shot, (C, H, W)
+# kind ("scene"; "story", a scene whose story is a group of its own; "single"), latent frames of each reference and of
+# each shot, (C, H, W)
 Bucket = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 # roles of a scene's references and their latent frames -> how many frames of each stand before the shot
 ConditionFrames = Callable[[Sequence[str], Sequence[int | None]], list[int]]
@@ -69,6 +70,7 @@ class Window:
     first: int
     texts: tuple[tuple[str, ...], ...]
     conditions: tuple[int, ...] = ()
+    story: bool = False  # a text group of its own, and no part of the shots' contexts
 
     @property
     def name(self) -> str:
@@ -84,9 +86,11 @@ class ShardDataset:
 
     A window is `shots_per_scene` neighbouring shots with equal latent size (all of a shorter run); each of its shots
     reads [story; its prompt]. A share `single_shot_prob` of the batches holds single shots, which read their own
-    self-contained sentence. With `condition_frames` a window is one shot after what its scene refers to, such as a
-    condition image or the source clip of a style pair. Every batch has one layout. Buckets take turns in proportion
-    to their size, each going through its windows epoch after epoch in a seeded order.
+    self-contained sentence. With `story_group` the story of a scene window is a text group of its own, the last one,
+    read by a dummy frame in front, and its shots read their prompts alone. With `condition_frames` a window is one shot
+    after what its scene refers to, such as a condition image or the source clip of a style pair. Every batch has one
+    layout. Buckets take turns in proportion to their size, each going through its windows epoch after epoch in a seeded
+    order.
 
     Args:
         folder: a prepared dataset (`shards/*.tar`).
@@ -101,10 +105,14 @@ class ShardDataset:
         loses_given: whether `text_drop` is to name samples that lose them; what else they lose stays.
         made_with: hashes of the VAE and the text encoder of the model to train; the dataset's must be the same.
         latents: draw from the VAE's posterior, or take its mean.
+        story_group: of a method whose global prompt is a group (`Method.story_group`).
+        held_out_share: share of the scenes that is not read but kept to measure on (`kept_out`).
+        held_out: read those, and not the others.
         single_frame_prob: share of shots of which a batch holds only the first or the last frame, encoded alone (LCT).
     Raises:
-        ValueError: no shard, no encoded shot, damaged shard, text that does not fit, another VAE or text encoder,
-            references that fit no task of the method, a text drop that the method cannot use or has to have.
+        ValueError: no shard, no scene or encoded shot to read, damaged shard, text that does not fit, another VAE or
+            text encoder, references that fit no task of the method, a text drop that the method cannot use or has to
+            have.
     """
 
     def __init__(
@@ -126,6 +134,9 @@ class ShardDataset:
         text_drop: TextDrop | None = None,
         latents: Latents = "sample",
         single_frame_prob: float = 0.0,
+        story_group: bool = False,
+        held_out_share: float = 0.0,
+        held_out: bool = False,
         seed: int = 0,
     ):
         self.folder, self.batch_size, self.text_length, self.seed = folder, batch_size, text_length, seed
@@ -135,25 +146,39 @@ class ShardDataset:
         self.null_text, self.text_drop, self.loses_given = null_text, text_drop or TextDrop(), loses_given
         _check_drop(self.text_drop, loses_given)
         self.shots_per_scene, self.single_shot_prob = shots_per_scene, single_shot_prob
-        self.single_frame_prob = single_frame_prob
+        self.single_frame_prob, self.story_group = single_frame_prob, story_group
+        self.held_out_share = held_out_share
 
         shards = sorted((folder / "shards").glob("*.tar"))
         if not shards:
             raise ValueError(f"{folder}: no shards/*.tar; prepare a dataset there first")
-        self.records = [record for shard in shards for record in read_shard(shard)]
+        whole = [record for shard in shards for record in read_shard(shard)]
+        keys = "\n".join(f"{record.key} {sorted(record.tensors)}" for record in whole)
+        self._dataset = hashlib.sha256(keys.encode()).hexdigest()[:16]  # held-out scenes are part of what it is
+        self.records: list[Record] = []
         self.buckets: dict[Bucket, list[Window]] = defaultdict(list)
-        for record in self.records:
+        apart = kept_out([record.key for record in whole], held_out_share)  # a record's key is its scene's id
+        for record in whole:
+            if (record.key in apart) != held_out:
+                continue
+            self.records.append(record)
             scene = Scene.from_json(record.json)
             _check_encoders(record, scene, made_with)
             self._check_drop(record, scene)
             for run in encoded_runs(record, len(scene.shots)):
                 self._add(record, scene, run)
+        if whole and not self.records:
+            raise ValueError(
+                f"{folder}: with held_out.share={held_out_share} none of its {len(whole)} scenes is left to "
+                f"{'measure' if held_out else 'train on'}: change it, or set held_out.share=0 and held_out.dataset to "
+                "a second dataset"
+            )
         self._weights = self._bucket_weights()
         self._turns = Turns(np.array(list(self._weights.values())))
 
     def _check_drop(self, record: Record, scene: Scene) -> None:
         joined = scene.latents is not None and scene.latents.texts_joined
-        if joined and (self.text_drop.story or self.text_drop.prompts):
+        if joined and not self.story_group and (self.text_drop.story or self.text_drop.prompts):
             raise ValueError(
                 f"{record.shard}: {scene.scene_id}: story and prompts are encoded as one text, as the model reads it, "
                 "so neither can be dropped alone; set text_drop.story=0 text_drop.prompts=0"
@@ -162,13 +187,30 @@ class ShardDataset:
     def _add(self, record: Record, scene: Scene, run: range) -> None:
         conditions = self._conditions(record, scene, run) if self.condition_frames else ()
         count = min(self.shots_per_scene, len(run))
+        kind = "story" if self.story_group and scene.story else "scene"
         together = {i: scene_texts(scene, i) for i in run}
+        own = {i: (own_text(scene, i),) for i in run} if kind == "story" else together
+        if kind == "story":
+            self._check_story(record, scene, run)
         for first in range(run.start, run.stop - count + 1):
-            texts = tuple(together[i] for i in range(first, first + count))
-            self._put("scene", Window(record, scene.scene_id, first, texts, conditions))
+            texts = tuple(own[i] for i in range(first, first + count))
+            self._put(kind, Window(record, scene.scene_id, first, texts, conditions, kind == "story"))
         for i in run:
             alone = (shot_tensor_key(i, "sentence_text"),) if scene.shots[i].sentence else together[i]
             self._put("single", Window(record, scene.scene_id, i, (alone,), conditions))
+
+    def _check_story(self, record: Record, scene: Scene, run: range) -> None:
+        where = f"{record.shard}: {scene.scene_id}"
+        if missing := [name for name in (STORY_TEXT, *(own_text(scene, i) for i in run)) if not record.shape(name)]:
+            raise ValueError(
+                f"{where}: has no {missing[0]}: for a global prompt that is a group of its own, story and prompts have "
+                "to be encoded apart; prepare the videos again with texts_apart=true"
+            )
+        if (tokens := record.require(STORY_TEXT).shape[0]) > self.text_length:
+            raise ValueError(
+                f"{where}: its story has {tokens} tokens, the model reads {self.text_length}; prepare the videos again "
+                "with a shorter story"
+            )
 
     def _conditions(self, record: Record, scene: Scene, run: range) -> tuple[int, ...]:
         """Frames of each reference that stand before the scene's one shot."""
@@ -222,16 +264,23 @@ class ShardDataset:
 
     def _bucket_weights(self) -> dict[Bucket, float]:
         shares = {"scene": 1.0 - self.single_shot_prob, "single": self.single_shot_prob}
-        totals = {kind: sum(len(w) for key, w in self.buckets.items() if key[0] == kind) for kind in shares}
+        shares_in = {"scene": "scene", "story": "scene", "single": "single"}
+        totals = {
+            share: sum(len(w) for key, w in self.buckets.items() if shares_in[key[0]] == share) for share in shares
+        }
         if not totals["single"]:
-            raise ValueError(f"{self.folder}: none of its {len(self.records)} scenes has an encoded shot")
-        weights = {key: shares[key[0]] * len(self.buckets[key]) / totals[key[0]] for key in sorted(self.buckets)}
+            raise ValueError(f"{self.folder}: none of {len(self.records)} scenes to read has an encoded shot")
+        weights = {
+            key: shares[share] * len(self.buckets[key]) / totals[share]
+            for key in sorted(self.buckets)
+            for share in (shares_in[key[0]],)
+        }
         return {key: weight for key, weight in weights.items() if weight > 0}
 
     def identity(self) -> dict[str, Any]:
-        keys = "\n".join(f"{record.key} {sorted(record.tensors)}" for record in self.records)
         return {
-            "dataset": hashlib.sha256(keys.encode()).hexdigest()[:16],
+            "dataset": self._dataset,
+            "held_out_share": self.held_out_share,
             "batch_size": self.batch_size,
             "shots_per_scene": self.shots_per_scene,
             "single_shot_prob": self.single_shot_prob,
@@ -249,7 +298,7 @@ class ShardDataset:
 
     def batch(self, index: int, rows: slice = slice(None)) -> SceneBatch:
         number, _ = self._turns.at(index)
-        _, conditions, frames, _ = list(self._weights)[number]
+        kind, conditions, frames, _ = list(self._weights)[number]
         frames = self._single_frames(index, frames)
         layout = self.layout_for(list(frames), *([list(conditions)] if conditions else []))
         if layout.num_frames != sum(conditions) + sum(frames):
@@ -259,8 +308,14 @@ class ShardDataset:
             )
         windows = self.windows(index)[rows]
         numbers = [index * self.batch_size + row for row in rows_of(self, rows)]
-        latents = torch.stack([self._latents(window, frames, n) for window, n in zip(windows, numbers, strict=True)])
+        latents = self.normalize(
+            torch.stack([self._latents(window, frames, n) for window, n in zip(windows, numbers, strict=True)])
+        )
         text = torch.stack([self._text(window, n) for window, n in zip(windows, numbers, strict=True)])
+        if kind == "story":
+            layout, stories = with_story(layout), [self._story(w, n) for w, n in zip(windows, numbers, strict=True)]
+            text = torch.cat([text, torch.stack(stories)[:, None]], dim=1)
+            latents = torch.cat([torch.zeros_like(latents[:, :, :1]), latents], dim=2)
         context = TextContext(text, layout.text_ids)
         keys = [window.name for window in windows]
         states = given_lost = None
@@ -268,7 +323,7 @@ class ShardDataset:
             states = torch.stack([self._states(window, n) for window, n in zip(windows, numbers, strict=True)])
         if self.loses_given:
             given_lost = torch.tensor([self._lost(n) in ("given", "both") for n in numbers])
-        return SceneBatch(self.normalize(latents), layout, context, keys, states=states, given_lost=given_lost)
+        return SceneBatch(latents, layout, context, keys, states=states, given_lost=given_lost)
 
     def _single_frames(self, index: int, frames: tuple[int, ...]) -> tuple[int, ...]:
         """The latent frames of each shot in micro-batch `index`, whose samples have one layout: all, or one."""
@@ -303,7 +358,7 @@ class ShardDataset:
     def _text(self, window: Window, number: int) -> Tensor:
         """One context per shot: [S,L,D]."""
         lost = self._lost(number)
-        if lost in ("everything", "both"):
+        if lost in ("everything", "both") or (lost == "prompts" and window.story):
             return self.null_text.float().expand(len(window.texts), -1, -1)
         contexts = []
         for names in window.texts:
@@ -311,6 +366,12 @@ class ShardDataset:
                 names = tuple(name for name in names if (name == STORY_TEXT) != (lost == "story"))
             contexts.append(pack_text([window.record.read(name).float() for name in names], self.text_length))
         return torch.stack(contexts)
+
+    def _story(self, window: Window, number: int) -> Tensor:
+        """The context of the story's group: [L,D]."""
+        if self._lost(number) in ("everything", "both", "story"):
+            return self.null_text.float()
+        return pack_text([window.record.read(STORY_TEXT).float()], self.text_length)
 
     def _lost(self, number: int) -> str | None:
         """What sample `number` loses, if anything; see `TextDrop`."""
@@ -331,6 +392,30 @@ def scene_texts(scene: Scene, shot: int) -> tuple[str, ...]:
     if scene.latents is not None and scene.latents.texts_joined:
         return (shot_tensor_key(shot, own),)
     return (STORY_TEXT,) * bool(scene.story) + (shot_tensor_key(shot, own),)
+
+
+def kept_out(scene_ids: Sequence[str], share: float) -> set[str]:
+    """Scenes that are never trained on, about a `share` of them, at least one if it is above 0.
+
+    Each scene's id decides for it, neither the other scenes (but where no other is kept out) nor seed, order or number
+    of workers: as data are added, no scene changes sides.
+    """
+
+    def draw(scene_id: str) -> float:
+        digest = hashlib.blake2b(scene_id.encode(), digest_size=8, person=b"held-out").digest()
+        return int.from_bytes(digest, "big") / 2**64
+
+    if not share or not scene_ids:
+        return set()
+    return {scene_id for scene_id in scene_ids if draw(scene_id) < share} or {min(scene_ids, key=draw)}
+
+
+def own_text(scene: Scene, shot: int) -> str:
+    """The tensor of a shot's prompt alone, where the story is not part of its context; its sentence if it has none."""
+    if scene.shots[shot].prompt or not scene.shots[shot].sentence:
+        joined = scene.latents is not None and scene.latents.texts_joined
+        return shot_tensor_key(shot, "prompt_text" if joined else "text")
+    return shot_tensor_key(shot, "sentence_text")
 
 
 def _check_drop(drop: TextDrop, loses_given: bool) -> None:

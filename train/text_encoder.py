@@ -23,6 +23,8 @@ from train.snapshot import load_snapshot, save_snapshot
 # step -> texts and, per slot, the class of each text (-1: the text does not say)
 TextSource = Callable[[int], tuple[list[str], dict[str, list[int]]]]
 
+LENGTH_GROUPS = 4
+
 
 @dataclass
 class TextEncoderSettings:
@@ -47,11 +49,19 @@ class SlotReader(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """ids [B,L], mask [B,L] (1 where there is text) -> logits [B,classes] per slot."""
+        lengths = mask.sum(dim=1)
+        pooled = ids.new_empty(len(ids), *self.queries.shape, dtype=self.queries.dtype)  # [B,slots,D]
+        for rows in lengths.argsort().chunk(LENGTH_GROUPS):  # texts of like length together: hardly any padding
+            longest = int(lengths[rows].max())
+            pooled[rows] = self._pool(ids[rows, :longest], mask[rows, :longest])
+        return {name: head(pooled[:, k]) for k, (name, head) in enumerate(zip(self.slots, self.heads, strict=True))}
+
+    def _pool(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids [B,L], mask [B,L] -> what each slot's query reads of the encoder's output, [B,slots,D]."""
         hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state  # [B,L,D]
         scores = torch.einsum("sd,bld->bsl", self.queries, hidden)
         scores = scores.masked_fill(mask[:, None] == 0, float("-inf"))
-        pooled = scores.softmax(dim=-1) @ hidden  # [B,slots,D]
-        return {name: head(pooled[:, k]) for k, (name, head) in enumerate(zip(self.slots, self.heads, strict=True))}
+        return scores.softmax(dim=-1) @ hidden
 
 
 def train_text_encoder(

@@ -7,21 +7,23 @@ stopped, however, goes on from its newest whole checkpoint when the job is start
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from infra.machine import usable_cores
-from models.folder import load_model
-from models.methods import get_method
+from models.folder import Model, check_expert, load_model
+from models.methods import Method, get_method
 from models.modules.lora import inject_lora
 from train.checkpoint import Checkpoints, latest, prune, remove_unfinished, step_name
+from train.evaluate import HeldOutLoss
 from train.export import export_model, full_weights
 from train.job import TrainJob
 from train.loop import LoopResult, run_loop
 from train.parallel import prepare, this_rank
-from train.scenes import ShardDataset, check_states_seen
+from train.scenes import ShardDataset, TextDrop, check_states_seen
 
 WORKER_RESTARTS = 3
 ERROR_FILE = "error.txt"  # in the run folder; why the last start under Ray gave up
@@ -63,13 +65,18 @@ def fit(job: TrainJob, num_workers: int, worker: Worker | None = None) -> tuple[
 def train_worker(job: TrainJob, checkpoints: Checkpoints) -> LoopResult:
     """What each worker does: load, shard, train, and on rank 0 export the averaged weights to `run_dir/model`."""
     parallel = this_rank(sharded=job.parallel == "fsdp2")
-    model = load_model(job.model, parts=("backbone", "codec"), device="cpu", dtype=torch.float32)
+    check_expert(job.model, job.expert)
+    model = load_model(job.model, ("backbone", "codec"), device="cpu", dtype=torch.float32, expert=job.expert)
     backbone, codec = model.backbone, model.codec
     method = get_method(job.method, **job.method_params)
+    method.check_backbone(backbone.capabilities)
+    held_out = job.held_out
     if method.most_states:
-        check_states_seen(job.dataset, codec.temporal_stride * (method.first_frames - 1) + 1)
-    source = ShardDataset(
-        job.dataset,
+        for folder in (job.dataset, *([held_out.dataset] if held_out and held_out.dataset else [])):
+            check_states_seen(folder, codec.temporal_stride * (method.first_frames - 1) + 1)
+    check_text_positions(job, method, model)
+    open_dataset = partial(
+        ShardDataset,
         batch_size=job.batch_size,
         text_length=model.settings.text_length,
         null_text=job.null_text,
@@ -79,17 +86,41 @@ def train_worker(job: TrainJob, checkpoints: Checkpoints) -> LoopResult:
         made_with=(codec.hash, job.text_hash),
         most_states=method.most_states,
         given_frames=method.first_frames if "given" in method.drops or "image" in method.guided else 0,
-        loses_given="image" in method.guided,
         shots_per_scene=job.shots_per_scene,
         single_shot_prob=job.single_shot_prob,
-        text_drop=job.text_drop,
         latents=job.latents,
-        single_frame_prob=method.single_frame_share(),
+        story_group=method.story_group,
         seed=job.loop.seed,
     )
+    source = open_dataset(
+        job.dataset,
+        loses_given="image" in method.guided,
+        text_drop=job.text_drop,
+        single_frame_prob=method.single_frame_share(),
+        held_out_share=held_out.share if held_out else 0.0,
+    )
+    evaluate = None
+    if held_out:  # no sample loses its text, no shot is replaced by a frame
+        apart = open_dataset(
+            held_out.dataset or job.dataset,
+            text_drop=TextDrop(0.0),
+            held_out_share=held_out.share,
+            held_out=held_out.dataset is None,
+        )
+        if both := sorted({record.key for record in apart.records} & {record.key for record in source.records}):
+            raise ValueError(
+                f"held_out.dataset is {held_out.dataset}, but {len(both)} of its scenes are trained on, such as "
+                f"{both[0]!r}: give a dataset of other scenes, or set held_out.share instead"
+            )
+        evaluate = HeldOutLoss(apart, method, batches=held_out.batches, parallel=parallel)
     if job.lora:
         inject_lora(backbone, job.lora.rank, job.lora.alpha, job.lora.targets, seed=job.loop.seed)
     method.attach(backbone, seed=job.loop.seed)
+    if backbone.expert is not None and backbone.conditioner is not None:
+        raise ValueError(
+            f"method {method.name!r} ({job.method_params}) trains modules of its own, which belong to one model, and "
+            f"{job.model} has two experts; use a model of one"
+        )
     if job.lora and not job.lora.merge and backbone.conditioner is not None:
         raise ValueError(
             f"lora.merge=false leaves a LoRA file alone, but method {method.name!r} trains modules of its own, which "
@@ -102,11 +133,29 @@ def train_worker(job: TrainJob, checkpoints: Checkpoints) -> LoopResult:
         activation_checkpointing=job.activation_checkpointing,
         compile_blocks=job.compile_blocks,
     )
-    result = run_loop(backbone, method, source, job.loop, job.run_dir, parallel=parallel, checkpoints=checkpoints)
+    result = run_loop(
+        backbone, method, source, job.loop, job.run_dir, parallel=parallel, checkpoints=checkpoints, evaluate=evaluate
+    )
     weights = full_weights(result.average)
     if parallel.rank == 0:
         export_model(job, weights, method, result.step)
     return result
+
+
+def check_text_positions(job: TrainJob, method: Method, model: Model) -> None:
+    """Raises ValueError where scenes would be the first to show this model positions on its text.
+
+    Few models have text positions from pretraining; LCT (2503.10589) introduces them by a short tune on single shots.
+    """
+    if not method.places_text(model.backbone.capabilities) or model.settings.text_positions:
+        return
+    if job.single_shot_prob < 1 and (job.shots_per_scene > 1 or method.story_group):
+        raise ValueError(
+            f"position_mode is 'diagonal', which gives positions to text, but {job.model} was never trained with any: "
+            "first train it for a short while on single shots alone (single_shot_prob=1, as in "
+            "pipelines/configs/train_text_rope_cogvideox.yaml) and start from the model that leaves, or use "
+            "method_params.position_mode=time_gap"
+        )
 
 
 def _fit_with_ray(job: TrainJob, num_workers: int, worker: Worker) -> None:

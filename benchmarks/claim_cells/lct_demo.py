@@ -105,7 +105,8 @@ def _finetune(claim: LctDemoClaim) -> Path:
     demo = claim.demo
     folder = claim.out / f"model-{demo.count}-videos-{demo.steps}-steps-seed-{demo.seed}"
     with ray_session():
-        work.prepare_dataset(demo, work.render(demo, folder / "videos", Stage("render")), folder / "dataset", Stage(""))
+        videos = work.render(demo, folder / "videos", Stage("render"))
+        work.prepare_dataset(demo, videos, folder / "dataset", Stage("prepare"), cuts="captions")
         work.finetune(demo, folder / "dataset", folder / "train", Stage("train"))
     return folder / "train" / "model"
 

@@ -15,6 +15,8 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor, nn
 
 from models.attention import AttentionRule
+from models.experts import Expert
+from models.kv_cache import KVCache
 from models.layout import ClipLayout
 from models.positions import PositionMode
 from models.process import Process
@@ -36,6 +38,7 @@ class Capabilities:
     reasons: dict[str, str]
     kv_cache: bool = False  # shots of the past can be kept (models/kv_cache.py) instead of run again
     layer_branch: bool = False  # takes a `LayerBranch`
+    joint_text: bool = False  # text tokens stand in one attention with the video's, where they can have positions
     image_beside: bool = False  # takes `image`, an image's latents beside those of every frame
 
 
@@ -44,6 +47,8 @@ _REASONS = {  # of a lack that the backbone gives no reason for
     "text_per_shot": "not supported",
     "kv_cache": "not supported",
     "layer_branch": "modules beside its layers are only made for Wan",
+    "joint_text": "its text is read by cross-attention, where a group's text would reach no other shot; let every shot "
+    "read the story and its own prompt (global_prompt=prefix)",
     "image_beside": "only Stable Video Diffusion reads an image beside its frames; use method fvdm",
 }
 
@@ -57,6 +62,7 @@ def require(
     text_per_shot: bool = False,
     kv_cache: bool = False,
     layer_branch: bool = False,
+    joint_text: bool = False,
     image_beside: bool = False,
 ) -> None:
     """Raises ValueError with the reason when the backbone lacks something of what is asked for."""
@@ -65,6 +71,7 @@ def require(
         ("text_per_shot", text_per_shot),
         ("kv_cache", kv_cache),
         ("layer_branch", layer_branch),
+        ("joint_text", joint_text),
         ("image_beside", image_beside),
     ):
         if asked and not getattr(capabilities, field):
@@ -86,6 +93,7 @@ class Backbone(nn.Module, ABC):
     process: Process  # what the weights were trained with
     pixels_per_token: int  # latent pixels, over time and space, that make one token
     conditioner: nn.Module | None  # a method's own modules, beside the diffusers model and not part of it
+    expert: Expert | None = None  # it is one of two models, which share the noise levels
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,6 +103,22 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def config(self) -> Any:
         """The configuration of the diffusers model."""
+
+    @property
+    def models_by_folder(self) -> dict[str, Any]:
+        """The diffusers models, by the folder of a model folder that each lies in."""
+        return {"transformer": self.transformer}
+
+    def new_cache(self) -> Any:
+        """An empty cache for `forward`, of a backbone that has kv_cache."""
+        return KVCache()
+
+    def learns_at(self, levels: Tensor) -> Tensor:
+        """bool [B]: whether samples told these levels, [B] or [B,F], are this model's to learn, no other expert's."""
+        clock = levels if levels.ndim == 1 else levels.amax(dim=1)
+        if self.expert is None:
+            return torch.ones_like(clock, dtype=torch.bool)
+        return self.expert.covers(self.process.to_model_time(clock))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -105,11 +105,14 @@ class CogVideoXBackbone(Backbone):
         if self.pair > 1:
             _check_pairs(levels, reads, group_sizes(layout), self.pair, position_gap)
 
-        shots = tuple(size // self.pair for size in group_sizes(layout))
-        plan = joint_plan(shots, reads[:: self.pair], attention_rule, texts_have_positions=position_mode == "diagonal")
+        tokens = _token_frames(layout, self.pair)
+        dummies = tokens.is_dummy.nonzero().flatten().tolist()
+        plan = joint_plan(
+            group_sizes(tokens), reads[:: self.pair], attention_rule, position_mode == "diagonal", dummies
+        )
         contexts = text.embeddings[:, list(plan.text_groups)]  # [B,T,L,D]
         grid = (height // self.config.patch_size, width // self.config.patch_size)
-        rotary = self._place(x, shots, grid, position_mode, position_gap // self.pair, plan, contexts.shape[2])
+        rotary = self._place(x, tokens, grid, position_mode, position_gap // self.pair, plan, contexts.shape[2])
 
         levels = shared_levels(levels)
         if levels.ndim == 2:
@@ -117,7 +120,7 @@ class CogVideoXBackbone(Backbone):
             of_texts = [levels[:, list(read_by)].amax(dim=1, keepdim=True) for read_by in plan.text_frames]
             levels = torch.cat([levels, *of_texts], dim=1)  # [B,F+T]
         times = self.process.to_model_time(levels).flatten()
-        clip = _Clip(batch, sum(shots), len(plan.text_groups), rotary, plan)
+        clip = _Clip(batch, tokens.num_frames, len(plan.text_groups), rotary, plan)
         video = x.transpose(1, 2).contiguous()
         out = self.transformer(video, contexts.flatten(1, 2), times, image_rotary_emb=clip, return_dict=False)[0]
         return out.transpose(1, 2)
@@ -125,7 +128,7 @@ class CogVideoXBackbone(Backbone):
     def _place(
         self,
         x: Tensor,
-        shots: tuple[int, ...],
+        tokens: ClipLayout,
         grid: tuple[int, int],
         mode: PositionMode,
         gap: int,
@@ -136,18 +139,18 @@ class CogVideoXBackbone(Backbone):
         config = self.config
         if self._added_positions is not None:
             self._added_positions.table = sine_table(
-                shots, grid, mode, gap, config.num_attention_heads * config.attention_head_dim,
+                tokens, grid, mode, gap, config.num_attention_heads * config.attention_head_dim,
                 config.spatial_interpolation_scale, config.temporal_interpolation_scale, x.dtype, x.device,
             )  # fmt: skip
             return None
         places = TextPlaces()
         if mode == "diagonal":
-            shot_of = [shot for shot, size in enumerate(shots) for _ in range(size)]
+            shot_of = [shot for shot, size in enumerate(group_sizes(tokens)) for _ in range(size)]
             first_readers = tuple(shot_of[read_by[0]] for read_by in plan.text_frames)
             places = TextPlaces(text_length, first_readers, plan.text_groups)
         base_grid = (config.sample_height // config.patch_size, config.sample_width // config.patch_size)
         stretch = base_grid if config.patch_size_t is None else None
-        return rotary_tables(shots, grid, mode, gap, places, config.attention_head_dim, stretch, x.device)
+        return rotary_tables(tokens, grid, mode, gap, places, config.attention_head_dim, stretch, x.device)
 
 
 def _capabilities(pair: int, rotary: bool) -> Capabilities:
@@ -171,6 +174,7 @@ def _capabilities(pair: int, rotary: bool) -> Capabilities:
         position_modes=frozenset(modes),
         attention_rules=frozenset(get_args(AttentionRule)),
         text_per_shot=True,
+        joint_text=True,
         reasons=reasons,
     )
 
@@ -297,6 +301,17 @@ def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     rotate: Any = apply_rotary_emb
     rotated = rotate(x[:, :, plain:], rotary)
     return torch.cat([x[:, :, :plain], rotated], dim=2) if plain else rotated
+
+
+def _token_frames(layout: ClipLayout, pair: int) -> ClipLayout:
+    """The shots in token frames, `pair` latent frames each."""
+    dummies = layout.is_dummy
+    return ClipLayout(
+        tuple(
+            Segment("dummy" if dummies[frames].all() else "target", (frames.stop - frames.start) // pair, i, i)
+            for i, frames in enumerate(layout.shot_slices)
+        )
+    )
 
 
 def _check_pairs(levels: Tensor, reads: list[int], shots: tuple[int, ...], pair: int, gap: int) -> None:

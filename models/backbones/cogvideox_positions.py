@@ -14,7 +14,8 @@ import torch
 from diffusers.models.embeddings import get_1d_rotary_pos_embed, get_1d_sincos_pos_embed_from_grid
 from torch import Tensor
 
-from models.layout import shots_layout
+from models.attention import group_sizes
+from models.layout import ClipLayout
 from models.positions import PositionMode, interleaved_positions, position_ids
 
 
@@ -30,7 +31,7 @@ class TextPlaces:
 @lru_cache(maxsize=4)  # the layout of a run rarely changes, and the tables of a long scene are large
 @torch.inference_mode(False)  # tables first made while sampling must serve training, too
 def rotary_tables(
-    shots: tuple[int, ...],  # token frames of each
+    layout: ClipLayout,  # of token frames
     grid: tuple[int, int],
     mode: PositionMode,
     gap: int,
@@ -48,19 +49,20 @@ def rotary_tables(
     if mode == "diagonal":
         copies = list(zip(places.shots, places.groups, strict=True))
         lengths = [places.length] * len(copies)
-        ids = interleaved_positions(shots_layout(list(shots)), grid, copies, lengths, places.length, base_grid)
+        ids = interleaved_positions(layout, grid, copies, lengths, places.length, base_grid)
         text, video = ids.to(device).tensor_split([sum(lengths)])
     else:
-        video = position_ids(shots_layout(list(shots)), grid, mode, gap).to(device)
+        video = position_ids(layout, grid, mode, gap).to(device)
         text = video[:0]
     coordinates = video.float()
     if base_grid is not None:
         # the place of a token in its shot's grid, and where the stretched grid has it
-        tokens = torch.tensor(shots, device=device) * grid[0] * grid[1]
+        tokens = torch.tensor(group_sizes(layout), device=device) * grid[0] * grid[1]
         first = video[tokens.cumsum(0) - tokens].repeat_interleave(tokens, dim=0)
         rows, columns = _stretched(grid, base_grid, device)
-        coordinates[:, 1] = first[:, 1] + rows[video[:, 1] - first[:, 1]]
-        coordinates[:, 2] = first[:, 2] + columns[video[:, 2] - first[:, 2]]
+        grown = mode != "diagonal" or ~layout.is_dummy.to(device).repeat_interleave(grid[0] * grid[1])
+        coordinates[:, 1] = first[:, 1] + rows[video[:, 1] - first[:, 1]] * grown  # one token has no grid to fit
+        coordinates[:, 2] = first[:, 2] + columns[video[:, 2] - first[:, 2]] * grown
     coordinates = torch.cat([text.float(), coordinates])
     make_table: Any = get_1d_rotary_pos_embed
     axes = [
@@ -74,7 +76,7 @@ def rotary_tables(
 @lru_cache(maxsize=4)
 @torch.inference_mode(False)
 def sine_table(
-    shots: tuple[int, ...],
+    layout: ClipLayout,  # of token frames
     grid: tuple[int, int],
     mode: PositionMode,
     gap: int,
@@ -85,7 +87,7 @@ def sine_table(
     device: torch.device,
 ) -> Tensor:
     """Absolute positions [N,D] to add to the video tokens: a quarter of the width is time, then column, then row."""
-    ids = position_ids(shots_layout(list(shots)), grid, mode, gap)
+    ids = position_ids(layout, grid, mode, gap)
     axes = ((0, width // 4, temporal_scale), (2, width * 3 // 8, spatial_scale), (1, width * 3 // 8, spatial_scale))
     parts = []
     for axis, dim, scale in axes:

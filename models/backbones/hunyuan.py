@@ -14,8 +14,8 @@ whose text is not. The token refiner sees the same time. A frame's modulation ad
 In the diagonal mode (LCT 2503.10589, interleaved 3D RoPE) token i of a shot's text stands at (o+i, o+i, o+i) and its
 video after the last valid text token; positions so differ between samples whose texts differ in length, and never
 depend on padding or on the batch. Weights that were trained without text positions need tuning for it. LCT's global
-prompt is a "dummy" segment with a shot and a text of its own before the others; in the other modes, where a shot sees
-its own text only, put it in front of each prompt.
+prompt is a "dummy" segment with a shot and a text of its own before the others (`models.layout.with_story`); in the
+other modes, where a shot sees its own text only, put it in front of each prompt.
 
 B batch, F latent frames, C channels, H W latent size, n tokens per frame, N = F*n, G text groups, T text copies (see
 joint_attention), L text tokens, D width, P width of the pooled text, d width of a head.
@@ -40,7 +40,7 @@ from models.joint_attention import JointPlan, TextPadding, joint_attention, join
 from models.layout import ClipLayout, Segment
 from models.positions import PositionMode, interleaved_positions, position_ids, rope_tables
 from models.process import FlowMatching
-from models.text import TextContext
+from models.text import TextContext, unpack_pooled
 
 __all__ = ["HunyuanVideoBackbone", "TextContext"]
 
@@ -49,7 +49,8 @@ class HunyuanVideoBackbone(Backbone):
     """`transformer` is a diffusers HunyuanVideoTransformer3DModel for text to video; its blocks become ours in place.
 
     `embedded_guidance` is the guidance scale that distilled weights take as an input (config `guidance_embeds`); other
-    weights do not see it.
+    weights do not see it. With `packed_text` contexts hold the pooled text as their first row and zeros for padding
+    (`models.text.unpack_pooled`), which is how model folders, datasets and samplers hold them.
     """
 
     capabilities = Capabilities(
@@ -57,6 +58,7 @@ class HunyuanVideoBackbone(Backbone):
         position_modes=frozenset(get_args(PositionMode)),
         attention_rules=frozenset(get_args(AttentionRule)),
         text_per_shot=True,
+        joint_text=True,
         reasons={
             "kv_cache": "HunyuanVideo joins text and frames in one attention; Shotloom does not keep its keys; use Wan"
         },
@@ -67,7 +69,13 @@ class HunyuanVideoBackbone(Backbone):
         "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
     )  # fmt: skip
 
-    def __init__(self, transformer: HunyuanVideoTransformer3DModel, embedded_guidance: float = 6.0) -> None:
+    def __init__(
+        self,
+        transformer: HunyuanVideoTransformer3DModel,
+        embedded_guidance: float = 6.0,
+        *,
+        packed_text: bool = False,
+    ) -> None:
         super().__init__()
         model: Any = transformer
         config = model.config
@@ -83,7 +91,7 @@ class HunyuanVideoBackbone(Backbone):
         self.transformer = model
         self.process = FlowMatching()
         self.pixels_per_token = config.patch_size**2
-        self.embedded_guidance = embedded_guidance
+        self.embedded_guidance, self.packed_text = embedded_guidance, packed_text
         model.rope = _ClipInfo()
         model.context_embedder.register_forward_pre_hook(_text_times_and_mask)
         blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
@@ -105,7 +113,7 @@ class HunyuanVideoBackbone(Backbone):
         self,
         x: Tensor,  # [B,C,F,H,W]
         levels: Tensor,  # [B] or [B,F], in [0, 1]
-        text: TextContext | Tensor,  # with pooled text, so a plain tensor is refused
+        text: TextContext | Tensor,  # with pooled text, so a plain tensor is refused unless the pooled text is in it
         *,
         layout: ClipLayout | None = None,  # None: one shot
         position_mode: PositionMode = "contiguous",
@@ -120,17 +128,20 @@ class HunyuanVideoBackbone(Backbone):
         batch, _, frames, height, width = x.shape
         layout = layout or ClipLayout((Segment("target", frames),))
         text = as_context(text, frames)
+        if self.packed_text and text.pooled is None:
+            text = unpack_pooled(text, self.config.pooled_projection_dim)
         patch = self.config.patch_size
         check_inputs(x, levels, text, layout, patch)
         if text.pooled is None:
             raise ValueError("HunyuanVideo is also conditioned on a pooled text: give TextContext(pooled=[B,G,P])")
 
         diagonal = position_mode == "diagonal"
-        plan = joint_plan(group_sizes(layout), text.frame_text.tolist(), attention_rule, texts_have_positions=diagonal)
+        dummies = layout.is_dummy.nonzero().flatten().tolist()
+        plan = joint_plan(group_sizes(layout), text.frame_text.tolist(), attention_rule, diagonal, dummies)
         copies = list(plan.text_groups)
         lengths = _lengths(text, copies)
         levels = shared_levels(levels)
-        plain = levels.ndim == 1 and len(copies) == 1 and not diagonal
+        plain = levels.ndim == 1 and len(copies) == 1 and not diagonal and not dummies
         # the plain model works on padding, too
         tokens = text.embeddings.shape[2] if plain else max(length for row in lengths for length in row)
         embeddings, pooled = text.embeddings[:, copies, :tokens], text.pooled[:, copies]  # [B,T,L,D], [B,T,P]

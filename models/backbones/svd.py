@@ -103,6 +103,10 @@ class SVDBackbone(Backbone):
     def config(self) -> Any:
         return self.unet.config
 
+    @property
+    def models_by_folder(self) -> dict[str, Any]:
+        return {"unet": self.unet}
+
     def forward(
         self,
         x: Tensor,  # [B,C,F,H,W], noisy latents as `process.precondition` scales them

@@ -1,4 +1,4 @@
-"""Wan 2.1 with a noise level per latent frame, shot positions, attention rules and a text per shot.
+"""Wan 2.1 and 2.2 with a noise level per latent frame, shot positions, attention rules and a text per shot.
 
 The diffusers model itself runs, unchanged. Where the frames of a clip differ in level, its blocks see the frames as
 rows of the batch, [B*F,n,D] with one time per row, so that its per-sample modulation *is* a per-frame modulation,
@@ -12,6 +12,7 @@ L text tokens.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, get_args
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from models.attention import Attend, AttentionRule, group_sizes, grouped_attention
 from models.backbones.base import Backbone, Capabilities, LayerBranch
 from models.backbones.inputs import as_context, check_inputs, frame_groups, shared_levels
+from models.experts import EXPERT_FOLDERS, Expert
 from models.kv_cache import KeysValues, KVCache
 from models.layout import ClipLayout, Segment, shots_layout
 from models.positions import PositionMode, position_ids, rope_tables
@@ -32,8 +34,17 @@ from models.text import TextContext
 __all__ = ["TextContext", "WanBackbone"]
 
 
+_EXPERT_REASONS = {
+    "layer_branch": "modules beside its layers belong to one model, and this Wan 2.2 has two experts; use a Wan of one "
+    "model (2.1, or 2.2 TI2V-5B)"
+}
+
+
 class WanBackbone(Backbone):
-    """`transformer` is a diffusers WanTransformer3DModel for text to video; its attention processors are replaced."""
+    """`transformer` is a diffusers WanTransformer3DModel for text to video; its attention processors are replaced.
+
+    `expert` says which of a Wan 2.2's two models it is; both together are `models.backbones.experts.WanExperts`.
+    """
 
     capabilities = Capabilities(
         per_frame_levels=True,
@@ -47,7 +58,7 @@ class WanBackbone(Backbone):
     # all linear layers of a block's two attentions and its feed-forward, as in Pusa
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
-    def __init__(self, transformer: WanTransformer3DModel) -> None:
+    def __init__(self, transformer: WanTransformer3DModel, expert: Expert | None = None) -> None:
         super().__init__()
         model: Any = transformer
         config = model.config
@@ -63,6 +74,9 @@ class WanBackbone(Backbone):
                 "image conditions as clean frames (method fvdm)"
             )
         self.transformer = model
+        self.expert = expert
+        if expert is not None:
+            self.capabilities = replace(self.capabilities, layer_branch=False, reasons=_EXPERT_REASONS)
         self.rope_dims = (model.rope.t_dim, model.rope.h_dim, model.rope.w_dim)
         self.process = FlowMatching()
         self.pixels_per_token = self.patch**2
@@ -78,6 +92,10 @@ class WanBackbone(Backbone):
     @property
     def config(self) -> Any:
         return self.transformer.config
+
+    @property
+    def models_by_folder(self) -> dict[str, Any]:
+        return {"transformer" if self.expert is None else EXPERT_FOLDERS[self.expert.name]: self.transformer}
 
     def forward(
         self,

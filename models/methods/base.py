@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from models.backbones.base import Backbone, Capabilities, require
-from models.layout import ClipLayout
+from models.layout import ClipLayout, Segment
 from models.noise import Density
 from models.text import TextContext
 
@@ -90,6 +90,11 @@ class Method(ABC):
         return 0
 
     @property
+    def classes(self) -> int | None:
+        """Of how many classes the model is told one in the place of text, 0: nothing at all; None: it reads text."""
+        return None
+
+    @property
     def guided(self) -> Mapping[str, tuple[str, ...]]:
         """The conditions that guidance has scales for, in the order in which they nest, and what goes with each."""
         return {"text": ("text",)}
@@ -132,6 +137,15 @@ class Method(ABC):
     def loss_weights(self, layout: ClipLayout) -> Tensor:
         """Weight of each frame in the loss, [F], summing to 1."""
 
+    def learns(self, levels: Tensor) -> Tensor:
+        """Which frames of training clips at these levels [B,F] are learnt from, bool: at level 0 is none to learn."""
+        return levels > 0
+
+    @property
+    def story_group(self) -> bool:
+        """Whether a scene's story is a text group of its own, in front of its shots (`models.layout.with_story`)."""
+        return False
+
     def backbone_kwargs(self, layout: ClipLayout) -> dict[str, Any]:
         """How the backbone sees the clip: layout, positions, attention rule."""
         return {"layout": layout, "position_mode": "contiguous", "attention_rule": "full"}
@@ -146,6 +160,11 @@ class Method(ABC):
             attention_rule=seen["attention_rule"],
             text_per_shot=self.text_per_shot,
         )
+
+    def places_text(self, capabilities: Capabilities) -> bool:
+        """Whether the text of such a backbone gets positions, which few models have from pretraining."""
+        seen = self.backbone_kwargs(ClipLayout((Segment("target", 1),)))
+        return capabilities.joint_text and seen["position_mode"] == "diagonal"
 
     def config(self) -> dict[str, Any]:
         """The parameters, such that `get_method(name, **config)` is this method again."""

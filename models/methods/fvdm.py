@@ -12,6 +12,7 @@ have frames at exactly 0, which continuous draws never hit.
     progressive       from one image: frame i at min(slope i, 1) s[k], and starts from the image noised so far
     progressive_min   the same start, but a frame waits until the clock comes by, min(s[k], slope i)
     diagonal          each frame `lag` rows after the one before (Diffusion Forcing 2407.01392)
+    long_video        clip after clip, each going on from the last frames of the one before (`models.windows`)
 
 With `labels` the model reads a class, or nothing, in place of text.
 
@@ -28,22 +29,24 @@ import torch
 from torch import Tensor
 
 from models.backbones.base import Backbone
-from models.layout import ClipLayout, Role, Segment, shots_layout
+from models.layout import ClipLayout, mark_given, shots_layout
 from models.methods.base import Method, check_indices
 from models.modules.labels import LabelEmbedding
 from models.noise import loss_weights, noise_plan, sample_levels
 from models.text import TextContext
+from models.windows import default_overlap, plan_of_clips
 
 # what a task's layout needs to be told, what it can be told, and what its plan can be
 _NEEDS = {
     "extension": {"head"}, "transition": {"head", "tail"}, "any_frame": {"frames"}, "tvp": {"head"},
     "noisy_frames": {"frames"}, "edit": {"frames"},
 }  # fmt: skip
-_TAKES = {"diagonal": {"head"}}
+_TAKES = {"diagonal": {"head"}, "long_video": {"frames"}}
+_HOLD = ("i2v", "interpolation", "extension", "transition", "next_frame", "any_frame", "tvp")
 _PLAN_TAKES = {
     "noisy_frames": {"multipliers"}, "edit": {"edit_level"}, "progressive": {"slope"}, "progressive_min": {"slope"},
-    "diagonal": {"lag"},
-}  # fmt: skip
+    "diagonal": {"lag", "context_level"}, "long_video": {"clip", "overlap", "context_level"},
+} | {task: {"context_level"} for task in _HOLD}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class FVDM(Method):
     name: ClassVar[str] = "fvdm"
     tasks: ClassVar[tuple[str, ...]] = (
         "t2v", "i2v", "interpolation", "extension", "transition", "next_frame", "any_frame", "tvp", "noisy_frames",
-        "edit", "progressive", "progressive_min", "diagonal",
+        "edit", "progressive", "progressive_min", "diagonal", "long_video",
     )  # fmt: skip
 
     p: float = 0.2
@@ -83,8 +86,8 @@ class FVDM(Method):
 
         t2v: none given. i2v, progressive, progressive_min: the first. interpolation: first and last. extension, tvp:
         the first `head`. transition: the first `head` and the last `tail`. next_frame: all but the last. any_frame:
-        those in `frames`. diagonal: the first `head`, if any. noisy_frames, edit: those in `frames`, which do not stay
-        as given; all of them may be edited.
+        those in `frames`. diagonal: the first `head`, if any. long_video: those in `frames`, if any. noisy_frames,
+        edit: those in `frames`, which do not stay as given; all of them may be edited.
         """
         self.check_task(task)
         count = sum(shot_frames)
@@ -126,16 +129,25 @@ class FVDM(Method):
         edit_level: float | None = None,
         slope: float | None = None,
         lag: int | None = None,
+        clip: int | None = None,
+        overlap: int | None = None,
+        context_level: float | None = None,
     ) -> Tensor:
         """The sampling plan [K+1,F], diagonal: [K + lag (n-1) + 1,F], from base levels [K+1].
 
         noisy_frames: `multipliers`, one for all given frames or one each (default 0.2, Pusa's for one image; its
         authors use 0.2 and 0.4 for first and last, rising ones for several in a row). edit: `edit_level` m (default
         0.5); rows in which nothing moves are left out. progressive, progressive_min: `slope` per frame (default 0.1,
-        or steeper, so that the last frame starts at 1). diagonal: `lag` in rows (default 1).
+        or steeper, so that the last frame starts at 1). diagonal: `lag` in rows (default 1). long_video: `clip` latent
+        frames at a time (default all), of which `overlap` are taken over (default half); [J K + 1,F] for J clips, see
+        `models.windows.plan_of_clips`. Where frames are held, `context_level` is the level they are held at, as which
+        they are seen (default 0; SkyReels-DF takes 0.02).
         """
         self.check_task(task)
-        options = {"multipliers": multipliers, "edit_level": edit_level, "slope": slope, "lag": lag}
+        options = {
+            "multipliers": multipliers, "edit_level": edit_level, "slope": slope, "lag": lag, "clip": clip,
+            "overlap": overlap, "context_level": context_level,
+        }  # fmt: skip
         unread = {name for name, value in options.items() if value is not None} - _PLAN_TAKES.get(task, set())
         if unread:
             raise ValueError(f"the plan of task {task!r} takes no {', '.join(sorted(unread))}")
@@ -162,15 +174,24 @@ class FVDM(Method):
                 return noise_plan(layout, levels, "scale", multipliers=ramp)
             return noise_plan(layout, levels, "min", caps=ramp)
         if task == "diagonal":
-            return noise_plan(layout, levels, "lag", lag=1 if lag is None else lag)
-        return noise_plan(layout, levels, "hold")
+            return noise_plan(layout, levels, "lag", lag=1 if lag is None else lag, context_level=context_level or 0.0)
+        if task == "long_video":
+            clip = layout.num_frames if clip is None else clip
+            overlap = default_overlap(clip) if overlap is None else overlap
+            return plan_of_clips(layout, levels, clip, overlap, context_level or 0.0)
+        return noise_plan(layout, levels, "hold", context_level=context_level or 0.0)
 
     def attach(self, backbone: Backbone, seed: int = 0) -> None:
         """With `labels`: a table of classes, trained with the model."""
         if self.labels is None:
             return super().attach(backbone, seed)
         config = backbone.config
-        dim = config.text_dim if hasattr(config, "text_dim") else config.caption_channels
+        dim = getattr(config, "text_dim", None) or getattr(config, "caption_channels", None)
+        if dim is None:
+            raise ValueError(
+                f"fvdm: {type(backbone).__name__} reads padding or a pooled text besides, not a class alone; labels "
+                "work with Wan and Latte"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             table = LabelEmbedding(self.labels, dim)
@@ -188,6 +209,10 @@ class FVDM(Method):
         if self.labels is None:
             return {"text": ("text",)}
         return {"text": ("label",)} if self.labels else {}
+
+    @property
+    def classes(self) -> int | None:
+        return self.labels
 
     @property
     def drops(self) -> Mapping[str, float]:
@@ -221,17 +246,3 @@ class FVDM(Method):
 
     def loss_weights(self, layout: ClipLayout) -> Tensor:
         return loss_weights(layout, "frame")
-
-
-def mark_given(layout: ClipLayout, given: Sequence[int], as_role: Role = "condition") -> ClipLayout:
-    """The layout with the frames in `given` in another role; neighbours alike stay one segment."""
-    segments: list[Segment] = []
-    for segment, frames in zip(layout.segments, layout.frame_slices, strict=True):
-        for frame in range(frames.start, frames.stop):
-            role = as_role if frame in given else segment.role
-            last = segments[-1] if segments and frame > frames.start else None
-            if last is not None and last.role == role:
-                segments[-1] = Segment(role, last.num_frames + 1, segment.shot_id, segment.text_id)
-            else:
-                segments.append(Segment(role, 1, segment.shot_id, segment.text_id))
-    return ClipLayout(tuple(segments))

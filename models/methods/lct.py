@@ -4,10 +4,18 @@ Guo et al., "Long Context Tuning for Video Generation", 2503.10589. All tokens o
 positions tell the shots apart; every shot draws its own training level (asynchronous timesteps), so that one model
 makes all shots together, or some given the others. A short second stage (`attention_rule="group_causal"`, started from
 such a model) lets a shot see itself and earlier shots only: shots are then made one after another, their history at a
-low level behind a KV cache. The Wan form: text reaches a shot through cross-attention to [story ; its own prompt], so
-that no group of the global prompt's own is needed, and a gap in time separates the shots ("diagonal" is the paper's
-layout, which a base model without text positions needs more tuning for). Departures: a share of samples gets one level
-for all shots, because joint sampling has equal levels, which independent draws never hit.
+low level behind a KV cache.
+
+The Wan form (`global_prompt="prefix"`, `position_mode="time_gap"`): text reaches a shot through cross-attention to
+[story ; its own prompt], so that no group of the global prompt's own is needed, and a gap in time separates the shots.
+The paper's form (`"group"`, `"diagonal"`), for backbones whose text stands in the attention: the global prompt is a
+text-video pair in front of the shots, [story][dummy][text 1][video 1]...; its dummy video is one token of a zero latent
+at level 0, without loss, dropped from what is made. The diagonal layout gives positions to text, which a base without
+them first learns on single shots (`Method.places_text`).
+
+Departures: a share of samples gets one level for all shots, because joint sampling has equal levels, which independent
+draws never hit; a share has shots at the context level, as given ones are in sampling, without loss, because the
+shifted logit-normal has 1 draw in 440 between 0.05 and 0.15.
 
 F latent frames, S shots.
 """
@@ -16,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -30,6 +38,8 @@ from models.scene import MAX_HISTORY
 
 SEQUENTIAL_TASKS = ("autoregressive", "extension")  # one shot after another
 IMAGES_OF = ("portrait", "place")  # what a composition is made of: who, and where
+CONTEXT_PROB = 0.1
+GlobalPrompt = Literal["prefix", "group"]
 
 
 @dataclass(frozen=True)
@@ -42,21 +52,36 @@ class LCT(Method):
     density: Density = "logit_normal"
     shared_prob: float = 0.25  # share of samples with one level for all shots
     clean_prob: float = 0.0  # share of samples with some shots exactly clean
+    # share of samples with some shots at context_level, the first ones under group_causal; None: 0.1 with logit_normal,
+    # 0 with uniform, which comes by any level often enough
+    context_prob: float | None = None
     context_level: float = 0.1  # t_c: level at which given shots are seen; the paper uses 0.1 to 0.5
     position_mode: PositionMode = "time_gap"
     position_gap: int = 4  # empty time steps between shots, in latent frames
+    global_prompt: GlobalPrompt = "prefix"  # the story: before each shot's prompt, or a text-video group of its own
     attention_rule: Literal["full", "group_causal"] = "full"  # group_causal: a shot sees itself and earlier ones
     single_frame_prob: float = 0.0  # share of training shots that become one of their frames: images as shots
 
     def __post_init__(self) -> None:
-        if self.context_level == 0 and self.clean_prob == 0:
+        if self.context_prob is None:  # resolved, so that the checkpoint says what was done
+            object.__setattr__(self, "context_prob", CONTEXT_PROB if self.density == "logit_normal" else 0.0)
+        if self.context_level == 0 and self.clean_prob == 0 and self.context_prob == 0:
             raise ValueError(
-                "lct: context_level is 0 but clean_prob is 0, so clean shots are never trained; raise one of them"
+                "lct: context_level, clean_prob and context_prob are 0, so clean shots are never trained; raise one of "
+                "them"
+            )
+        if self.global_prompt not in get_args(GlobalPrompt):
+            raise ValueError(f"lct: global_prompt is {self.global_prompt!r}; choose prefix or group")
+        if self.global_prompt == "group" and self.position_mode != "diagonal":
+            raise ValueError(
+                f"lct: global_prompt is 'group', position_mode {self.position_mode!r}: a shot sees texts besides its "
+                "own only where texts have positions; set position_mode=diagonal, or global_prompt=prefix"
             )
         if self.attention_rule not in ("full", "group_causal"):
             raise ValueError(f"lct: attention_rule is {self.attention_rule!r}; choose full or group_causal")
-        if not 0 <= self.single_frame_prob <= 1:
-            raise ValueError(f"lct: single_frame_prob is {self.single_frame_prob}, expected a probability")
+        for name in ("shared_prob", "clean_prob", "context_prob", "context_level", "single_frame_prob"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ValueError(f"lct: {name} is {value}, expected 0 to 1")
 
     def layout_for_training(self, shot_frames: list[int]) -> ClipLayout:
         return shots_layout(shot_frames)
@@ -130,8 +155,21 @@ class LCT(Method):
     def sample_levels(self, layout: ClipLayout, batch: int, generator: torch.Generator) -> Tensor:
         return sample_levels(
             layout, batch, "per_shot", generator=generator, shift=self.shift, density=self.density,
-            clean_prob=self.clean_prob, shared_prob=self.shared_prob,
+            clean_prob=self.clean_prob, shared_prob=self.shared_prob, context_prob=self.context_prob or 0.0,
+            context_level=self.context_level, context_first=self.attention_rule == "group_causal",
         )  # fmt: skip
+
+    def learns(self, levels: Tensor) -> Tensor:
+        """Not from shots that stand at the context level for given ones, beside others (specification, mode B)."""
+        if not self.context_prob:
+            return super().learns(levels)
+        given = levels == self.context_level
+        moving = (levels > 0) & ~given
+        return moving | ((levels > 0) & ~moving.any(dim=1, keepdim=True))
+
+    @property
+    def story_group(self) -> bool:
+        return self.global_prompt == "group"
 
     def plan(self, layout: ClipLayout, levels: Tensor, task: str) -> Tensor:
         self.check_task(task)
@@ -152,6 +190,8 @@ class LCT(Method):
         super().check_backbone(capabilities)
         if self.attention_rule == "group_causal":  # which is there for the cache
             require(capabilities, kv_cache=True)
+        if self.story_group:  # the dummy is one frame, at a level of its own
+            require(capabilities, joint_text=True, per_frame_levels=True)
 
 
 def _composition(shot_frames: Sequence[int], condition_frames: Sequence[int]) -> ClipLayout:

@@ -90,7 +90,9 @@ def merge_lora(backbone: Backbone, scale: float = 1.0) -> None:
 
 
 def _transformer(backbone: Backbone) -> Any:
-    transformer = getattr(backbone, "transformer", None)
+    if len(models := backbone.models_by_folder) > 1:
+        raise ValueError(f"a LoRA is of one model, this backbone has {len(models)}: load_model(path, expert='high')")
+    (transformer,) = models.values()
     if not isinstance(transformer, PeftAdapterMixin):
         raise ValueError(f"{type(backbone).__name__}: diffusers reads no LoRA for this model; train all its weights")
     return transformer

@@ -48,7 +48,7 @@ def build_toy_models(config: ToyModelsConfig) -> Path:
     log, small, run_dir = get_logger("toy-models"), SMALL[config.backbone], config.folder
     earlier = load_model(config.start, parts=()).settings.train.get("runs", []) if config.start else []
     run_dir.mkdir(parents=True, exist_ok=True)
-    backbone, codec, encoder = _start(config) if config.start else _fresh(config, log.info)
+    backbone, codec, encoder = _start(config, log.info) if config.start else _fresh(config, log.info)
     latents = partial(
         build_cache, run_dir / f"latents-{config.level}", codec, encoder, level=config.level, say=log.info
     )
@@ -130,13 +130,26 @@ def _encoder(model: Model) -> TextEncoder | ImageEncoder:
     return model.image_encoder if model.reads_images else model.text
 
 
-def _start(config: ToyModelsConfig) -> tuple[Backbone, VideoCodec, TextEncoder | ImageEncoder]:
-    """The parts of an earlier model; the transformer trains on, the VAE's and the text encoder's stages are skipped."""
+def _start(
+    config: ToyModelsConfig, say: Callable[[str], None]
+) -> tuple[Backbone, VideoCodec, TextEncoder | ImageEncoder]:
+    """The parts of an earlier model, whose transformer trains on, with `text_steps` after its text encoder.
+
+    The VAE stays as it is.
+    """
     assert config.start is not None
     model = load_model(config.start)
     if model.settings.backbone != config.backbone:
         raise ValueError(f"{config.start} is a {model.settings.backbone}; set backbone={model.settings.backbone}")
-    return model.backbone.requires_grad_(True), model.codec, _encoder(model)
+    encoder = _encoder(model)
+    if config.text_steps and isinstance(encoder, TextEncoder):
+        text_model = _train_text_encoder(
+            config, encoder.tokenizer, encoder.model.requires_grad_(True), say, padded=encoder.style.padded
+        )
+        encoder = TextEncoder(
+            encoder.tokenizer, text_model, max_length=SMALL[config.backbone].text_length, style=encoder.style
+        )
+    return model.backbone.requires_grad_(True), model.codec, encoder
 
 
 def _fresh(
@@ -158,7 +171,7 @@ def _read_encoder(config: ToyModelsConfig, say: Callable[[str], None]) -> TextEn
         found = load_model(config.text_from, parts=("text",)).text
         tokenizer, text_model = found.tokenizer, found.model
         if style.padded:  # it has to learn to read padding, which hides the text from one that never saw it
-            text_model = _train_text_encoder(config, tokenizer, text_model.requires_grad_(True), say, small.text_length)
+            text_model = _train_text_encoder(config, tokenizer, text_model.requires_grad_(True), say, padded=True)
     else:
         tokenizer = ByT5Tokenizer()
         text_model = _train_text_encoder(config, tokenizer, _text_encoder(config, tokenizer), say)
@@ -176,17 +189,18 @@ def _text_encoder(config: ToyModelsConfig, tokenizer: ByT5Tokenizer) -> T5Encode
 
 
 def _train_text_encoder(
-    config: ToyModelsConfig, tokenizer: Any, encoder: Any, say: Callable[[str], None], pad_to: int | None = None
+    config: ToyModelsConfig, tokenizer: Any, encoder: Any, say: Callable[[str], None], padded: bool = False
 ) -> Any:
-    """`encoder`, trained; with `pad_to` on texts that are so many tokens with their padding."""
+    """`encoder`, trained on texts that the model can read whole; with `padded` it sees them padded to that length."""
+    longest = SMALL[config.backbone].text_length
 
     def texts(step: int) -> tuple[list[str], dict[str, list[int]]]:
-        batch = text_batch(config.seed, step)
-        return batch if pad_to is None else fitting(batch, pad_to - 1)
+        return fitting(text_batch(config.seed, step), longest - 1)
 
+    assert config.text_steps is not None
     settings = TextEncoderSettings(steps=config.text_steps, seed=config.seed)
     folder = config.folder / "text_encoder"
-    train_text_encoder(encoder, tokenizer, SLOTS, texts, settings, folder, say, pad_to=pad_to)
+    train_text_encoder(encoder, tokenizer, SLOTS, texts, settings, folder, say, pad_to=longest if padded else None)
     return encoder.requires_grad_(False)
 
 

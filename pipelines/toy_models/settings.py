@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 from infra.knobs import knob
-from models.families import FamilyName
 from pipelines.shipped import SHIPPED_WAN, WEIGHTS
 from toyworld.vocabulary import LevelName
 
@@ -16,7 +15,9 @@ from toyworld.vocabulary import LevelName
 class ToyModelsConfig:
     """What `make toy-models` trains."""
 
-    backbone: FamilyName = knob("wan", "which model: the others take the text encoder of a finished one")
+    backbone: Literal["wan", "cogvideox", "latte", "svd"] = knob(
+        "wan", "which model: the others take the text encoder of a finished one"
+    )
     level: LevelName = knob("small", "ToyWorld level of the clips")
     seed: int = knob(0, "seed of worlds, weights and noise")
     run_dir: Path | None = knob(None, "snapshots, latents and logs, to resume from; null = runs/toy-BACKBONE")
@@ -24,7 +25,9 @@ class ToyModelsConfig:
     start: Path | None = knob(None, "model folder to go on from, in a new run_dir; null = random weights")
     vae_steps: int = knob(2_600, "steps of the VAE")
     vae_polish_steps: int = knob(1_600, "further steps of its decoder alone")
-    text_steps: int = knob(2_200, "steps of the text encoder; a taken one learns on where padding is read")
+    text_steps: int | None = knob(
+        None, "steps of the text encoder; null = 2,200, with `start` none; a taken one learns on where padding is read"
+    )
     text_from: Path | None = knob(None, "model folder whose text encoder is taken; null = wan-small, for wan none")
     clips: int = knob(10_000, "training clips, each with three texts")
     patterned: int = knob(6_000, "further clips, whose characters also have the patterns that the level lacks")
@@ -43,6 +46,8 @@ class ToyModelsConfig:
         wan = self.backbone == "wan"
         self.run_dir = self.run_dir or Path("runs/toy-models" if wan else f"runs/toy-{self.backbone}")
         self.out = self.out or WEIGHTS / f"{self.backbone}-small"
+        if self.text_steps is None:
+            self.text_steps = 0 if self.start else 2_200
         self.save_half = not wan if self.save_half is None else self.save_half
         if not wan:
             self.text_from = self.text_from or SHIPPED_WAN

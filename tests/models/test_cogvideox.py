@@ -313,7 +313,7 @@ def test_contiguous_rotary_tables_are_those_of_the_pipeline_bit_for_bit(size, he
         expected = pipeline_rotary(plain, frames, *size[1:])
         grid, stretch = (size[1] // 2, size[2] // 2), (base[0] // 2, base[1] // 2) if version == "5b" else None
         shots = (frames // (2 if version == "1.5" else 1),)
-        ours = rotary_tables(shots, grid, "contiguous", 4, TextPlaces(), head_dim, stretch, CPU)
+        ours = rotary_tables(shots_layout(list(shots)), grid, "contiguous", 4, TextPlaces(), head_dim, stretch, CPU)
         assert torch.equal(ours[0], expected[0]) and torch.equal(ours[1], expected[1])
 
 
@@ -321,8 +321,12 @@ def test_contiguous_rotary_tables_are_those_of_the_pipeline_bit_for_bit(size, he
 def test_contiguous_sine_table_is_that_of_diffusers_bit_for_bit(grid):
     expected = get_3d_sincos_pos_embed(64, (grid[1], grid[0]), 13, 1.875, 1.0, output_type="pt").flatten(0, 1)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        assert torch.equal(sine_table((13,), grid, "contiguous", 4, 64, 1.875, 1.0, dtype, CPU), expected.to(dtype))
-    gap = sine_table((5, 8), grid, "time_gap", 3, 64, 1.875, 1.0, torch.float64, CPU).unflatten(0, (13, -1))
+        assert torch.equal(
+            sine_table(shots_layout([13]), grid, "contiguous", 4, 64, 1.875, 1.0, dtype, CPU), expected.to(dtype)
+        )
+    gap = sine_table(shots_layout([5, 8]), grid, "time_gap", 3, 64, 1.875, 1.0, torch.float64, CPU).unflatten(
+        0, (13, -1)
+    )
     long = get_3d_sincos_pos_embed(64, (grid[1], grid[0]), 16, 1.875, 1.0, output_type="pt")
     assert torch.equal(gap, long[[*range(5), *range(8, 16)]])
 
@@ -331,7 +335,7 @@ def test_a_stretched_diagonal_keeps_the_shape_of_a_shot_and_its_shots_apart():
     """5B at half its size: steps of two rows, and the next shot starts after the whole pretrained grid."""
     head_dim, shots, grid, base = 16, (2, 1), (2, 3), (4, 6)
     places = TextPlaces(3, (0, 1), (0, 1))
-    cos, sin = rotary_tables(shots, grid, "diagonal", 0, places, head_dim, base, CPU)
+    cos, sin = rotary_tables(shots_layout(list(shots)), grid, "diagonal", 0, places, head_dim, base, CPU)
     text = [(i, i, i) for i in range(3)] + [(9 + i,) * 3 for i in range(3)]  # 3 tokens, then max(2, 4, 6)
     video = [(3 + f, 3 + 2 * y, 3 + 2 * x) for f in range(2) for y in range(2) for x in range(3)]
     video += [(12, 12 + 2 * y, 12 + 2 * x) for y in range(2) for x in range(3)]

@@ -1,4 +1,4 @@
-"""Folders of CogVideoX and Latte: plain diffusers must open what we write and make what we make, and the reverse."""
+"""Folders of the families beside Wan: plain diffusers opens what we write and makes what we make, and the reverse."""
 
 from __future__ import annotations
 
@@ -10,30 +10,42 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import CogVideoXPipeline, DDIMScheduler, LattePipeline, StableVideoDiffusionPipeline
+from diffusers import (
+    CogVideoXPipeline,
+    DDIMScheduler,
+    HunyuanVideoPipeline,
+    LattePipeline,
+    StableVideoDiffusionPipeline,
+)
 from torch import Tensor
 
 from models.backbones.cogvideox import CogVideoXBackbone
+from models.backbones.hunyuan import HunyuanVideoBackbone
 from models.backbones.latte import LatteBackbone
 from models.backbones.svd import SVDBackbone
 from models.codecs import VideoCodec
 from models.folder import Model, ModelSettings, load_model, save_model
+from models.layout import shots_layout
+from models.methods import get_method
 from models.noise import base_levels
 from models.process import EDM, VPDiffusion
 from models.records import RecordError
 from models.schedules import process_of_scheduler
-from models.text import null_text, pack_text
+from models.text import TextContext, null_text, pack_text, unpack_pooled
 from models.tiny import build_tiny_folder
 from models.tiny_cogvideox import build_tiny_cogvideox_folder
+from models.tiny_hunyuan import build_tiny_hunyuan_folder
 from models.tiny_latte import build_tiny_latte_folder
 from models.tiny_svd import build_tiny_svd_folder
 
 PROMPTS = ["red", "a box"]
 BUILDERS: dict[str, Callable[..., Model]] = {
     "cogvideox": build_tiny_cogvideox_folder, "latte": build_tiny_latte_folder, "svd": build_tiny_svd_folder,
+    "hunyuan": build_tiny_hunyuan_folder,
 }  # fmt: skip
 PIPELINES: dict[str, Any] = {
     "cogvideox": CogVideoXPipeline, "latte": LattePipeline, "svd": StableVideoDiffusionPipeline,
+    "hunyuan": HunyuanVideoPipeline,
 }  # fmt: skip
 
 
@@ -107,6 +119,96 @@ def test_latte_makes_what_its_pipeline_makes(folders, pipelines):
     assert torch.allclose(video, pipeline.decode_latents(ours, 6), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_hunyuan_makes_what_its_pipeline_makes(folders, pipelines, scale):
+    """From the words on: two encoders, guidance as an input (6), and classifier-free guidance beside it."""
+    model, pipeline = load_model(folders["hunyuan"]), pipelines["hunyuan"]
+    assert isinstance(model.backbone, HunyuanVideoBackbone) and model.backbone.embedded_guidance == 6.0
+    noise = randn(2, 4, 3, 4, 4)
+    ours = make(model, noise, PROMPTS, 4, scale)
+    theirs = pipeline(
+        PROMPTS, negative_prompt=["", ""], true_cfg_scale=scale, num_frames=9, height=32, width=32,
+        num_inference_steps=4, max_sequence_length=32, latents=noise, output_type="latent",
+    ).frames  # fmt: skip
+    assert torch.allclose(ours, theirs, atol=1e-4) and (ours - noise).abs().max() > 0.1
+    video = model.codec.decode(ours)
+    assert video.shape == (2, 3, 9, 32, 32)
+    assert torch.allclose(video, pipeline.vae.decode(theirs / 0.7).sample, atol=1e-4)
+
+
+def test_hunyuan_reads_two_encoders_as_its_pipeline_does(folders, pipelines):
+    text, pipeline = load_model(folders["hunyuan"], parts=("text",)).text, pipelines["hunyuan"]
+    texts = ["a red box", "", "Blue, twice"]
+    ours = text.encode(texts)
+    tokens, pooled, mask = pipeline.encode_prompt(texts, max_sequence_length=32)
+    for own, their, vector, valid in zip(ours, tokens, pooled, mask, strict=True):
+        assert len(own) == 1 + int(valid.sum()) and own.shape[1] == 32
+        assert torch.allclose(own[1:], their[valid.bool()], atol=1e-5)
+        assert torch.allclose(own[0, :16], vector, atol=1e-5) and not own[0, 16:].any()
+    assert [text.num_tokens(one) for one in texts] == [len(own) for own in ours]
+    assert len(ours[0]) == len(ours[1]) + len("a red box"), "a byte is a token"
+    assert len(ours[1]) == 1 + 8, "of the template, what stands behind the text: cut into 8"
+    assert text.parts(["a story", "", "a shot"]) == ["a story a shot"]
+    with pytest.warns(UserWarning, match="over 33 tokens"):
+        cut = text.encode(["x" * 40])[0]
+    assert torch.allclose(cut[1:], pipeline.encode_prompt(["x" * 40], max_sequence_length=32)[0][0], atol=1e-5)
+
+
+def test_a_packed_context_is_the_pooled_text_and_the_valid_tokens(folders):
+    """What the dataset and the sampler hold says the same as `TextContext(lengths=, pooled=)`."""
+    model = load_model(folders["hunyuan"])
+    found = model.text.encode(["one", "another shot"])
+    packed = TextContext(torch.stack([pack_text([one], 33) for one in found])[None], torch.tensor([0, 0, 1]))
+    apart = unpack_pooled(packed, 16)
+    assert apart.lengths is not None and apart.pooled is not None
+    assert apart.lengths.tolist() == [[len(one) - 1 for one in found]]
+    assert torch.equal(apart.pooled[0], torch.stack([one[0, :16] for one in found]))
+    assert torch.equal(apart.embeddings, packed.embeddings[:, :, 1:])
+    x, levels = randn(1, 4, 3, 4, 4), torch.tensor([[0.2, 0.7, 0.7]])
+    for mode in ("contiguous", "diagonal"):
+        options = {"layout": shots_layout([2, 1]), "position_mode": mode}
+        with torch.no_grad():
+            assert torch.equal(
+                model.backbone(x, levels, packed, **options), model.backbone(x, levels, apart, **options)
+            )
+
+
+def test_hunyuan_encodes_and_decodes_clips_of_4k_and_1(folders, pipelines):
+    codec, vae = load_model(folders["hunyuan"], parts=("codec",)).codec, pipelines["hunyuan"].vae
+    assert (codec.temporal_stride, codec.spatial_stride, codec.latent_channels, codec.frame_step) == (4, 8, 4, 4)
+    for frames in (1, 5, 21):  # 21: in overlapping pieces
+        video = torch.rand(1, 3, frames, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        mean, _ = codec.encode(video)
+        assert mean.shape == (1, 4, codec.num_latent_frames(frames), 2, 3)
+        assert torch.allclose(mean, vae.encode(video).latent_dist.mean, atol=1e-5)
+        assert torch.allclose(codec.normalize(mean), 0.7 * mean, atol=1e-6)
+        decoded = codec.decode(codec.normalize(mean))
+        assert decoded.shape == video.shape and torch.allclose(decoded, vae.decode(mean).sample, atol=1e-4)
+
+
+def test_what_hunyuan_cannot_is_refused_with_the_reason(folders, tmp_path):
+    backbone = load_model(folders["hunyuan"], parts=("backbone",)).backbone
+    for method, params, message in (
+        ("fca", {}, "modules beside its layers are only made for Wan"),
+        ("aid", {}, "modules beside its layers are only made for Wan"),
+        ("lct", {"attention_rule": "group_causal"}, "HunyuanVideo joins text and frames in one attention"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            get_method(method, **params).check_backbone(backbone.capabilities)
+    with pytest.raises(ValueError, match="HunyuanVideoBackbone reads padding or a pooled text besides"):
+        get_method("fvdm", labels=3).attach(backbone)
+    shutil.copytree(folders["hunyuan"], tmp_path / "m")
+    config = tmp_path / "m" / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "gemma"}))
+    with pytest.raises(ValueError, match="model_type is 'gemma', supported is llama"):
+        load_model(tmp_path / "m", parts=("text",))
+    for folder in ("text_encoder_2", "tokenizer_2"):
+        shutil.rmtree(tmp_path / "m" / folder)
+        with pytest.raises(FileNotFoundError, match=f"{folder} is missing: the text"):
+            load_model(tmp_path / "m", parts=("text",))
+        shutil.copytree(folders["hunyuan"] / folder, tmp_path / "m" / folder)
+
+
 def test_latte_encodes_every_frame_alone(folders, pipelines):
     model, vae = load_model(folders["latte"], parts=("codec",)), pipelines["latte"].vae
     assert (model.codec.temporal_stride, model.codec.frame_step, model.codec.spatial_stride) == (1, 1, 8)
@@ -147,7 +249,7 @@ def test_svd_sees_images_and_decodes_as_its_pipeline_does(folders, pipelines):
 def test_how_many_frames_a_folder_takes_needs_no_weights(folders, tmp_path):
     build_tiny_folder(tmp_path / "wan")
     steps = {name: VideoCodec.frame_step_of(path) for name, path in (folders | {"wan": tmp_path / "wan"}).items()}
-    assert steps == {"wan": 4, "cogvideox": 8, "latte": 1, "svd": 1}
+    assert steps == {"wan": 4, "cogvideox": 8, "latte": 1, "svd": 1, "hunyuan": 4}
     for name, path in folders.items():
         assert load_model(path, parts=("codec",)).codec.frame_step == steps[name]
 
@@ -237,6 +339,10 @@ def test_plain_folders_say_what_they_were_trained_for(tmp_path, folders):
     assert found["svd"] == ModelSettings(
         backbone="svd", method="svd", text_length=1, level_shift=1.0, fps=7.0, frames_per_shot=6, height=576, width=1024
     )
+    assert found["hunyuan"] == ModelSettings(
+        backbone="hunyuan", text_length=257, level_shift=7.0, method_params={"shift": 7.0}, frames_per_shot=129,
+        height=720, width=1280, fps=24.0,
+    )  # fmt: skip
     assert found["latte"] == ModelSettings(backbone="latte", text_length=120, frames_per_shot=6, **shared)
 
 
@@ -261,7 +367,7 @@ def test_what_does_not_open_is_refused_with_the_reason(tmp_path, folders):
     shutil.copytree(folders["cogvideox"], path)
     index, settings = (json.loads((path / name).read_text()) for name in ("model_index.json", "shotloom.json"))
     for kind, message in (
-        ("HunyuanVideoPipeline", "two texts, of a LLaMA .* use models.backbones.hunyuan from Python"),
+        ("HunyuanVideoImageToVideoPipeline", "use the text-to-video model"),
         ("CogVideoXImageToVideoPipeline", "use the text-to-video model"),
         ("MochiPipeline", "supported are WanPipeline, CogVideoXPipeline, LattePipeline"),
     ):

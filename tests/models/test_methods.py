@@ -26,6 +26,7 @@ FVDM_TASKS = {
     "progressive": ({}, "CTTTT"),
     "progressive_min": ({}, "CTTTT"),
     "diagonal": ({"head": 1}, "CTTTT"),
+    "long_video": ({"frames": [0]}, "CTTTT"),
 }
 LCT_TASKS = {
     "joint": ({}, "TTTTT"),
@@ -185,7 +186,7 @@ def test_methods_by_name():
     with pytest.raises(ValueError, match="no parameter 'shared_probs'; did you mean 'shared_prob'"):
         get_method("lct", shared_probs=0.1)
     with pytest.raises(ValueError, match="clean shots are never trained"):
-        get_method("lct", context_level=0.0)
+        get_method("lct", context_level=0.0, context_prob=0.0)
 
 
 def test_training_layouts_keep_shots_and_texts():
@@ -347,9 +348,9 @@ def test_training_levels_follow_the_methods_own_shares():
         return method.sample_levels(layout, 40, torch.Generator().manual_seed(0))
 
     lct, fvdm = partial(levels, "lct", [2, 1, 2]), partial(levels, "fvdm", [5])
-    for found in (lct(shared_prob=1.0), fvdm(p=0.0, clean_prob=0.0)):
+    for found in (lct(shared_prob=1.0, context_prob=0.0), fvdm(p=0.0, clean_prob=0.0)):
         assert (found == found[:, :1]).all()
-    apart = lct(shared_prob=0.0)
+    apart = lct(shared_prob=0.0, context_prob=0.0)
     assert (apart[:, 0] == apart[:, 1]).all() and not (apart[:, [0, 0, 2]] == apart[:, [2, 3, 3]]).any()
     apart = fvdm(p=1.0, clean_prob=0.0)
     assert not (apart[:, 1:] == apart[:, :-1]).any() and (apart > 0).all()

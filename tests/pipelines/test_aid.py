@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from models.folder import load_model
 from models.scene import Scene
 from models.tiny import build_tiny_folder
 from pipelines.sample import SampleConfig, run_sample
+from pipelines.serve import ServeConfig, server_settings
 from pipelines.states import GrammarStates, StatesConfig, make_predictor, predictor_key
 from pipelines.train import TextDropConfig, TrainConfig, run_train
 from preprocess.encode import Encoder
@@ -26,6 +28,8 @@ from preprocess.unit import prepare_video
 from sample.generate import GenerateSettings, generate_scene
 from sample.storyboard import Storyboard, StoryboardError, StoryboardShot
 from sample.video_io import read_video, write_video
+from sample.video_request import parse_request
+from sample.worker import VideoSampler
 from toyworld.text import sentence, state_sentences
 from toyworld.video import write_video as write_toy_video
 from toyworld.world import sample_scene
@@ -177,6 +181,33 @@ def test_sampling_asks_the_predictor_and_follows_states_and_frame(trained: Path,
     hook.remove()
     assert len(seen) == 2 and seen[0].shape[:2] == (3, 4), "one pass for three branches, prepared once"
     assert torch.equal(seen[0][:2], seen[1][:2]) and not torch.equal(seen[0][2], seen[1][2])
+
+
+def test_a_server_takes_states_from_the_request_or_its_predictor(trained: Path, first_frame: Path, root: Path) -> None:
+    config = ServeConfig(model=trained, folder=root / "serve", steps=2, image_guidance=2.0, min_side=0, states=TOYWORLD)
+    sampler = VideoSampler(server_settings(config))
+    words = board(first_frame).shots[0].sentence
+    scene = sample_scene("small", seed=3, index=9, num_shots=1, num_characters=1)
+    truth = [text for text, _ in state_sentences(scene, 0)]
+
+    seen: list[torch.Tensor] = []
+    sampler.model.backbone.conditioner.dual_query.register_forward_pre_hook(lambda m, args: seen.append(args[1]))
+
+    def served(**said: Any) -> torch.Tensor:
+        """What the model is told of the states."""
+        storyboard = {"shots": [{"sentence": words, "frames": 9, **said}]}
+        files = {"input_reference": first_frame.read_bytes()}
+        parsed = parse_request({"storyboard": storyboard, "seed": 1}, sampler.settings.service, files)
+        job, _ = sampler.store.create(parsed.request, media=parsed.media)
+        asyncio.run(sampler.run(job.id))
+        job = sampler.store.get(job.id)
+        assert job is not None and job.result is not None, job
+        assert read_video(sampler.settings.service.results / job.result)[0].shape == (9, 32, 32, 3)
+        return seen.pop()
+
+    predicted = served()
+    assert torch.equal(predicted, served(states=truth)) and not seen
+    assert not torch.equal(predicted, served(states=truth[::-1]))
 
 
 def test_each_scale_is_that_of_its_condition(trained: Path, first_frame: Path) -> None:

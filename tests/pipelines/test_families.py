@@ -1,4 +1,4 @@
-"""The commands on tiny CogVideoX and Latte folders: encoded shots and texts, training, sampling, and what comes out."""
+"""The commands on tiny CogVideoX, Latte and HunyuanVideo folders: encoded shots and texts, training, sampling."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import CogVideoXPipeline, LattePipeline
+from diffusers import CogVideoXPipeline, HunyuanVideoPipeline, LattePipeline
 from safetensors.torch import save
 from webdataset import ShardWriter
 
@@ -17,6 +17,7 @@ from infra.config import load_config
 from models.folder import Model, load_model
 from models.scene import STORY_TEXT, EncodedSpan, Scene, Shot, Source, link_shots, shot_tensor_key
 from models.tiny_cogvideox import build_tiny_cogvideox_folder
+from models.tiny_hunyuan import build_tiny_hunyuan_folder
 from models.tiny_latte import build_tiny_latte_folder
 from models.tiny_svd import build_tiny_svd_folder
 from pipelines.prepare import PrepareConfig, make_settings
@@ -26,10 +27,14 @@ from preprocess.outcome import Failed
 from sample.generate import GenerateSettings, generate_scene
 from sample.storyboard import Storyboard, StoryboardError, StoryboardShot
 
-BUILDERS: dict[str, Callable[..., Model]] = {"cogvideox": build_tiny_cogvideox_folder, "latte": build_tiny_latte_folder}
-PIPELINES: dict[str, Any] = {"cogvideox": CogVideoXPipeline, "latte": LattePipeline}
-FRAMES = {"cogvideox": 9, "latte": 3}  # of a shot; 3 latent frames of either
-TEXT_LENGTH = 24
+BUILDERS: dict[str, Callable[..., Model]] = {
+    "cogvideox": build_tiny_cogvideox_folder,
+    "latte": build_tiny_latte_folder,
+    "hunyuan": build_tiny_hunyuan_folder,
+}
+PIPELINES: dict[str, Any] = {"cogvideox": CogVideoXPipeline, "latte": LattePipeline, "hunyuan": HunyuanVideoPipeline}
+FRAMES = {"cogvideox": 9, "latte": 3, "hunyuan": 9}  # of a shot; 3 latent frames of each
+TEXT_LENGTH = {"cogvideox": 24, "latte": 24, "hunyuan": 33}
 
 
 @pytest.fixture(scope="module", params=BUILDERS)
@@ -41,39 +46,46 @@ def family(request: pytest.FixtureRequest) -> str:
 def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp(family) / "model"
     BUILDERS[family](
-        path, text_length=TEXT_LENGTH, frames_per_shot=FRAMES[family], method="fvdm", method_params={"shift": 1.0}
+        path,
+        text_length=TEXT_LENGTH[family],
+        frames_per_shot=FRAMES[family],
+        method="fvdm",
+        method_params={"shift": 1.0},
     )
     return path
 
 
 @pytest.fixture(scope="module")
 def dataset(family: str, folder: Path) -> Path:
+    write_dataset(folder.parent / "dataset", folder, FRAMES[family])
+    return folder.parent / "dataset"
+
+
+def write_dataset(path: Path, folder: Path, frames: int, size: int = 32) -> None:
     """Two scenes of two shots, encoded as `shotloom prepare` encodes them."""
-    encoder, path = Encoder.from_folder(folder), folder.parent / "dataset"
+    encoder = Encoder.from_folder(folder)
     (path / "shards").mkdir(parents=True)
-    frames = FRAMES[family]
     with ShardWriter(str(path / "shards" / "scenes-%06d.tar"), maxcount=2, verbose=0) as writer:
         for number in range(2):
-            scene = make_scene(f"scene{number}", ["red", "box"], frames)
+            scene = make_scene(f"scene{number}", ["red", "box"], frames, size=size)
             scene.latents = encoder.source("float16")
             texts = encoder.encode_texts([scene], "float16")
             tensors = {name: texts[text].clone() for name, text in scene_texts(scene).items()}
-            pixels = np.random.default_rng(number).integers(0, 256, (2, frames, 32, 32, 3), dtype=np.uint8)
+            pixels = np.random.default_rng(number).integers(0, 256, (2, frames, size, size, 3), dtype=np.uint8)
             for i, found in enumerate(encoder.encode_shots(list(pixels), "float16")):
                 tensors |= {shot_tensor_key(i, name): value for name, value in found.items()}
             writer.write({"__key__": scene.scene_id, "json": scene.to_json().encode(), "safetensors": save(tensors)})
-    return path
 
 
-def make_scene(name: str, prompts: list[str], frames: int, story: str = "a story") -> Scene:
+def make_scene(name: str, prompts: list[str], frames: int, story: str = "a story", size: int = 32) -> Scene:
     shots = []
     for i, prompt in enumerate(prompts):
         begin, end = i * frames, (i + 1) * frames
-        span = EncodedSpan(begin, frames, 8.0, list(range(begin, end)), 32, 32)
+        span = EncodedSpan(begin, frames, 8.0, list(range(begin, end)), size, size)
         shots.append(Shot("", i, begin, end, begin, end, [1, 8], prompt=prompt, sentence=f"one {prompt}", encoded=span))
         shots[-1].transition = "cut" if i else "start"
     source = Source("v.mp4", "0" * 64, 1)
-    return Scene(name, "v", source, 8.0, 32, 32, len(prompts) * frames / 8, link_shots(shots, name), story=story)
+    return Scene(name, "v", source, 8.0, size, size, len(prompts) * frames / 8, link_shots(shots, name), story=story)
 
 
 def test_texts_are_stored_as_the_model_reads_them(family, folder):
@@ -84,12 +96,17 @@ def test_texts_are_stored_as_the_model_reads_them(family, folder):
     texts = encoder.encode_texts([scene], "float32")
     if family == "cogvideox":
         assert STORY_TEXT not in named and named[shot_tensor_key(1, "text")] == "a story box"
-        assert all(tokens.shape == (TEXT_LENGTH, 32) for tokens in texts.values())
+        assert all(tokens.shape == (24, 32) for tokens in texts.values())
+    elif family == "hunyuan":
+        assert STORY_TEXT not in named and named[shot_tensor_key(1, "text")] == "a story box"
+        assert texts["a story box"].shape == (1 + 11 + 8, 32), "the pooled text, the tokens, the template's end"
     else:
         assert named[STORY_TEXT] == "a story" and named[shot_tensor_key(1, "text")] == "box"
         assert texts["box"].shape == (4, 32)
-    with pytest.raises(Failed, match=rf"story {TEXT_LENGTH + 1}, prompt 4\), the model reads {TEXT_LENGTH}"):
-        encoder.encode_texts([make_scene("s", ["red"], 9, story="s" * TEXT_LENGTH)], "float32")
+    length = TEXT_LENGTH[family]
+    counts = "42, prompt 12" if family == "hunyuan" else f"{length + 1}, prompt 4"
+    with pytest.raises(Failed, match=rf"story {counts}\), the model reads {length}"):
+        encoder.encode_texts([make_scene("s", ["red"], 9, story="s" * length)], "float32")
 
 
 def test_prepare_takes_as_many_frames_as_the_vae(family, folder, tmp_path):
@@ -97,10 +114,14 @@ def test_prepare_takes_as_many_frames_as_the_vae(family, folder, tmp_path):
         return make_settings(PrepareConfig(sources=["v"], output=tmp_path, model=folder, **changes))
 
     found = settings(min_shot_frames=1)
-    assert (found.frame_step, found.shot_frames) == ({"cogvideox": 8, "latte": 1}[family], FRAMES[family])
+    assert (found.frame_step, found.shot_frames) == ({"cogvideox": 8, "latte": 1, "hunyuan": 4}[family], FRAMES[family])
     if family == "cogvideox":
         with pytest.raises(ValueError, match=r"shot_frames=13: the VAE takes 8k\+1 frames \(1, 9, 17, 25, ...\)"):
             settings(shot_frames=13)
+    elif family == "hunyuan":
+        assert settings(shot_frames=13).shot_frames == 13
+        with pytest.raises(ValueError, match=r"shot_frames=14: the VAE takes 4k\+1 frames"):
+            settings(shot_frames=14)
     else:
         assert settings(shot_frames=14).shot_frames == 14
 
@@ -130,6 +151,28 @@ def test_it_trains_exports_and_samples(family, folder, dataset, tmp_path):
             generate_scene(model, board, GenerateSettings(steps=1), seed=0)
 
 
+def test_hunyuan_learns_and_makes_scenes_of_several_shots(family, folder, dataset, tmp_path):
+    if family != "hunyuan":
+        pytest.skip("of two text encoders")
+    keys = {
+        "model": folder, "dataset": dataset, "run_dir": tmp_path / "run", "steps": 1, "batch_size": 2, "num_workers": 0,
+        "method": "lct", "shots_per_scene": 2, "lora.rank": 2, "text_drop.everything": 0.5, "warmup_steps": 0,
+    }  # fmt: skip
+    result = run_train(load_config(TrainConfig, None, [f"{key}={value}" for key, value in keys.items()]))
+    HunyuanVideoPipeline.from_pretrained(folder, local_files_only=True).load_lora_weights(result.lora_dir)
+    model = load_model(result.model_dir)
+    board = Storyboard("two", shots=[StoryboardShot("a red box"), StoryboardShot("it moves")], story="tale")
+    frames, cuts = generate_scene(model, board, GenerateSettings(steps=2, guidance=1.0), seed=0)
+    assert frames.shape == (18, 32, 32, 3) and cuts == [9]
+    other = Storyboard("two", shots=[StoryboardShot("a red box"), StoryboardShot("it stays")], story="tale")
+    assert not np.array_equal(
+        frames[9:], generate_scene(model, other, GenerateSettings(steps=2, guidance=1.0), 0)[0][9:]
+    )
+    causal = [f"{key}={value}" for key, value in (keys | {"method_params.attention_rule": "group_causal"}).items()]
+    with pytest.raises(ValueError, match="no kv_cache: HunyuanVideo joins text and frames"):
+        run_train(load_config(TrainConfig, None, [*causal, f"run_dir={tmp_path / 'causal'}"]))
+
+
 def test_a_given_frame_stays(family, folder, tmp_path):
     """From an image, as method fvdm does: the frame is encoded alone and held through sampling."""
     from PIL import Image
@@ -146,8 +189,30 @@ def test_a_given_frame_stays(family, folder, tmp_path):
     assert torch.equal(made[0][:, :, :1].cpu(), alone)
 
 
+def test_given_frames_stay_at_both_ends_and_in_a_video_longer_than_a_clip(family, folder, tmp_path):
+    """An image that ends a shot is the last latent frame of a still clip; a long video is of overlapping clips."""
+    from PIL import Image
+
+    from sample.shot import GivenFrames
+
+    model = load_model(folder)
+    for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+        Image.new("RGB", (32, 32), colour).save(tmp_path / f"{name}.png")
+    ends = [GivenFrames(str(tmp_path / "red.png")), GivenFrames(str(tmp_path / "blue.png"), at=-1)]
+    made: list[torch.Tensor] = []
+    decode = model.codec.decode
+    model.codec.decode = lambda latents: made.append(latents) or decode(latents)  # type: ignore[method-assign]
+    still = torch.tensor([30, 30, 200]).view(1, 3, 1, 1, 1).expand(1, 3, 17, 32, 32) / 127.5 - 1
+    last = model.codec.normalize(model.codec.encode(still)[0])[:, :, -1]
+    for frames, task in ((FRAMES[family], None), (2 * FRAMES[family] - 1, "long_video")):
+        board = Storyboard("one", shots=[StoryboardShot("go", frames=frames, given_frames=ends)], task=task)
+        pixels, cuts = generate_scene(model, board, GenerateSettings(steps=2, guidance=1.0), seed=0)
+        assert len(pixels) == frames and not cuts
+        torch.testing.assert_close(made[-1][:, :, -1].cpu(), last, atol=1e-4, rtol=1e-3)
+
+
 def test_parts_of_a_joined_text_cannot_be_dropped(family, folder, dataset, tmp_path):
-    if family != "cogvideox":
+    if family == "latte":
         pytest.skip("texts are apart")
     keys = {
         "model": folder, "dataset": dataset, "run_dir": tmp_path / "run", "steps": 1, "batch_size": 2, "num_workers": 0,

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from infra.config import ConfigError, load_config
 from infra.ray_session import RaySession
 from models.scene import Reference
 from models.tiny import build_tiny_folder
+from pipelines import cli
 from pipelines.sample import SampleConfig, run_sample
 from pipelines.storyboards import load_storyboards
 from sample.storyboard import Storyboard, StoryboardShot
@@ -78,6 +80,21 @@ def test_one_bad_storyboard_stops_no_other_and_is_tried_again(model: Path, tmp_p
     assert (again.made, again.skipped, again.failed) == (0, 2, 1)
 
 
+def test_the_command_keeps_the_good_ones_and_exits_1(model: Path, tmp_path: Path) -> None:
+    bad = "{name: bad, shots: [{prompt: " + "x" * 600 + "}]}"
+    (tmp_path / "some.yaml").write_text(f"storyboards: [{{name: good, shots: [{{prompt: One goes.}}]}}, {bad}]")
+    arguments = [f"model={model}", f"out={tmp_path / 'out'}", f"storyboards={tmp_path / 'some.yaml'}", "steps=1"]
+    for counts in ("1 made, 0 were there, 1 failed", "0 made, 1 were there, 1 failed"):
+        result = CliRunner().invoke(cli.main, ["sample", *arguments])
+        *_, reason, last = result.output.splitlines()
+        assert result.exit_code == 1 and reason.startswith("bad failed: ") and "shot 0" in reason
+        assert last.startswith(f"{counts} (reasons above and in the manifest") and last.endswith("manifest.jsonl")
+        assert (tmp_path / "out" / "good.mp4").is_file() and not (tmp_path / "out" / "bad.mp4").exists()
+    (tmp_path / "some.yaml").write_text("{name: good, shots: [{prompt: One goes.}]}")
+    result = CliRunner().invoke(cli.main, ["sample", *arguments])
+    assert result.exit_code == 0 and result.output.splitlines()[-1].startswith("0 made, 1 were there, 0 failed; ")
+
+
 def test_ray_actors_make_the_same_videos(model: Path, tmp_path: Path, ray_module: RaySession) -> None:
     here = run_sample(config_for(model, tmp_path / "here"), BOARDS)
     bad = replace(BOARDS[0], name="bad", shots=[StoryboardShot("x" * 600), StoryboardShot("y")])
@@ -110,6 +127,9 @@ def test_storyboard_files_say_what_is_wrong(tmp_path: Path) -> None:
     assert "nearest is 'shots[0].prompt'" in message("shots: [{promt: x}]")
     assert "a.yaml" in message("shots: []") and "no shots" in message("shots: []")
     assert "nearest is 5" in message("shots: [{prompt: x, frames: 4}]")
+    assert load_storyboards([tmp_path / "a.yaml"], frame_step=1)[0].shots[0].frames == 4, "of an image VAE"
+    assert "given_frames: no such file" in message("shots: [{prompt: x, given_frames: [{path: a.png}]}]")
+    assert "nearest is 'shots[0].given_frames[0].at'" in message("shots: [{prompt: x, given_frames: [{att: 1}]}]")
     assert "no such file" in message("shots: [{prompt: x, given: a.png}, {prompt: y}]")
     assert "taken by" in message("storyboards: [{name: x, shots: [{prompt: a}]}, {name: x, shots: [{prompt: b}]}]")
     assert "holds no storyboards" in message("storyboards: []")
@@ -132,7 +152,10 @@ def test_media_paths_are_relative_to_their_file(tmp_path: Path) -> None:
     (tmp_path / "pair.yaml").write_text(pair)
     (board,) = load_storyboards([tmp_path / "pair.yaml"])
     assert board.shots[0].references == [Reference("source", str(tmp_path / "media" / "a.mp4"))]
-    for old, new, message in (("a.mp4", "b.mp4", "source: no such file"), ("role: source", "role: sauce", "role")):
+    for old, new, message in (
+        ("a.mp4", "b.mp4", r"shots\.0\.references\.0\.path: no such file"),
+        ("role: source", "role: sauce", "role"),
+    ):
         (tmp_path / "pair.yaml").write_text(pair.replace(old, new))
         with pytest.raises(ConfigError, match=message):
             load_storyboards([tmp_path / "pair.yaml"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
+import ray
 
 from infra.ray_session import RaySession
 from models.tiny import build_tiny_folder
 from pipelines.serve import ServeConfig, serving
-from sample.video_io import read_video
+from sample.video_io import read_video, write_video
 
 SHOTS = [{"prompt": "[SHOT CUT] One goes."}, {"prompt": "[SHOT CUT] One comes.", "seed": 4}]
 
@@ -70,7 +73,7 @@ def client(service: Service) -> httpx.Client:
     return service.client
 
 
-def wait(client: httpx.Client, video_id: str, until: Any, seconds: float = 90) -> dict[str, Any]:
+def wait(client: httpx.Client, video_id: str, until: Any, seconds: float = 180) -> dict[str, Any]:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         video = client.get(f"/v1/videos/{video_id}").json()
@@ -91,7 +94,7 @@ def create(client: httpx.Client, **body: Any) -> dict[str, Any]:
 
 
 def test_a_storyboard_becomes_a_video_with_progress_on_the_way(client: httpx.Client, tmp_path: Path) -> None:
-    video = create(client, prompt="[Story] A walk.", shots=SHOTS, seed=1, steps=150)
+    video = create(client, prompt="[Story] A walk.", storyboard={"shots": SHOTS}, seed=1, steps=150)
     assert video["status"] in ("queued", "in_progress") and video["model"] == "tiny-lct"
     seen = set()
 
@@ -124,10 +127,35 @@ def test_the_same_seed_repeats_the_file_and_a_multipart_request_works(client: ht
     assert bodies[0] == bodies[1]
 
 
+def test_files_of_a_storyboard_are_parts_of_the_form(client: httpx.Client, tmp_path: Path) -> None:
+    grey = np.full((5, 40, 40, 3), 90, np.uint8)
+    write_video(grey, tmp_path / "given.mp4", 8)
+    board = {"shots": [{"prompt": "It is there.", "given": "media/given.mp4"}, {"prompt": "It goes on."}]}
+    files = {"media/given.mp4": ("given.mp4", (tmp_path / "given.mp4").read_bytes(), "video/mp4")}
+    response = client.post("/v1/videos", data={"storyboard": json.dumps(board), "seed": "2"}, files=files)
+    assert response.status_code == 200, response.text
+    done = wait(client, response.json()["id"], finished)
+    assert done["status"] == "completed", done
+    (tmp_path / "made.mp4").write_bytes(client.get(f"/v1/videos/{done['id']}/content").content)
+    frames, _ = read_video(tmp_path / "made.mp4")
+    assert len(frames) == 10 and abs(frames[:5].astype(int) - 90).max() <= 3 and frames[5:].std() > 3
+    response = client.post("/v1/videos", data={"storyboard": json.dumps(board | {"task": "extension"})}, files=files)
+    assert response.status_code == 400 and response.json()["error"]["param"] == "storyboard.task"
+
+
+def test_a_proxy_has_a_minute_to_come_up(service: Service) -> None:
+    def limit() -> float:
+        from ray.serve._private.constants import PROXY_READY_CHECK_TIMEOUT_S
+
+        return PROXY_READY_CHECK_TIMEOUT_S
+
+    assert ray.get(ray.remote(limit).options(num_cpus=0).remote()) == 60, "as Serve's controller reads it"
+
+
 def test_bad_requests_and_failures_are_told_apart(client: httpx.Client) -> None:
     response = client.post("/v1/videos", json={"prompt": "x", "size": "1x1"})
     assert response.status_code == 400 and response.json()["error"]["param"] == "size"
-    video = create(client, prompt="[Story] " + "x" * 400, shots=[{"prompt": "y" * 400}])
+    video = create(client, prompt="[Story] " + "x" * 400, storyboard={"shots": [{"prompt": "y" * 400}]})
     done = wait(client, video["id"], finished)
     assert done["status"] == "failed" and done["error"]["code"] == "invalid_request"
     assert "do not fit" in done["error"]["message"]
@@ -135,7 +163,7 @@ def test_bad_requests_and_failures_are_told_apart(client: httpx.Client) -> None:
 
 
 def test_cancel_ends_a_running_job_and_the_next_one_starts(client: httpx.Client) -> None:
-    video = create(client, prompt="x", shots=SHOTS, steps=200, guidance=2.5)
+    video = create(client, prompt="x", storyboard={"shots": SHOTS}, steps=200, guidance=2.5)
     wait(client, video["id"], lambda v: v["status"] == "in_progress")
     client.post(f"/v1/videos/{video['id']}/cancel")
     done = wait(client, video["id"], finished)
@@ -144,7 +172,7 @@ def test_cancel_ends_a_running_job_and_the_next_one_starts(client: httpx.Client)
 
 
 def test_a_killed_replica_loses_no_job(client: httpx.Client, config: ServeConfig) -> None:
-    video = create(client, prompt="long", shots=SHOTS * 4, steps=200)
+    video = create(client, prompt="long", storyboard={"shots": SHOTS * 4}, steps=200)
     wait(client, video["id"], lambda v: v["status"] == "in_progress")
     with sqlite3.connect(config.folder / "jobs.sqlite") as db:
         (worker,) = db.execute("SELECT worker FROM jobs WHERE id = ?", (video["id"],)).fetchone()
@@ -173,7 +201,7 @@ def test_one_session_serves_one_thing(service: Service) -> None:
 
 
 def test_unfinished_jobs_go_on_when_the_folder_is_served_again(service: Service) -> None:
-    video = create(service.client, prompt="again", shots=SHOTS * 4, steps=200)
+    video = create(service.client, prompt="again", storyboard={"shots": SHOTS * 4}, steps=200)
     wait(service.client, video["id"], lambda v: v["status"] == "in_progress")
     service.stop()
     with sqlite3.connect(service.config.folder / "jobs.sqlite") as db:

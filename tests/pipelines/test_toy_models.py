@@ -126,6 +126,7 @@ def test_a_padded_text_encoder_reads_as_the_codec_of_texts_does(tmp_path: Path) 
 def test_the_whole_run_in_miniature(tmp_path: Path) -> None:
     from diffusers import WanPipeline
 
+    from models.folder import load_model
     from pipelines.toy_models.build import build_toy_models
     from pipelines.toy_models.settings import ToyModelsConfig
 
@@ -147,6 +148,17 @@ def test_the_whole_run_in_miniature(tmp_path: Path) -> None:
     card = (tmp_path / "onward-model" / "README.md").read_text()
     assert card.index("steps=2 ") < card.index("steps=1 ")  # the card tells of both runs, in order
     assert card.count("| transformer | step") == 2 and card.count("| vae | step") == 1
+
+    reader = ToyModelsConfig(
+        run_dir=tmp_path / "reader", out=tmp_path / "reader-model", start=tmp_path / "model", clips=8, patterned=8,
+        text_steps=1, steps=1, batch_size=4, decoder_steps=0, prompts=2,
+    )  # fmt: skip
+    build_toy_models(reader)
+    before, onward_text, after = (
+        load_model(tmp_path / name, parts=("text",)).text for name in ("model", "onward-model", "reader-model")
+    )
+    assert before.hash == onward_text.hash != after.hash, "text_steps trains an earlier model's text encoder on"
+    assert (tmp_path / "reader-model" / "README.md").read_text().count("| text_encoder | step") == 2
 
 
 @pytest.mark.parametrize("backbone", ["cogvideox", "latte", "svd"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ from safetensors.torch import load
 
 from models.scene import Scene
 from models.tiny import build_tiny_folder
+from models.tiny_cogvideox import build_tiny_cogvideox_folder
 from preprocess.dataset import SOURCE_SCHEMA
 from preprocess.decode import DecodeCount
 from preprocess.encode import Encoder
@@ -63,6 +65,28 @@ def test_a_toyworld_video_becomes_scenes(tmp_path: Path, encoder: Encoder) -> No
             assert f"s{i:03d}.sentence_text" in tensors
     assert part.source["decoded_frames"] <= 1.15 * part.source["source_frames"]
     assert [row["shot_id"] for row in part.shots] == [shot.shot_id for shot in shots]
+
+
+def test_joined_texts_are_stored_apart_on_demand(tmp_path: Path) -> None:
+    """CogVideoX reads story and prompt as one padded text; LCT's global prompt as a group needs each alone."""
+    build_tiny_cogvideox_folder(tmp_path / "model", text_length=300)
+    encoder = Encoder.from_folder(tmp_path / "model")
+    video = write_video(sample_scene("small", seed=4, index=0, num_shots=2), tmp_path / "toy.mp4", size=64).video
+    plain = PrepareSettings(height=32, width=32, frame_step=8)
+    found = {}
+    for apart in (False, True):
+        parts = tmp_path / f"apart-{apart}"
+        part = prepare(video, encoder, parts, replace(plain, texts_apart=apart))
+        ((record, found[apart]),) = scenes_of(parts, part)
+    said = {
+        "text.story": record.story,
+        "s000.prompt_text": record.shots[0].prompt,
+        "s001.prompt_text": record.shots[1].prompt,
+    }
+    assert found[True].keys() - found[False].keys() == said.keys() and found[False].keys() < found[True].keys()
+    for name, expected in zip(said, encoder.text.encode(list(said.values())), strict=True):
+        assert torch.equal(found[True][name], expected.half()), name
+    assert not torch.equal(found[True]["s000.text"], found[True]["s000.prompt_text"])
 
 
 def test_same_video_same_bytes(tmp_path: Path, encoder: Encoder) -> None:

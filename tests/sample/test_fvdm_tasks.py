@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from models.methods import get_method
 from models.noise import base_levels
 from models.process import FlowMatching, Process
+from models.windows import clip_windows
 from sample.extension import sample_extended
 from sample.guidance import Guidance
 from sample.sampler import sample
@@ -52,17 +53,21 @@ class Drift(nn.Module):
         return x - torch.arange(x.shape[2]).view(-1, 1, 1) - x[:, :, :1].mean()
 
 
+def extended(backbone: nn.Module, frames: int, **options) -> Tensor:
+    return sample_extended(
+        backbone, METHOD, base_levels(3), TEXT, shape=(B, C, frames, H, W), clip=F,
+        generator=torch.Generator().manual_seed(4), **options,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(("overlap", "clips"), [(2, 4), (4, 3), (1, 1)])
 def test_every_clip_goes_on_from_the_last_frames_of_the_one_before(overlap: int, clips: int) -> None:
-    def run(start: Tensor | None = None, clips: int = clips) -> Tensor:
-        return sample_extended(
-            Drift(), METHOD, base_levels(3), TEXT, shape=(B, C, F, H, W), overlap=overlap, clips=clips, start=start,
-            generator=torch.Generator().manual_seed(4),
-        )  # fmt: skip
-
-    video = run()
-    assert video.shape == (B, C, F + (clips - 1) * (F - overlap), H, W)
-    generator = torch.Generator().manual_seed(4)  # by hand: t2v, then extension given the tail
+    """F + (J-1)(F-M) frames, each clip by hand: t2v, then extension given the tail; M = F-1 slides by one frame."""
+    told: list[tuple[int, int]] = []
+    video = extended(
+        Drift(), F + (clips - 1) * (F - overlap), overlap=overlap, callback=lambda *step: told.append(step)
+    )
+    generator = torch.Generator().manual_seed(4)
     expected = None
     for _ in range(clips):
         task, head = ("t2v", {}) if expected is None else ("extension", {"head": overlap})
@@ -77,30 +82,89 @@ def test_every_clip_goes_on_from_the_last_frames_of_the_one_before(overlap: int,
             assert torch.equal(clip[:, :, :overlap], expected[:, :, -overlap:]), "what is taken over is bit-equal"
         expected = clip if expected is None else torch.cat([expected, clip[:, :, overlap:]], dim=2)
     assert torch.equal(video, expected)
-    longer = run(start=video, clips=2)
-    assert torch.equal(longer[:, :, : video.shape[2]], video) and longer.shape[2] == video.shape[2] + F - overlap
+    assert told == [(k, 3 * clips) for k in range(1, 3 * clips + 1)]
+
+
+class Watched(Drift):
+    """Notes the levels and the frames of every clip that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, x: Tensor, levels: Tensor, text: Tensor, **kwargs) -> Tensor:
+        self.seen.append((levels[0], x[0, 0, :, 0, 0].clone()))
+        return super().forward(x, levels, text)
+
+
+@pytest.mark.parametrize(
+    ("frames", "known"), [(12, []), (9, [0, 1, 2]), (11, [*range(7)]), (13, [0, 6, 12]), (6, [0, 5])]
+)
+@pytest.mark.parametrize("context_level", [0.0, 0.1])
+def test_a_long_video_follows_its_plan_and_keeps_known_frames_wherever_they_are(frames, known, context_level) -> None:
+    """A beginning longer than a clip, an end to arrive at, a length that is no whole number of clips."""
+    given = torch.randn(B, C, frames, H, W, generator=torch.Generator().manual_seed(9))
+    model = Watched()
+    video = extended(model, frames, overlap=2, given=given, known=known, context_level=context_level)
+    assert torch.equal(video[:, :, known], given[:, :, known])
+    layout = METHOD.layout_for_task("long_video", [frames], frames=known)
+    plan = METHOD.plan(layout, base_levels(3), "long_video", clip=F, overlap=2, context_level=context_level)
+    windows = clip_windows([f in known for f in range(frames)], F, 2)
+    assert plan.shape == (3 * len(windows) + 1, frames) and len(model.seen) == 3 * len(windows)
+    done = set(known)
+    for number, window in enumerate(windows):
+        rows = plan[3 * number : 3 * number + 3]
+        for f in range(frames):
+            if f not in window:
+                assert (rows[:, f] == (0 if f in done else 1)).all(), "what is outside the clip waits or is finished"
+            elif f in done:
+                assert (rows[:, f] == context_level).all()
+        for k, (levels, x) in enumerate(model.seen[3 * number : 3 * number + 3]):
+            assert torch.equal(levels, rows[k, window.start : window.stop])
+            if not context_level:
+                held = [f for f in window if f in done]
+                assert torch.equal(x[[f - window.start for f in held]], video[0, 0, held, 0, 0]), "seen as they end up"
+        done |= set(window)
+    assert done == set(range(frames)) and (plan[-1, layout.is_target] == 0).all()
+
+
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+def test_an_oracle_recovers_a_long_video(process: Process) -> None:
+    frames = 8
+    clean = torch.randn(B, C, frames, H, W, generator=torch.Generator().manual_seed(3))
+    windows = iter(clip_windows([True] + [False] * 7, F, 3))
+
+    class Windowed(Layered):
+        calls = 0
+
+        def __call__(self, x: Tensor, levels: Tensor, text: Tensor, **kwargs) -> Tensor:
+            if self.calls % 6 == 0:
+                window = next(windows)
+                self.clean = clean[:, :, window.start : window.stop]
+            self.calls += 1
+            return super().__call__(x, levels, text)
+
+    video = sample_extended(
+        Windowed(clean, process), METHOD, base_levels(6, shift=3.0), TEXT, shape=(B, C, frames, H, W), clip=F,
+        overlap=3, given=clean, known=[0], generator=torch.Generator().manual_seed(0), process=process,
+    )  # fmt: skip
+    torch.testing.assert_close(video, clean, atol=5e-4, rtol=1e-4)
 
 
 def test_what_cannot_be_extended_is_refused() -> None:
-    options = dict(shape=(B, C, F, H, W), generator=torch.Generator())
-    with pytest.raises(ValueError, match="overlap is 5, expected 1 to 4"):
-        sample_extended(Drift(), METHOD, base_levels(2), TEXT, overlap=5, clips=2, **options)
-    with pytest.raises(ValueError, match="start has 1 latent frames, but 2"):
-        sample_extended(
-            Drift(), METHOD, base_levels(2), TEXT, overlap=2, clips=2, start=torch.zeros(B, C, 1, H, W), **options
-        )
-    with pytest.raises(ValueError, match="no task 't2v'"):  # its own extension goes on from a cache of shots
-        sample_extended(
-            Drift(),
-            get_method("lct", attention_rule="group_causal"),
-            base_levels(2),
-            TEXT,
-            overlap=2,
-            clips=2,
-            **options,
-        )
-    with pytest.raises(ValueError, match="clips is 0"):
-        sample_extended(Drift(), METHOD, base_levels(2), TEXT, overlap=2, clips=0, **options)
+    options = dict(generator=torch.Generator())
+    for frames, more, message in (
+        (9, {"overlap": 5}, "overlap is 5, expected 1 to 4"),
+        (9, {"overlap": 0}, "overlap is 0, expected 1 to 4"),
+        (4, {}, "clip is 5, expected 1 to the video's 4"),
+        (9, {"known": [0]}, r"latent frames \[0\] are known, so `given` must be \(2, 3, 9, 2, 4\), is None"),
+        (9, {"known": range(9)}, "nothing is left to generate"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            extended(Drift(), frames, **more)
+    causal = get_method("lct", attention_rule="group_causal")
+    with pytest.raises(ValueError, match="no task 'long_video'"):  # its own extension goes on from a cache of shots
+        sample_extended(Drift(), causal, base_levels(2), TEXT, shape=(B, C, 9, H, W), clip=F, **options)
 
 
 # --- conditions besides the text -----------------------------------------------------------------------------------

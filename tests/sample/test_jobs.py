@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sqlite3
 import threading
 from pathlib import Path
 
@@ -41,6 +42,31 @@ def test_a_job_goes_from_queued_to_completed(store: JobStore) -> None:
     store.complete(lease, "v.mp4")
     done = store.get(job.id)
     assert (done.status, done.progress, done.result) == ("completed", 100, "v.mp4") and done.completed_at == 1000.0
+
+
+def test_media_stay_with_a_job_until_it_ends(store: JobStore, clock: Clock, tmp_path: Path) -> None:
+    first, _ = store.create({"prompt": "a", "file": "f.png"}, media={"f.png": b"1", "g.mkv": b"22"})
+    other, _ = store.create({"prompt": "b", "file": "f.png"}, media={"f.png": b"1"})
+    again, new = store.create({"prompt": "a", "file": "f.png"}, media={"f.png": b"1", "g.mkv": b"22"})
+    assert again.id == first.id and not new
+    assert store.media(first.id) == {"f.png": b"1", "g.mkv": b"22"} and store.media("none") == {}
+    store.release(store.lease("w1", first.id))
+    assert len(JobStore(tmp_path / "jobs.sqlite").media(first.id)) == 2, "another attempt needs them"
+    store.complete(store.lease("w2", first.id), "v.mp4")
+    assert store.media(first.id) == {} and store.media(other.id) == {"f.png": b"1"}, "each job has its own"
+    for worker in ("w1", "w2"):  # it dies twice
+        store.lease(worker, other.id)
+        clock.now += 11
+    assert store.waiting() == [] and store.get(other.id).error_code == "worker_lost" and store.media(other.id) == {}
+
+
+def test_a_store_gives_the_room_of_media_back(store: JobStore) -> None:
+    job, _ = store.create({"prompt": "a"}, media={"f.mkv": bytes(5_000_000)})
+    lease = store.lease("w1", job.id)
+    store.complete(lease, "v.mp4")
+    with sqlite3.connect(store.path) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    assert store.path.stat().st_size < 500_000
 
 
 def test_two_workers_cannot_take_one_lease(store: JobStore) -> None:

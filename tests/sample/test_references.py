@@ -123,7 +123,7 @@ def test_what_the_model_cannot_make_of_its_references_is_refused(model: Model, r
     refuse(board(root), "has no task for references")
     refuse(board(root, "source:a.png"), "latent frames, but tic_ft needs 2")
     refuse(board(root, "image:none.png"), "none.png")
-    refuse(board(root, "image:a.png", first_frame="x.png"), "leave given and first_frame out")
+    refuse(board(root, "image:a.png", first_frame="x.png"), "leave given, first_frame and given_frames out")
     two = board(root, "image:a.png")
     refuse(replace(two, shots=two.shots * 2), "independent=true")
     assert len(generate_scene(model, replace(two, shots=two.shots * 2), SETTINGS, 0, independent=True)[1]) == 1

@@ -9,13 +9,8 @@ import pytest
 import torch
 
 from sample.generate import shot_generators
-from sample.storyboard import (
-    Storyboard,
-    StoryboardError,
-    StoryboardShot,
-    derive_seed,
-    nearest_frames,
-)
+from sample.shot import nearest_frames
+from sample.storyboard import Storyboard, StoryboardError, StoryboardShot, derive_seed
 
 BOARD = Storyboard("walk", "[Story] A walk.", [StoryboardShot("one"), StoryboardShot("two", frames=9)])
 SHOT = StoryboardShot("a")

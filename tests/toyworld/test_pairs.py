@@ -13,7 +13,7 @@ from PIL import Image
 
 from toyworld.judge import summarise
 from toyworld.judge_pairs import LARGEST_PSNR, score_pair
-from toyworld.pairs import PAIR_TASKS, ToyPair, pair_texts, render_reference, sample_pair, write_pair
+from toyworld.pairs import PAIR_TASKS, ToyPair, pair_of_id, pair_texts, render_reference, sample_pair, write_pair
 from toyworld.render import render_portrait, render_shot
 from toyworld.text import parse_sentence, shot_attributes
 from toyworld.vocabulary import COLOURS, LEVELS, SHAPES, colour_rgb
@@ -112,6 +112,15 @@ def test_the_prompt_says_of_the_target_only_what_is_not_given(task):
 def test_unknown_tasks_are_refused():
     with pytest.raises(ValueError, match="unknown pair task 'i2v'; choose one of i2v_in_context, multi_image"):
         sample_pair("i2v")
+
+
+@pytest.mark.parametrize("task", PAIR_TASKS)
+def test_an_id_says_how_its_pair_was_drawn(task):
+    pair = sample_pair(task, "full", seed=3, index=5, split="test")
+    assert pair_of_id(pair.pair_id) == pair
+    for wrong in (f"{pair.pair_id}x", pair.pair_id.replace("-3-", "-03-"), pair.pair_id.replace("toy", "joy"), ""):
+        with pytest.raises(ValueError, match="no pair"):
+            pair_of_id(wrong)
 
 
 # --- files ---------------------------------------------------------------------------------------------------------

@@ -10,9 +10,13 @@ import torch
 
 from models.methods import get_method
 from models.process import EDM
+from models.text import TextContext
+from models.tiny import TEXT_DIM
 from models.tiny_hunyuan import POOLED_DIM
+from models.tiny_wan22 import tiny_experts
+from tests.models.processes import PROCESSES
 from tests.models.test_backbones import BACKBONES
-from tests.train.tiny import tiny_backbone
+from tests.train.tiny import CHANNELS, SIZE, TEXT_LENGTH, tiny_backbone
 from train.batches import LatentCache, SceneBatch, keyed_generator
 from train.evaluate import HeldOutLoss
 from train.loop import LoopSettings, draw, frame_weights, run_loop
@@ -80,6 +84,63 @@ def test_the_loop_trains_it_on_the_loss_of_its_process(cache, tmp_path, name):
     assert lines[0]["loss"] == pytest.approx(expected.item(), rel=1e-4)
 
 
+class OneBatch:
+    """A source of one batch, the same for training and for evaluation."""
+
+    def __init__(self, batch: SceneBatch) -> None:
+        self.found, self.batch_size = batch, len(batch.keys)
+
+    def identity(self):
+        return {}
+
+    def batch(self, index: int, rows: slice = slice(None)) -> SceneBatch:
+        return self.found
+
+
+@pytest.mark.parametrize("process", ["flow", "vp epsilon", "vp x0", "vp v, no signal at 1", "edm"])
+@pytest.mark.parametrize("method", ["fvdm", "lct", "tic_ft"])
+def test_held_out_loss_is_the_loss_of_training(tmp_path, process, method):
+    """On the same clips, levels and noise: the weights of frames and of levels are in both."""
+    method = get_method(method)
+    if method.name == "tic_ft":  # condition | buffer | target: most frames have no loss
+        layout = method.layout_for_training([3], [4])
+    else:
+        layout = method.layout_for_training([1, 3])
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(4, CHANNELS, layout.num_frames, SIZE, SIZE, generator=generator)
+    text = torch.randn(4, 1 + int(layout.text_ids.max()), TEXT_LENGTH, TEXT_DIM, generator=generator)
+    batch = SceneBatch(latents, layout, TextContext(text, layout.text_ids), list("abcd"))
+    backbone = tiny_backbone()
+    backbone.process = PROCESSES[process]
+    evaluate = HeldOutLoss(OneBatch(batch), method, batches=1, levels=(0.3, 1.0))
+    found = evaluate(0, backbone)
+
+    noise = torch.stack([torch.randn(latents.shape[1:], generator=keyed_generator("held-out", n)) for n in range(4)])
+    for level in (0.3, 1.0):
+        levels = (
+            method.caps(layout).clamp_max(level) if method.name == "tic_ft" else torch.full((len(layout.roles),), level)
+        )
+        levels = levels.expand(4, -1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("train.loop.draw", lambda *_, levels=levels: (levels, noise))
+            trained = run_loop(
+                tiny_like(backbone), method, OneBatch(batch), replace(SETTINGS, steps=1), tmp_path / f"{level}"
+            )
+        assert trained.step == 1
+        (line,) = read(tmp_path / f"{level}" / "metrics.jsonl")
+        assert found[f"loss/{level:g}"] == pytest.approx(line["loss"], rel=1e-5)
+    x0 = process == "vp x0"
+    weight = backbone.process.loss_weight(torch.tensor([0.3], dtype=torch.float64)).item()
+    assert (weight > 1.01) == x0, "one of the processes weights its loss, so that the test can tell"
+
+
+def tiny_like(backbone):
+    """A backbone with the same weights and process, to train."""
+    other = tiny_backbone()
+    other.process = backbone.process
+    return other
+
+
 def test_one_model_time_leaves_what_each_frame_is_scaled_by(cache, tmp_path):
     """The process scales every frame by its own level, whatever the method tells the backbone."""
     method, backbone, seen = get_method("tic_ft"), tiny_backbone(), []
@@ -101,3 +162,11 @@ def test_a_wrong_pairing_is_refused_before_the_first_batch(tmp_path):
     with pytest.raises(ValueError, match="no per_frame_levels: CogVideoX 1.5"):
         run_loop(BACKBONES["cogvideox-1.5"](), METHOD, None, SETTINGS, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_held_out_loss_of_an_expert_is_that_of_its_levels(cache):
+    experts = tiny_experts(boundary=0.6)
+    for expert, levels in ((experts.high, {0.6, 0.95}), (experts.low, {0.2, 0.5}), (experts, {0.2, 0.5, 0.6, 0.95})):
+        evaluate = HeldOutLoss(cache(METHOD.layout_for_training), METHOD, batches=1, levels=(0.2, 0.5, 0.6, 0.95))
+        found = evaluate(0, expert.eval())
+        assert {float(name.split("/")[1]) for name in found if name.startswith("loss/")} == levels

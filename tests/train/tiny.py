@@ -42,6 +42,9 @@ def write_dataset(
     made_with: tuple[str, str] = ("vae", "text"),
     references: Sequence[Sequence[tuple[str, int]]] = (),
     states: int = 0,  # predicted states of every shot, of six tokens each
+    joined: bool = False,  # story and prompt are one text, and with `apart` each alone, too
+    apart: bool = False,
+    prefix: str = "scene",
 ) -> Path:
     """Write scenes given as latent frames per shot (0 = not encoded). Shot i of scene n is filled around 10 n + i.
 
@@ -52,8 +55,14 @@ def write_dataset(
     pattern = str(folder / "shards" / "scenes-%06d.tar")
     with webdataset.ShardWriter(pattern, maxcount=per_shard, verbose=0) as writer:
         for number, frames in enumerate(scenes):
-            scene, tensors = make_scene(number, frames, generator, states)
-            scene.latents = LatentSource(*made_with, "float16")
+            scene, tensors = make_scene(number, frames, generator, states, prefix)
+            scene.latents = LatentSource(*made_with, "float16", joined)
+            if joined:
+                story = tensors.pop(STORY_TEXT)
+                for i in range(len(frames)):
+                    prompt = tensors[shot_tensor_key(i, "text")]
+                    tensors[shot_tensor_key(i, "text")] = torch.cat([story, prompt])
+                    tensors |= {STORY_TEXT: story, shot_tensor_key(i, "prompt_text"): prompt} if apart else {}
             for r, (role, count) in enumerate(references[number] if references else ()):
                 scene.references.append(Reference(role, f"{number}-{r}"))
                 filled = -(10.0 * number + r) - torch.arange(count).view(1, -1, 1, 1) / 8
@@ -63,7 +72,7 @@ def write_dataset(
 
 
 def make_scene(
-    number: int, frames: Sequence[int], generator: torch.Generator, states: int = 0
+    number: int, frames: Sequence[int], generator: torch.Generator, states: int = 0, prefix: str = "scene"
 ) -> tuple[Scene, dict[str, torch.Tensor]]:
     shots, tensors = [], {STORY_TEXT: torch.full((5, TEXT_DIM), 1.0 + number)}
     for i, count in enumerate(frames):
@@ -85,7 +94,7 @@ def make_scene(
             for name, value in (("first", 0.25), ("last", 0.75)):  # encoded alone: neither is a slice of the shot
                 tensors[shot_tensor_key(i, f"{name}_mean")] = torch.full((CHANNELS, 1, SIZE, SIZE), value + i).half()
                 tensors[shot_tensor_key(i, f"{name}_logvar")] = torch.full((CHANNELS, 1, SIZE, SIZE), -4.0).half()
-    scene_id = f"scene{number:03d}"
+    scene_id = f"{prefix}{number:03d}"
     source = Source(f"{scene_id}.mp4", "0" * 64, 1)
     total = 40 * len(frames)
     scene = Scene(scene_id, f"video{number}", source, 8.0, 32, 32, total / 8, link_shots(shots, scene_id))

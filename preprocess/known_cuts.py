@@ -1,0 +1,57 @@
+"""Shot boundaries that somebody has already found: those of the caption file, in place of detection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from preprocess.captions import SidecarShot, read_sidecar
+from preprocess.outcome import Failed
+from preprocess.shots import Boundary
+
+
+class KnownCuts:
+    """Gives the boundaries `at` (frame numbers) as a `ShotDetector` gives those it finds, without any delay."""
+
+    def __init__(self, at: Sequence[int]) -> None:
+        self.at = sorted(at, reverse=True)
+        self.settled = 0
+        self._before: np.ndarray | None = None
+
+    def push(self, small: np.ndarray) -> float:
+        """Take the next frame, uint8 [27,48,3]; returns its change against the frame before, in grey levels."""
+        picture = small.astype(np.int16)
+        change = float(np.abs(picture - self._before).mean()) if self._before is not None else 0.0
+        self._before = picture
+        self.settled += 1
+        return change
+
+    def finish(self) -> None:
+        """No more frames."""
+
+    def take(self) -> list[Boundary]:
+        """Boundaries before `settled`, in order, each given once."""
+        found = []
+        while self.at and self.at[-1] < self.settled:
+            at = self.at.pop()
+            found.append(Boundary(at, at, at, "cut", 1.0))
+        return found
+
+
+def caption_cuts(path: str | None) -> KnownCuts:
+    """Where the shots of a caption file begin and end; what lies between two of them is a shot of its own.
+
+    Raises Failed where there is no such file, or its shots overlap.
+    """
+    if path is None:
+        raise Failed("captions", "no caption file beside the video to take cuts from; write X.json, or set cuts=detect")
+    shots = sorted(read_sidecar(path).shots, key=lambda shot: shot.start_frame)
+    for one, following in zip(shots, shots[1:], strict=False):
+        if following.start_frame < one.end_frame:
+            raise Failed("captions", f"{path}: shots {_frames(one)} and {_frames(following)} overlap; cut them apart")
+    return KnownCuts(sorted({at for shot in shots for at in (shot.start_frame, shot.end_frame)} - {0}))
+
+
+def _frames(shot: SidecarShot) -> str:
+    return f"{shot.start_frame}..{shot.end_frame}"
