@@ -66,7 +66,15 @@ def render(config: DemoConfig, folder: Path, stage: Stage) -> Path:
     from pipelines.toyworld_render import RenderConfig, run_render
 
     report = run_render(
-        RenderConfig(out=folder, count=config.count, level=LEVEL, seed=config.seed, shots=(3, 6), vary_wording=True)
+        RenderConfig(
+            out=folder,
+            count=config.count,
+            level=LEVEL,
+            seed=config.seed,
+            dressed=config.dressed,
+            shots=(3, 6),
+            vary_wording=True,
+        )  # fmt: skip
     )
     stage.items = len(report.videos)
     stage.what = f"{len(report.videos)} ToyWorld videos, {report.num_shots} shots, {report.num_frames} frames, H.264"

@@ -25,6 +25,7 @@ class RenderConfig:
     level: Literal["small", "medium", "full"] = knob("small", "how much of the world's vocabulary is used")
     split: Literal["train", "test"] = knob("train", "test = only characters and deeds that training never shows")
     seed: int = knob(0, "of the world")
+    dressed: float = knob(0.0, "share of the scenes in which a character has a pattern, whatever the level; train only")
     shots: int | tuple[int, int] = knob((1, 9), "shots per scene: a count, or a range such as [2,4]")
     size: int = knob(256, "width and height in pixels, even")
     fps: float | None = knob(None, "frames per second; null = the world's own 8, others repeat or drop frames")
@@ -34,6 +35,8 @@ class RenderConfig:
     def __post_init__(self) -> None:
         if self.count < 1 or self.first < 0 or self.seed < 0:
             raise ValueError(f"count={self.count} must be 1 or more, first={self.first} and seed={self.seed} 0 or more")
+        if not 0 <= self.dressed <= 1 or (self.dressed and self.split != "train"):
+            raise ValueError(f"dressed={self.dressed} is a share from 0 to 1, of scenes of split=train")
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class RenderReport:
 def run_render(config: RenderConfig) -> RenderReport:
     """Renders the scenes one after the other. Raises ValueError where the world refuses a count, range or size."""
     from toyworld.video import write_video
-    from toyworld.world import sample_scene
+    from toyworld.world import dressed, sample_scene
 
     videos, num_frames, num_shots = [], 0, 0
     with progress("render", config.count) as shown:
@@ -61,6 +64,8 @@ def run_render(config: RenderConfig) -> RenderReport:
             scene = sample_scene(
                 config.level, seed=config.seed, index=index, split=config.split, num_shots=config.shots
             )
+            if int((index + 1) * config.dressed) > int(index * config.dressed):  # evenly spread
+                scene = dressed(scene)
             files = write_video(
                 scene,
                 config.out / f"{scene.scene_id}.mp4",

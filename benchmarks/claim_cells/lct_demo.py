@@ -103,7 +103,8 @@ def _finetune(claim: LctDemoClaim) -> Path:
     from pipelines.demo_types import Stage
 
     demo = claim.demo
-    folder = claim.out / f"model-{demo.count}-videos-{demo.steps}-steps-seed-{demo.seed}"
+    kind = f"{demo.count}-videos-{demo.dressed:g}-dressed-{demo.steps}-steps-rate-{demo.learning_rate:g}"
+    folder = claim.out / f"model-{kind}-seed-{demo.seed}"
     with ray_session():
         videos = work.render(demo, folder / "videos", Stage("render"))
         work.prepare_dataset(demo, videos, folder / "dataset", Stage("prepare"), cuts="captions")

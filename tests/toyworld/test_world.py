@@ -1,13 +1,16 @@
 """Scenes and frames are pure functions of (level, split, seed, index); training never shows what is held out."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from toyworld.render import poses, render_scene, render_shot, states
+from toyworld.text import parse_story, story, story_attributes
 from toyworld.vocabulary import ACTIONS, COLOURS, LEVELS, PATTERNS, SHAPES, identity_held_out, pair_held_out
-from toyworld.world import ToyScene, is_held_out, sample_scene, single_shot
+from toyworld.world import ToyScene, dressed, is_held_out, sample_scene, single_shot
 
 
 @pytest.mark.parametrize("level", ["small", "medium", "full"])
@@ -95,3 +98,42 @@ def test_wrong_counts_are_refused():
         sample_scene("small", num_shots=10)
     with pytest.raises(ValueError, match="num_characters"):
         sample_scene("small", num_characters=3)
+
+
+def test_dressed_scenes_show_only_what_training_may_and_every_colour_in_every_shape() -> None:
+    plain = [sample_scene("small", seed=5, index=index, num_shots=(3, 6)) for index in range(400)]
+    scenes = [dressed(scene) for scene in plain]
+    shown = {(c.colour, c.shape) for scene in scenes for c in scene.characters}
+    assert shown == {(colour, shape) for colour in LEVELS["small"].colours for shape in LEVELS["small"].shapes}
+    assert any(identity_held_out(colour, shape, "plain") for colour, shape in shown), "in other patterns only"
+    changed = 0
+    for before, after in zip(plain, scenes, strict=True):
+        assert after == dressed(before) and replace(after, characters=before.characters) == before
+        different = [k for k, c in enumerate(after.characters) if c != before.characters[k]]
+        changed += bool(different)
+        assert len(different) <= 1
+        for k in different:
+            one, other = before.characters[k], after.characters[k]
+            assert other.pattern != "plain" and replace(other, shape=one.shape, pattern=one.pattern) == one
+        looks = [(c.shape, c.pattern) for c in after.characters]
+        assert len(set(looks)) == len(looks) and not any(is_held_out(c) for c in after.characters)
+        assert not any(is_held_out(after.characters[shot.actor], shot.action) for shot in after.shots)
+        said = story_attributes(after)
+        assert parse_story(story(after)) == said
+    assert changed > 300
+    with pytest.raises(ValueError, match="only scenes of split 'train' are dressed"):
+        dressed(sample_scene("small", split="test"))
+
+
+def test_half_of_the_rendered_scenes_are_dressed_where_asked(tmp_path: Path) -> None:
+    from pipelines.toyworld_render import RenderConfig, run_render
+
+    report = run_render(RenderConfig(out=tmp_path, count=4, dressed=0.5, shots=1, size=32))
+    truths = [json.loads(video.with_suffix(".truth.json").read_text()) for video in report.videos]
+    patterns = [{c["pattern"] for c in truth["scene"]["characters"]} for truth in truths]
+    plain = [sample_scene("small", seed=0, index=index, num_shots=(1, 1)) for index in range(4)]
+    expected = [dressed(scene) if index % 2 else scene for index, scene in enumerate(plain)]
+    assert patterns == [{c.pattern for c in scene.characters} for scene in expected]
+    assert patterns[1] != {"plain"} or patterns[3] != {"plain"}
+    with pytest.raises(ValueError, match="dressed=0.5 is a share"):
+        RenderConfig(out=tmp_path, dressed=0.5, split="test")
