@@ -243,6 +243,6 @@ def test_svd_makes_a_shot_of_its_first_frame(tmp_path):
     with pytest.raises(StoryboardError, match="method 'svd' cannot make 1 shots .* .its tasks: i2v"):
         generate_scene(model, Storyboard("one", shots=[StoryboardShot("go")]), settings, 0)
     service = server_settings(ServeConfig(model=tmp_path / "svd", folder=tmp_path / "jobs")).service
-    assert service.first_frame and service.max_shots == 1 and service.frame_step == 1
+    assert "first_frame" not in service.refused_fields and service.max_shots == 1 and service.frame_step == 1
     with pytest.raises(ValueError, match="reads an image, no text.*to prepare or train use another model"):
         Encoder.from_folder(tmp_path / "svd")

@@ -128,7 +128,7 @@ def test_storyboard_files_say_what_is_wrong(tmp_path: Path) -> None:
     assert "a.yaml" in message("shots: []") and "no shots" in message("shots: []")
     assert "nearest is 5" in message("shots: [{prompt: x, frames: 4}]")
     assert load_storyboards([tmp_path / "a.yaml"], frame_step=1)[0].shots[0].frames == 4, "of an image VAE"
-    assert "given_frames: no such file" in message("shots: [{prompt: x, given_frames: [{path: a.png}]}]")
+    assert "given_frames.0.path: no such file" in message("shots: [{prompt: x, given_frames: [{path: a.png}]}]")
     assert "nearest is 'shots[0].given_frames[0].at'" in message("shots: [{prompt: x, given_frames: [{att: 1}]}]")
     assert "no such file" in message("shots: [{prompt: x, given: a.png}, {prompt: y}]")
     assert "taken by" in message("storyboards: [{name: x, shots: [{prompt: a}]}, {name: x, shots: [{prompt: b}]}]")
