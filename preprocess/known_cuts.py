@@ -8,7 +8,7 @@ import numpy as np
 
 from preprocess.captions import SidecarShot, read_sidecar
 from preprocess.outcome import Failed
-from preprocess.shots import Boundary
+from preprocess.shots import Boundary, change_between, to_picture
 
 
 class KnownCuts:
@@ -21,8 +21,8 @@ class KnownCuts:
 
     def push(self, small: np.ndarray) -> float:
         """Take the next frame, uint8 [27,48,3]; returns its change against the frame before, in grey levels."""
-        picture = small.astype(np.int16)
-        change = float(np.abs(picture - self._before).mean()) if self._before is not None else 0.0
+        picture = to_picture(small)
+        change = change_between(self._before, picture) if self._before is not None else 0.0
         self._before = picture
         self.settled += 1
         return change

@@ -40,6 +40,16 @@ _SHIFTS = [
 ]
 
 
+def to_picture(small: np.ndarray) -> np.ndarray:
+    """Luma and two colour axes, int16 [3,27,48], of a frame uint8 [27,48,3]."""
+    return np.rint(np.moveaxis(small.astype(np.float32) @ _TO_YCC.T, -1, 0)).astype(np.int16)
+
+
+def change_between(before: np.ndarray, after: np.ndarray) -> float:
+    """Mean difference of two pictures, in grey levels."""
+    return float(np.abs(after - before).mean())
+
+
 @dataclass(frozen=True)
 class Boundary:
     """A new shot begins at frame `at`; frames start..end-1 belong to the transition (none for a cut)."""
@@ -67,8 +77,8 @@ class ShotDetector:
 
     def push(self, small: np.ndarray) -> float:
         """Take the next frame, uint8 [27,48,3]; returns its change against the frame before, in grey levels."""
-        picture = np.rint(np.moveaxis(small.astype(np.float32) @ _TO_YCC.T, -1, 0)).astype(np.int16)
-        change = float(np.abs(picture - self.pictures[-1]).mean()) if self.pictures else 0.0
+        picture = to_picture(small)
+        change = change_between(self.pictures[-1], picture) if self.pictures else 0.0
         self.pictures.append(picture)
         self.changes.append(change)
         self.brightness.append(float(picture[0].mean()))

@@ -264,17 +264,14 @@ class ShardDataset:
 
     def _bucket_weights(self) -> dict[Bucket, float]:
         shares = {"scene": 1.0 - self.single_shot_prob, "single": self.single_shot_prob}
-        shares_in = {"scene": "scene", "story": "scene", "single": "single"}
-        totals = {
-            share: sum(len(w) for key, w in self.buckets.items() if shares_in[key[0]] == share) for share in shares
-        }
+
+        def kind(key: Bucket) -> str:
+            return "single" if key[0] == "single" else "scene"  # a scene with its story apart is a scene
+
+        totals = {name: sum(len(w) for key, w in self.buckets.items() if kind(key) == name) for name in shares}
         if not totals["single"]:
             raise ValueError(f"{self.folder}: none of {len(self.records)} scenes to read has an encoded shot")
-        weights = {
-            key: shares[share] * len(self.buckets[key]) / totals[share]
-            for key in sorted(self.buckets)
-            for share in (shares_in[key[0]],)
-        }
+        weights = {key: shares[kind(key)] * len(self.buckets[key]) / totals[kind(key)] for key in sorted(self.buckets)}
         return {key: weight for key, weight in weights.items() if weight > 0}
 
     def identity(self) -> dict[str, Any]:
