@@ -284,36 +284,43 @@ def _draw_shot(rng: np.random.Generator, level: LevelName, split: Split, cast: t
     )
 
 
+DRESSED_PROB = 2 / 3  # of each character of a scene that `dressed` is given
+
+
 def dressed(scene: ToyScene) -> ToyScene:
-    """The training scene with one character striped or dotted and in any of the level's shapes, all through it.
+    """The training scene with some of its characters striped or dotted and in any shape of the level, all through it.
 
     Level small has 14 identities to train on, too few to learn that a shape's name means its shape in every colour; so
-    it has three times as many. The scene stays as it is where training may show nothing that would come of it. A pure
+    it has three times as many. A character stays as it is where training may show nothing that would come of it. A pure
     function of the scene. Raises ValueError for a scene of split "test", whose characters are what is asked for.
     """
     if scene.split != "train":
         raise ValueError(f"{scene.scene_id}: only scenes of split 'train' are dressed, this one is of {scene.split!r}")
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([scene.seed, scene.index, 13])))
-    who = int(rng.integers(len(scene.characters)))
+    for who in range(len(scene.characters)):
+        if rng.random() < DRESSED_PROB and (options := _dresses(scene, who)):
+            character = _choice(rng, tuple(options))
+            scene = replace(scene, characters=(*scene.characters[:who], character, *scene.characters[who + 1 :]))
+    return scene
+
+
+def _dresses(scene: ToyScene, who: int) -> list[Character]:
+    """What a character may look like instead: unlike all others, not held out, and able to act what it acts."""
     others = [(c.shape, c.pattern) for k, c in enumerate(scene.characters) if k != who]
-    acted = [shot for shot in scene.shots if shot.actor == who]
+    acted = [(shot, scene.places[shot.place].landmark) for shot in scene.shots if shot.actor == who]
     options = []
     for shape in LEVELS[scene.level].shapes:
         for pattern in ("striped", "dotted"):
             character = replace(scene.characters[who], shape=shape, pattern=pattern)
             if (shape, pattern) in others or is_held_out(character):
                 continue
-            landmarks = [scene.places[shot.place].landmark for shot in acted]
             if all(
                 _allowed(shot.action, character, len(shot.present), landmark)
                 and not is_held_out(character, shot.action)
-                for shot, landmark in zip(acted, landmarks, strict=True)
+                for shot, landmark in acted
             ):
                 options.append(character)
-    if not options:
-        return scene
-    character = _choice(rng, tuple(options))
-    return replace(scene, characters=(*scene.characters[:who], character, *scene.characters[who + 1 :]))
+    return options
 
 
 def single_shot(scene: ToyScene, index: int) -> ToyScene:

@@ -1,6 +1,7 @@
 """Batches for the loop: what a batch is, and the two places batches come from.
 
-`LatentCache` is a set of single-shot clips in memory; `train.scenes.ShardDataset` reads prepared scene shards.
+`LatentCache` is a set of single-shot clips in memory, `PackedClips` puts several of them in one sequence;
+`train.scenes.ShardDataset` reads prepared scene shards.
 Every batch is a pure function of (seed, index): there is no state to save but the step, any number of workers sees the
 same data, and a resumed run goes on with the very batch it would have seen.
 
@@ -22,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.layout import ClipLayout
+from models.layout import ClipLayout, shots_layout
 from models.text import TextContext, pack_text
 
 LayoutFor = Callable[[list[int]], ClipLayout]
@@ -164,6 +165,37 @@ class LatentCache:
             self.latents[numbers].float(), self.layout, context, [f"clip-{n:06d}" for n in numbers.tolist()],
             self.text_ids[numbers],
         )  # fmt: skip
+
+
+class PackedClips:
+    """Batches of `clips` with several of them in one sequence, each a shot with a text of its own.
+
+    Micro-batch i has packs[i % len(packs)] clips in a sequence, in the order of `clips`: a model trained on them has
+    met sequences longer than a shot, though no two shots that belong together.
+    """
+
+    def __init__(self, clips: LatentCache, packs: Sequence[int]):
+        if not packs or any(pack < 1 or clips.batch_size % pack for pack in packs):
+            raise ValueError(f"packs {list(packs)}: each must divide the batch of {clips.batch_size} clips")
+        self.clips, self.packs, self.batch_size = clips, tuple(packs), clips.batch_size
+
+    def identity(self) -> dict[str, Any]:
+        return self.clips.identity() | {"packs": list(self.packs)}
+
+    def batch(self, index: int, rows: slice = slice(None)) -> SceneBatch:
+        """Micro-batch `index`; `rows` counts clips and must hold whole sequences."""
+        pack = self.packs[index % len(self.packs)]
+        if len(rows_of(self, rows)) % pack:
+            raise ValueError(f"{len(rows_of(self, rows))} clips of a worker do not fill sequences of {pack}")
+        batch = self.clips.batch(index, rows)
+        if pack == 1:
+            return batch
+        frames = batch.latents.shape[2]
+        layout = shots_layout([frames] * pack)
+        latents = batch.latents.unflatten(0, (-1, pack)).transpose(1, 2).flatten(2, 3)  # [B/S,C,S*F,H,W]
+        text = batch.text.embeddings[:, 0].unflatten(0, (-1, pack))  # [B/S,S,L,D]
+        keys = ["+".join(batch.keys[i : i + pack]) for i in range(0, len(batch.keys), pack)]
+        return SceneBatch(latents, layout, TextContext(text, layout.text_ids), keys)
 
 
 def write_cache(path: Path, latents: Tensor, texts: Sequence[Tensor], text_ids: Tensor) -> None:

@@ -134,7 +134,7 @@ def run_loop(
 
             loss_sum += loss.detach()
             samples += source.batch_size
-            tokens += source.batch_size * batch.latents[0, 0].numel() // backbone.pixels_per_token
+            tokens += batch.latents[:, 0].numel() * parallel.world // backbone.pixels_per_token
             window.add_errors(levels, errors.detach(), weights)
 
         rate = set_learning_rate(optimizer, settings, step - 1)

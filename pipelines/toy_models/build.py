@@ -31,7 +31,7 @@ from pipelines.toy_models.parts import IMAGE_WIDTH, SMALL, TEXT_WIDTH, image_enc
 from pipelines.toy_models.settings import ToyModelsConfig
 from pipelines.toy_models.texts import SLOTS, fitting, text_batch
 from toyworld.vocabulary import FPS, SHOT_FRAMES
-from train.batches import LatentCache
+from train.batches import LatentCache, PackedClips
 from train.decoder import DecoderSettings, train_decoder
 from train.evaluate import HeldOutLoss
 from train.loop import LoopSettings, run_loop
@@ -57,7 +57,7 @@ def build_toy_models(config: ToyModelsConfig) -> Path:
         + latents(split="train", seed=config.seed + 3, clips=config.patterned, patterned=True),
         "test": latents(split="test", seed=config.seed + 1, clips=96),
     }
-    method = small.training()
+    method, sampling = small.training(), small.sampling()
     images = isinstance(encoder, ImageEncoder)
     null = torch.zeros(1, IMAGE_WIDTH) if images else null_text(encoder, small.text_length)
 
@@ -68,7 +68,7 @@ def build_toy_models(config: ToyModelsConfig) -> Path:
         )  # fmt: skip
 
     settings = ModelSettings(
-        method=method.name, method_params=method.config(), backbone=config.backbone, text_length=small.text_length,
+        method=sampling.name, method_params=sampling.config(), backbone=config.backbone, text_length=small.text_length,
         level_shift=small.level_shift, frames_per_shot=SHOT_FRAMES, height=SIZE, width=SIZE, fps=FPS,
         train={"world": {"level": config.level, "seed": config.seed}},
     )  # fmt: skip
@@ -90,8 +90,8 @@ def build_toy_models(config: ToyModelsConfig) -> Path:
     )  # fmt: skip
     prepare(backbone, Parallel(), compile_blocks=config.compile)
     result = run_loop(
-        backbone, method, source("train", 0.1), loop, run_dir / "transformer", evaluate=evaluate,
-        on_log=lambda line: log.info(_words(line)),
+        backbone, method, PackedClips(source("train", 0.1), small.packs), loop, run_dir / "transformer",
+        evaluate=evaluate, on_log=lambda line: log.info(_words(line)),
     )  # fmt: skip
     with torch.no_grad():
         for name, parameter in backbone.named_parameters():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from pipelines.toy_models.data import SIZE, TEXT_LENGTH
 from toyworld.render import render_shot
 from toyworld.text import sentence, shot_prompt, story
 from toyworld.vocabulary import LEVELS, LevelName, Split
-from toyworld.world import ToyScene, is_held_out, sample_scene, single_shot
+from toyworld.world import ToyScene, dressed, sample_scene, single_shot
 from train.batches import write_cache
 
 TEXTS_PER_CLIP = 3  # two wordings of the sentence, and the story with the shot's prompt
@@ -31,35 +30,19 @@ def cache_clip(
     Shots come from whole scenes so that the model also knows the story form of a prompt: characters that the shot does
     not show, and a number of shots that is not one. Casts are large, or hardly any clip would show two characters at
     once and the model would not learn which of them has which colour and shape. `patterned` is for
-    `_dressed`, unless that makes the texts too long for the model.
+    `toyworld.world.dressed`, unless that makes the texts too long for the model.
     """
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, index, 11])))
     cast = 1 + int(rng.integers(LEVELS[level].max_characters, size=2).max())
     scene = sample_scene(level, seed=seed, index=index, split=split, num_characters=cast)
     chosen = int(rng.integers(len(scene.shots)))
     if patterned:
-        scene = _dressed(scene, chosen, rng)
+        scene = dressed(scene)
     alone = single_shot(scene, chosen)
     texts = [(sentence(alone, 0, rng),), (sentence(alone, 0, rng),), (story(scene), shot_prompt(scene, chosen, rng))]
     if patterned and max(sum(len(part) + 1 for part in text) for text in texts) > TEXT_LENGTH:
         return cache_clip(level, split, seed, index)
     return alone, texts
-
-
-def _dressed(scene: ToyScene, shot: int, rng: np.random.Generator) -> ToyScene:
-    """The scene with one character of a shot striped or dotted and of any shape, if training may show what comes of it.
-
-    Level small has 14 identities to train on, too few to learn that a shape's name means its shape in every colour;
-    with patterns it has three times as many, and every colour in every shape.
-    """
-    present = scene.shots[shot].present
-    who = present[int(rng.integers(len(present)))]
-    shapes = LEVELS[scene.level].shapes
-    shape, pattern = shapes[int(rng.integers(len(shapes)))], ("striped", "dotted")[int(rng.integers(2))]
-    dressed = replace(scene.characters[who], shape=shape, pattern=pattern)
-    if is_held_out(dressed, scene.shots[shot].action if who == scene.shots[shot].actor else None):
-        return scene
-    return replace(scene, characters=(*scene.characters[:who], dressed, *scene.characters[who + 1 :]))
 
 
 def readable(texts: list[tuple[str, ...]], encoder: TextEncoder, scene: ToyScene) -> list[tuple[str, ...]]:

@@ -32,6 +32,7 @@ LATENT_CHANNELS = 8
 TEXT_WIDTH = 96
 IMAGE_WIDTH = 32
 LATENT_SIZE = SIZE // 8
+PACK_GAP = 24  # empty time steps between the clips of a sequence
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,22 @@ class Small:
     method_params: Mapping[str, Any] = field(
         default_factory=lambda: {"p": 0.0, "clean_prob": 0.0, "density": "uniform"}
     )
+    packs: tuple[int, ...] = (1,)  # clips in a sequence, by turns, so that a sequence longer than a shot is not new
     call: str = ""  # what to tell the family's diffusers pipeline besides
 
     def backbone(self, name: FamilyName, width: int, layers: int) -> Backbone:
         """Of random weights."""
         return FAMILIES[name].build(self.make_transformer(width, layers), process_of_scheduler(self.scheduler))
 
-    def training(self) -> Method:
-        """The method that it is pretrained with, which makes single shots from nothing, or from their first frame."""
+    def sampling(self) -> Method:
+        """The method that it makes single shots with, from nothing or from their first frame."""
         return get_method(self.method, shift=self.level_shift, **self.method_params)
+
+    def training(self) -> Method:
+        """The method that it is pretrained with: where sequences hold several clips, each is at a level of its own."""
+        if max(self.packs) == 1:
+            return self.sampling()
+        return get_method("lct", shift=self.level_shift, density="uniform", shared_prob=0.0, position_gap=PACK_GAP)
 
 
 def wan_vae(mean: list[float] | None = None, std: list[float] | None = None) -> AutoencoderKLWan:
@@ -154,7 +162,7 @@ SMALL: dict[FamilyName, Small] = {
     "wan": Small(
         wan_vae, _wan, {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, TEXT_LENGTH,
         level_shift=3.0,  # shape and motion are decided at high noise, which unshifted levels hardly visit
-        width=192, layers=6, call=f"`max_sequence_length={TEXT_LENGTH}`",
+        width=192, layers=6, packs=(1, 2, 1, 4), call=f"`max_sequence_length={TEXT_LENGTH}`",
     ),
     "cogvideox": Small(
         _cogvideox_vae, _cogvideox,

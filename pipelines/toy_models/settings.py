@@ -26,11 +26,11 @@ class ToyModelsConfig:
     vae_steps: int = knob(2_600, "steps of the VAE")
     vae_polish_steps: int = knob(1_600, "further steps of its decoder alone")
     text_steps: int | None = knob(
-        None, "steps of the text encoder; null = 2,200, with `start` none; a taken one learns on where padding is read"
+        None, "steps of the text encoder; null = 5,000, with `start` none; a taken one learns on where padding is read"
     )
     text_from: Path | None = knob(None, "model folder whose text encoder is taken; null = wan-small, for wan none")
     clips: int = knob(10_000, "training clips, each with three texts")
-    patterned: int = knob(6_000, "further clips, whose characters also have the patterns that the level lacks")
+    patterned: int = knob(10_000, "further clips, whose characters also have the patterns that the level lacks")
     steps: int = knob(19_000, "steps of the transformer")
     batch_size: int = knob(16, "clips per step of the transformer")
     decoder_steps: int = knob(900, "steps of the decoder on latents that the transformer has denoised")
@@ -47,7 +47,7 @@ class ToyModelsConfig:
         self.run_dir = self.run_dir or Path("runs/toy-models" if wan else f"runs/toy-{self.backbone}")
         self.out = self.out or WEIGHTS / f"{self.backbone}-small"
         if self.text_steps is None:
-            self.text_steps = 0 if self.start else 2_200
+            self.text_steps = 0 if self.start else 5_000
         self.save_half = not wan if self.save_half is None else self.save_half
         if not wan:
             self.text_from = self.text_from or SHIPPED_WAN

@@ -106,12 +106,12 @@ def test_dressed_scenes_show_only_what_training_may_and_every_colour_in_every_sh
     shown = {(c.colour, c.shape) for scene in scenes for c in scene.characters}
     assert shown == {(colour, shape) for colour in LEVELS["small"].colours for shape in LEVELS["small"].shapes}
     assert any(identity_held_out(colour, shape, "plain") for colour, shape in shown), "in other patterns only"
-    changed = 0
+    changed, both = 0, 0
     for before, after in zip(plain, scenes, strict=True):
         assert after == dressed(before) and replace(after, characters=before.characters) == before
         different = [k for k, c in enumerate(after.characters) if c != before.characters[k]]
         changed += bool(different)
-        assert len(different) <= 1
+        both += len(different) == 2
         for k in different:
             one, other = before.characters[k], after.characters[k]
             assert other.pattern != "plain" and replace(other, shape=one.shape, pattern=one.pattern) == one
@@ -120,7 +120,7 @@ def test_dressed_scenes_show_only_what_training_may_and_every_colour_in_every_sh
         assert not any(is_held_out(after.characters[shot.actor], shot.action) for shot in after.shots)
         said = story_attributes(after)
         assert parse_story(story(after)) == said
-    assert changed > 300
+    assert changed > 250 and both > 20
     with pytest.raises(ValueError, match="only scenes of split 'train' are dressed"):
         dressed(sample_scene("small", split="test"))
 

@@ -7,10 +7,11 @@ from collections import Counter
 import pytest
 import torch
 
+from models.layout import shots_layout
 from models.methods import get_method
 from models.tiny import TEXT_DIM
 from tests.train.tiny import TEXT_LENGTH
-from train.batches import LatentCache, keyed_seed, prefetch, stream, write_cache
+from train.batches import LatentCache, PackedClips, keyed_seed, prefetch, stream, write_cache
 
 LAYOUT_FOR = get_method("fvdm").layout_for_training
 
@@ -58,6 +59,28 @@ def test_several_files_are_one_cache(cache_file, tmp_path):
     late = [row for row, key in enumerate(batch.keys) if key >= "clip-000037"]
     assert Counter(batch.keys).most_common(1)[0][1] == 1 and len(late) == 3
     assert (batch.text.embeddings[late, 0, :2] == 7.0).all() and (batch.latents[late] == 0).all()
+
+
+def test_packed_clips_are_the_clips_of_the_batch_each_with_its_own_text(cache):
+    data = cache(LAYOUT_FOR, batch_size=8, text_drop_prob=0.3, null_text=torch.full((TEXT_LENGTH, TEXT_DIM), 9.0))
+    packed = PackedClips(data, (1, 2, 4))
+    for index, pack in enumerate((1, 2, 4, 1, 2, 4)):
+        alone, batch = data.batch(index), packed.batch(index)
+        assert batch.latents.shape == (8 // pack, 4, 3 * pack, 4, 4) and batch.layout == shots_layout([3] * pack)
+        assert batch.text.embeddings.shape[:2] == (8 // pack, pack)
+        for number, key in enumerate(alone.keys):
+            row, shot = divmod(number, pack)
+            frames = batch.layout.shot_slices[shot]
+            assert batch.keys[row].split("+")[shot] == key
+            assert torch.equal(batch.latents[row, :, frames], alone.latents[number])
+            group = batch.text.frame_text[frames].unique().item()
+            assert torch.equal(batch.text.embeddings[row, group], alone.text.embeddings[number, 0])
+    halves = [packed.batch(2, slice(i, i + 4)) for i in (0, 4)]
+    assert torch.equal(torch.cat([half.latents for half in halves]), packed.batch(2).latents)
+    with pytest.raises(ValueError, match="2 clips of a worker do not fill sequences of 4"):
+        packed.batch(2, slice(0, 2))
+    with pytest.raises(ValueError, match="must divide the batch of 8 clips"):
+        PackedClips(data, (1, 3))
 
 
 def test_prefetch_keeps_order_and_passes_errors_on(cache):
