@@ -41,6 +41,7 @@ class TextDropConfig:
     prompts: float = knob(0.0, "share without the shots' prompts, only the story")
     given: float = knob(0.0, "aid: share without the given frames, only text")
     both: float = knob(0.0, "aid: share without text and given frames; the paper's guidance needs all three")
+    shots: float = knob(0.0, "share of scenes in which about half of the shots have no text: they follow the others")
 
 
 @dataclass(kw_only=True)

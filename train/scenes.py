@@ -44,6 +44,7 @@ class TextDrop:
     prompts: float = 0.0  # the shots' own prompts; the story stays
     given: float = 0.0  # given frames; all text stays
     both: float = 0.0  # everything and given frames
+    shots: float = 0.0  # of scenes: about half of the shots lose all text, so that they must follow the others
 
     def __post_init__(self) -> None:
         if min(asdict(self).values()) < 0 or sum(asdict(self).values()) > 1:
@@ -51,7 +52,7 @@ class TextDrop:
 
     def choose(self, draw: float) -> str | None:
         """What a sample with the uniform `draw` loses, if anything."""
-        for name in ("everything", "story", "prompts", "given", "both"):
+        for name in ("everything", "story", "prompts", "given", "both", "shots"):
             if draw < getattr(self, name):
                 return name
             draw -= getattr(self, name)
@@ -357,12 +358,23 @@ class ShardDataset:
         lost = self._lost(number)
         if lost in ("everything", "both") or (lost == "prompts" and window.story):
             return self.null_text.float().expand(len(window.texts), -1, -1)
+        silent = self._silent(number, len(window.texts)) if lost == "shots" else ()
         contexts = []
-        for names in window.texts:
+        for shot, names in enumerate(window.texts):
+            if shot in silent:
+                contexts.append(self.null_text.float())
+                continue
             if lost in ("story", "prompts") and len(names) > 1:  # a text that stands alone has no layers to lose
                 names = tuple(name for name in names if (name == STORY_TEXT) != (lost == "story"))
             contexts.append(pack_text([window.record.read(name).float() for name in names], self.text_length))
         return torch.stack(contexts)
+
+    def _silent(self, number: int, shots: int) -> list[int]:
+        """Which of a sample's shots lose their text, each by a coin of its own; never all of them."""
+        generator = keyed_generator(self.seed, "silent", number)
+        speaks = int(torch.randint(shots, (), generator=generator))
+        coins = torch.rand(shots, generator=generator) < 0.5
+        return [shot for shot in range(shots) if coins[shot] and shot != speaks]
 
     def _story(self, window: Window, number: int) -> Tensor:
         """The context of the story's group: [L,D]."""

@@ -18,7 +18,9 @@ SHAPE = "64x64 pixels, 17 frames at 8 fps"
 def run_record(config: ToyModelsConfig) -> dict[str, Any]:
     """What one run of the command leaves behind of itself: how it was started, and its stages' last figures."""
     stages = {stage: _figures(config.folder / stage / "metrics.jsonl") for stage in STAGES}
-    return {"command": command(config), "stages": {stage: found for stage, found in stages.items() if found}}
+    record = {"command": command(config), "stages": {stage: found for stage, found in stages.items() if found}}
+    packs = SMALL[config.backbone].packs
+    return record | ({"packs": list(packs)} if max(packs) > 1 else {})
 
 
 def command(config: ToyModelsConfig) -> str:
@@ -101,6 +103,12 @@ def _run_words(run: dict[str, Any]) -> str:
         rows.append(f"| {stage} | " + ", ".join(f"{key} {_short(line[key])}" for key in keys) + " |")
     figures = "\n".join(rows)
     note = f"\n{run['note']}\n" if "note" in run else ""
+    if "packs" in run:
+        packs = ", ".join(str(pack) for pack in run["packs"])
+        note += (
+            f"\nThe transformer's sequences held {packs} clips by turns: clips that have nothing to do with one\n"
+            "another, each with its own text and noise level, so that a sequence longer than a shot is not new to it.\n"
+        )
     return f"""
     {run["command"]}
 {note}

@@ -108,6 +108,29 @@ def test_drop_shares_are_kept(dataset):
     assert (first >= 100.0).float().mean().item() == pytest.approx(0.3, abs=0.05)
 
 
+def test_shots_lose_their_texts_one_by_one_and_never_all(dataset):
+    folder = dataset([[2, 2, 2]] * 4)
+    whole, some = (
+        open_dataset(folder, batch_size=40, single_shot_prob=0.25, text_drop=TextDrop(0.0, shots=share))
+        for share in (0.0, 0.8)
+    )
+    silent = Counter()
+    for index in range(12):
+        kept, dropped = whole.batch(index), some.batch(index)
+        assert torch.equal(kept.latents, dropped.latents)
+        lost = (dropped.text.embeddings == NULL).flatten(2).all(dim=2)  # [B,S]
+        expected = torch.where(lost[..., None, None], NULL.expand_as(kept.text.embeddings), kept.text.embeddings)
+        assert torch.equal(dropped.text.embeddings, expected), "the other shots keep their own text"
+        if lost.shape[1] == 1:
+            assert not lost.any(), "a single shot has no others to follow"
+        else:
+            silent.update(lost.sum(dim=1).tolist())
+    total = silent.total()
+    # Of three shots one speaks and each of the others is silent in half of the chosen samples.
+    assert set(silent) == {0, 1, 2}
+    assert silent[1] / total == pytest.approx(0.4, abs=0.08) and silent[2] / total == pytest.approx(0.2, abs=0.07)
+
+
 def test_posterior_is_sampled_with_its_deviation(dataset):
     folder = dataset([[2, 2]])
     mean = open_dataset(folder, batch_size=1, normalize=lambda x: x).batch(0).latents
