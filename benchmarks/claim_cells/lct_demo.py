@@ -106,8 +106,9 @@ def _finetune(claim: LctDemoClaim) -> Path:
     kind = f"{demo.count}-videos-{demo.dressed:g}-dressed-{demo.steps}-steps-rate-{demo.learning_rate:g}"
     folder = claim.out / f"model-{kind}-seed-{demo.seed}"
     with ray_session():
-        videos = work.render(demo, folder / "videos", Stage("render"))
-        work.prepare_dataset(demo, videos, folder / "dataset", Stage("prepare"), cuts="captions")
+        if not any((folder / "dataset" / "shards").glob("*.tar")):  # which come last
+            videos = work.render(demo, folder / "videos", Stage("render"))
+            work.prepare_dataset(demo, videos, folder / "dataset", Stage("prepare"), cuts="captions")
         work.finetune(demo, folder / "dataset", folder / "train", Stage("train"))
     return folder / "train" / "model"
 
