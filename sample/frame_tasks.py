@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.layout import ClipLayout
+from models.patches import split_token
 from models.text import TextContext
 from sample.extension import sample_extended
 from sample.given_frames import PlacedClip
@@ -91,6 +92,25 @@ def plan_of(method: Method, layout: ClipLayout, levels: Tensor, task: str, story
         return method.plan(layout, levels, task, **storyboard.plan)
     except (ValueError, TypeError) as error:  # an option of another task, of no task, or of a wrong type
         raise StoryboardError(f"storyboard {storyboard.name!r}: plan={storyboard.plan}: {error}", "plan") from error
+
+
+def check_tokens(plan: Tensor | None, storyboard: Storyboard, model: Model) -> None:
+    """Raises StoryboardError where frames that a token of the model joins differ in level in `plan` [K+1,F], of whole
+    tokens (`models.patches`); None is the plan of long_video, whose clips begin anywhere."""
+    patch, stride = model.backbone.capabilities.frames_per_token, model.codec.temporal_stride
+    if patch == 1 or (plan is not None and split_token(plan, patch) is None):
+        return
+    number = stride * patch
+    index = next((i for i, shot in enumerate(storyboard.shots) if shot.given_frames or shot.first_frame), None)
+    field = "task" if storyboard.task or index is None else f"shots.{index}.given_frames"
+    what = f"task={storyboard.task}" if field == "task" else f"{storyboard.where(index or 0)}: what it is given"
+    raise StoryboardError(
+        f"storyboard {storyboard.name!r}: {what}: this model joins {patch} latent frames into one token, which has one "
+        f"noise level, but here it would have two; given frames have to be whole tokens (video frame 0, or {number} at "
+        f"a time from 1 on: 1 to {number}, {number + 1} to {2 * number}, ...), and tasks in which every frame has a "
+        "level of its own need a model of one latent frame per token, such as CogVideoX 5B or Wan",
+        field,
+    )
 
 
 def sample_long_video(

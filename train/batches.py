@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.layout import ClipLayout, shots_layout
+from models.patches import padded_frames, take_frames
 from models.text import TextContext, pack_text
 
 LayoutFor = Callable[[list[int]], ClipLayout]
@@ -97,6 +98,15 @@ def prefetch(source: BatchSource, rows: slice, first: int, last: int, ahead: int
             if index + ahead < last:
                 waiting.append(pool.submit(source.batch, index + ahead, rows))
             yield batch
+
+
+def whole_tokens(batch: SceneBatch, patch: int) -> SceneBatch:
+    """The batch for a backbone whose tokens hold `patch` latent frames: each shot fills whole ones."""
+    places = padded_frames(batch.layout, patch)
+    if len(places) == batch.layout.num_frames:
+        return batch
+    text = replace(batch.text, frame_text=batch.text.frame_text[places])
+    return replace(batch, latents=batch.latents[:, :, places], layout=take_frames(batch.layout, places), text=text)
 
 
 class LatentCache:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from models.backbones.base import Backbone
 from models.methods.base import Method
-from train.batches import BatchSource, keyed_generator, rows_of
+from train.batches import BatchSource, keyed_generator, rows_of, whole_tokens
 from train.loop import all_conditions, clip_losses
 from train.parallel import Parallel
 
@@ -56,7 +56,8 @@ class HeldOutLoss:
         sums: dict[str, Tensor] = {}
         rows = self.parallel.rows(self.source.batch_size)
         for index in range(self.batches):
-            batch = self.source.batch(index, rows).to(self.parallel.device)
+            batch = whole_tokens(self.source.batch(index, rows), backbone.capabilities.frames_per_token)
+            batch = batch.to(self.parallel.device)
             numbers = [index * self.source.batch_size + row for row in rows_of(self.source, rows)]
             noise = torch.stack(
                 [torch.randn(batch.latents.shape[1:], generator=keyed_generator("held-out", n)) for n in numbers]

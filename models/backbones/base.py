@@ -40,6 +40,7 @@ class Capabilities:
     layer_branch: bool = False  # takes a `LayerBranch`
     joint_text: bool = False  # text tokens stand in one attention with the video's, where they can have positions
     image_beside: bool = False  # takes `image`, an image's latents beside those of every frame
+    frames_per_token: int = 1  # latent frames that a token joins, and that so have one level (`models.patches`)
 
 
 _REASONS = {  # of a lack that the backbone gives no reason for

@@ -151,6 +151,33 @@ def test_it_trains_exports_and_samples(family, folder, dataset, tmp_path):
             generate_scene(model, board, GenerateSettings(steps=1), seed=0)
 
 
+@pytest.mark.parametrize("method", ["fvdm", "lct"])
+def test_cogvideox_1_5_learns_and_makes_shots_of_whole_tokens(method, tmp_path):
+    """Two latent frames are one token, and the VAE makes an odd number of them: the commands do not see it."""
+    folder = tmp_path / "model"
+    build_tiny_cogvideox_folder(folder, version="1.5", text_length=24)
+    write_dataset(tmp_path / "dataset", folder, 9)
+    keys = {
+        "model": folder, "dataset": tmp_path / "dataset", "run_dir": tmp_path / "run", "steps": 2, "batch_size": 2,
+        "num_workers": 0, "method": method, "method_params.shift": 1.0, "shots_per_scene": 1 if method == "fvdm" else 2,
+        "lora.rank": 0 if method == "fvdm" else 2, "learning_rate": 1e-2, "warmup_steps": 0, "held_out.share": 0.1,
+    }  # fmt: skip
+    result = run_train(load_config(TrainConfig, None, [f"{key}={value}" for key, value in keys.items()]))
+    before, after = (load_model(path, parts=("backbone",)).backbone.state_dict() for path in (folder, result.model_dir))
+    assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
+    assert result.held_out["loss/0.5"] > 0
+    assert (
+        CogVideoXPipeline.from_pretrained(result.model_dir, local_files_only=True).transformer.config.patch_size_t == 2
+    )
+    shots = [StoryboardShot("a red box")] if method == "fvdm" else [StoryboardShot("a box"), StoryboardShot("it moves")]
+    frames, cuts = generate_scene(
+        load_model(result.model_dir), Storyboard("one", shots=shots), GenerateSettings(steps=2, guidance=3.0), seed=0
+    )
+    assert frames.shape == (9 * len(shots), 32, 32, 3) and cuts == [9] * (len(shots) - 1)
+    with pytest.raises(ValueError, match="joins 2 latent frames into one token.*CogVideoX 5B or Wan"):
+        run_train(load_config(TrainConfig, None, [f"{k}={v}" for k, v in (keys | {"method": "tic_ft"}).items()]))
+
+
 def test_hunyuan_learns_and_makes_scenes_of_several_shots(family, folder, dataset, tmp_path):
     if family != "hunyuan":
         pytest.skip("of two text encoders")
