@@ -18,6 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -87,6 +88,29 @@ def stream(count: int, first: int, size: int, seed: int, name: str = "") -> list
 @lru_cache(maxsize=64)
 def _epoch_order(count: int, seed: int, epoch: int, name: str) -> list[int]:
     return torch.randperm(count, generator=keyed_generator(seed, "order", name, epoch)).tolist()
+
+
+class Turns:
+    """Whose turn it is: bucket k gets a share `weights[k]` of the turns, never more than one away from it.
+
+    Smooth weighted round robin; turn `index` is a pure function of the weights. Turns are computed once and kept.
+    """
+
+    def __init__(self, weights: np.ndarray):
+        self.weights = weights / weights.sum()
+        self.credit = np.zeros_like(self.weights)
+        self.counts = np.zeros(len(weights), dtype=np.int64)
+        self.order: list[tuple[int, int]] = []
+
+    def at(self, index: int) -> tuple[int, int]:
+        """(bucket, how many turns it has had before) at `index`."""
+        while len(self.order) <= index:
+            self.credit += self.weights
+            chosen = int(self.credit.argmax())
+            self.credit[chosen] -= 1.0
+            self.order.append((chosen, int(self.counts[chosen])))
+            self.counts[chosen] += 1
+        return self.order[index]
 
 
 def prefetch(source: BatchSource, rows: slice, first: int, last: int, ahead: int = 2) -> Iterator[SceneBatch]:

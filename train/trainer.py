@@ -85,6 +85,7 @@ def train_worker(job: TrainJob, checkpoints: Checkpoints) -> LoopResult:
         normalize=codec.normalize,
         made_with=(codec.hash, job.text_hash),
         most_states=method.most_states,
+        classes=method.classes,
         given_frames=method.first_frames if "given" in method.drops or "image" in method.guided else 0,
         shots_per_scene=job.shots_per_scene,
         single_shot_prob=job.single_shot_prob,
