@@ -38,7 +38,7 @@ from sample.frame_tasks import (
 )
 from sample.given import encode_media, latent_size, load_media, load_references, num_latent_frames
 from sample.given_frames import PlacedClip, load_given_frames
-from sample.guidance import Guidance
+from sample.guidance import Guidance, check_guidance
 from sample.rollout import RolloutShot, rollout
 from sample.sampler import Callback, sample
 from sample.storyboard import FRAME_TASKS, Storyboard, StoryboardError, Task, derive_seed
@@ -112,6 +112,10 @@ def generate_scenes(
     """
     for board in storyboards:
         board.validate(frame_step=model.codec.frame_step)
+    try:
+        check_guidance(settings.guidance, model.backbone.embedded_guidance is not None)
+    except ValueError as error:
+        raise StoryboardError(f"storyboard {storyboards[0].name!r}: {error}", "guidance") from error
     if independent:
         return _generate_shots_alone(model, storyboards, settings, seeds, states, callback)
     shapes = {scene_shape(board, model.settings) for board in storyboards}

@@ -94,6 +94,7 @@ class Backbone(nn.Module, ABC):
     process: Process  # what the weights were trained with
     pixels_per_token: int  # latent pixels, over time and space, that make one token
     conditioner: nn.Module | None  # a method's own modules, beside the diffusers model and not part of it
+    embedded_guidance: float | None = None  # the scale that distilled weights take as an input, where they do
     expert: Expert | None = None  # it is one of two models, which share the noise levels
 
     def __init__(self) -> None:
