@@ -100,16 +100,13 @@ def check_tokens(plan: Tensor | None, storyboard: Storyboard, model: Model) -> N
     patch, stride = model.backbone.capabilities.frames_per_token, model.codec.temporal_stride
     if patch == 1 or (plan is not None and split_token(plan, patch) is None):
         return
-    number = stride * patch
-    index = next((i for i, shot in enumerate(storyboard.shots) if shot.given_frames or shot.first_frame), None)
-    field = "task" if storyboard.task or index is None else f"shots.{index}.given_frames"
-    what = f"task={storyboard.task}" if field == "task" else f"{storyboard.where(index or 0)}: what it is given"
+    unit = stride * patch
     raise StoryboardError(
-        f"storyboard {storyboard.name!r}: {what}: this model joins {patch} latent frames into one token, which has one "
-        f"noise level, but here it would have two; given frames have to be whole tokens (video frame 0, or {number} at "
-        f"a time from 1 on: 1 to {number}, {number + 1} to {2 * number}, ...), and tasks in which every frame has a "
-        "level of its own need a model of one latent frame per token, such as CogVideoX 5B or Wan",
-        field,
+        f"storyboard {storyboard.name!r}: task={storyboard.task or 'auto'}: this model joins {patch} latent frames "
+        "into one token, which has one noise level, but here it would have two; what is given has to be whole tokens "
+        f"(video frame 0, then {unit} frames at a time), and what gives every frame a level of its own needs a model "
+        "of one latent frame per token, such as CogVideoX 5B or Wan",
+        "task",
     )
 
 

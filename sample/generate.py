@@ -112,10 +112,6 @@ def generate_scenes(
     """
     for board in storyboards:
         board.validate(frame_step=model.codec.frame_step)
-    try:
-        check_guidance(settings.guidance, model.backbone.embedded_guidance is not None)
-    except ValueError as error:
-        raise StoryboardError(f"storyboard {storyboards[0].name!r}: {error}", "guidance") from error
     if independent:
         return _generate_shots_alone(model, storyboards, settings, seeds, states, callback)
     shapes = {scene_shape(board, model.settings) for board in storyboards}
@@ -131,6 +127,10 @@ def generate_scenes(
     if sequence in ("autoregressive", "extension"):
         return _generate_in_turn(model, storyboards, settings, seeds, sequence, callback)
     check_given_frames(method, first)
+    try:
+        check_guidance(settings.guidance, model.backbone.embedded_guidance is not None)
+    except ValueError as error:
+        raise StoryboardError(f"storyboard {storyboards[0].name!r}: {error}", "guidance") from error
     media = [load_media(first, index, model) for index in range(len(first.shots))]
     placed = [clip for index in range(len(first.shots)) for clip in load_given_frames(first, index, model)]
     references = load_references(first, method, model)

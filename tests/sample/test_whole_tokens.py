@@ -131,11 +131,20 @@ GIVEN = {
     "a first clip": [GivenFrames("film", frames=9)],
     "a token": [GivenFrames("film", at=1, frames=8)],
     "first frame and last token": [GivenFrames("image"), GivenFrames("film", at=-8, frames=8)],
+    "an image in the middle": [GivenFrames("image", at=5)],
+    "images at both ends": [GivenFrames("image"), GivenFrames("image", at=-1)],
 }
+HELD = dict(zip(GIVEN, ([0, 1, 2], [1, 2], [0, 3, 4], [1, 2], [0, 3, 4]), strict=True))  # latent frames
 SPLIT = {
-    "an image at the end": [GivenFrames("image"), GivenFrames("image", at=-1)],
-    "half a token": [GivenFrames("film", at=1, frames=4)],
-    "across tokens": [GivenFrames("film", at=5, frames=8)],
+    "half a token": ([GivenFrames("film", at=1, frames=4)], r"at=1 takes 8, 16, 24, ...: give a longer video"),
+    "across tokens": (
+        [GivenFrames("film", at=5, frames=8)],
+        r"at=5; a token of 2 latent frames holds 8 video frames, 1 to 8 here.* 1 \(-16\) and 9 \(-8\)",
+    ),
+    "one token twice": (
+        [GivenFrames("image", at=1), GivenFrames("image", at=8)],
+        "at=8: video frames 1 to 8.* already",
+    ),
 }
 
 
@@ -149,18 +158,26 @@ def placed(given: list[GivenFrames], film: Path) -> Storyboard:
 def test_given_tokens_are_held(model, film, decoded, case):
     board = placed(GIVEN[case], film)
     generate_scene(model, board, SETTINGS, seed=7)
-    at = {"a first clip": [0, 1, 2], "a token": [1, 2], "first frame and last token": [0, 3, 4]}[case]
     made = generate_scene(model, board, SETTINGS, seed=8)
     assert made[0].shape == (17, 32, 32, 3)
     same = [torch.equal(decoded[0][0, :, f], decoded[1][0, :, f]) for f in range(5)]
-    assert same == [f in at for f in range(5)]
+    assert same == [f in HELD[case] for f in range(5)]
 
 
 @pytest.mark.parametrize("case", SPLIT)
 def test_half_a_token_is_refused_with_what_can_be_given(model, film, case):
-    with pytest.raises(StoryboardError, match=r"joins 2 latent frames.*video frame 0, or 8 at a time from 1") as error:
-        generate_scene(model, placed(SPLIT[case], film), SETTINGS, seed=7)
-    assert error.value.param == "shots.0.given_frames"
+    given, message = SPLIT[case]
+    with pytest.raises(StoryboardError, match=message) as error:
+        generate_scene(model, placed(given, film), SETTINGS, seed=7)
+    assert error.value.param == f"shots.0.given_frames.{len(given) - 1}"
+
+
+def test_an_image_is_the_last_token_of_a_still_clip(model, film, decoded):
+    """Encoded behind a still of itself, as in the middle of a shot; both of its latent frames are given."""
+    generate_scene(model, placed(GIVEN["images at both ends"], film), SETTINGS, seed=7)
+    pixels = torch.from_numpy(np.array(Image.open(film.with_suffix(".png")))).permute(2, 0, 1)[None, :, None]
+    still = model.codec.encode((pixels / 127.5 - 1).expand(-1, -1, 17, -1, -1))[0]
+    assert torch.allclose(decoded[0][0, :, 3:], model.codec.normalize(still)[0, :, 3:], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
