@@ -326,4 +326,4 @@ def _check_pairs(levels: Tensor, reads: list[int], shots: tuple[int, ...], pair:
     if levels.ndim == 2:
         paired = levels.unflatten(1, (-1, pair))
         if bool((paired != paired[..., :1]).any()):
-            raise ValueError(f"levels differ inside a pair of frames, but {why}: use levels per shot or one per sample")
+            raise ValueError(f"levels differ inside a pair of frames, but {why}: give both one level")
