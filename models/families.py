@@ -69,19 +69,16 @@ def _wan_settings(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> di
 
 
 def _cogvideox(transformer: CogVideoXTransformer3DModel, process: Process) -> CogVideoXBackbone:
-    if (pair := transformer.config.patch_size_t or 1) > 1:  # type: ignore[attr-defined]
-        raise ValueError(
-            f"this is a CogVideoX 1.5, which reads latent frames in groups of {pair}, but its VAE makes an odd number "
-            "of them, and Shotloom drops none; use CogVideoX 2B or 5B"
-        )
     return CogVideoXBackbone(transformer, process)
 
 
 def _cogvideox_settings(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    height, width, fps = 8 * config["sample_height"], 8 * config["sample_width"], 8.0
+    if config.get("patch_size_t"):  # 1.5, whose sample_height and sample_width are the largest there are
+        height, width, fps = 768, 1360, 16.0
     return {
-        "frames_per_shot": config["sample_frames"], "height": 8 * config["sample_height"],
-        "width": 8 * config["sample_width"], "fps": 8.0, "text_length": config["max_text_seq_length"],
-        "level_shift": 1.0, "method_params": {"shift": 1.0},
+        "frames_per_shot": config["sample_frames"], "height": height, "width": width, "fps": fps,
+        "text_length": config["max_text_seq_length"], "level_shift": 1.0, "method_params": {"shift": 1.0},
     }  # fmt: skip
 
 

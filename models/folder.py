@@ -247,6 +247,12 @@ def load_settings(path: Path | str) -> ModelSettings:
     return settings
 
 
+def is_distilled(path: Path | str) -> bool:
+    """Whether the model of a folder was distilled to take its guidance as an input, as its configuration says."""
+    file = Path(path) / FAMILIES[load_settings(path).backbone].folders["backbone"][0] / "config.json"
+    return bool(json.loads(file.read_text()).get("guidance_embeds")) if file.is_file() else False
+
+
 def part_folders(path: Path | str) -> Mapping[Part, tuple[str, ...]]:
     """The folders of each part in a model folder."""
     index = read_index(path)

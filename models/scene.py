@@ -84,6 +84,7 @@ class Shot:
     prompt: str = ""
     sentence: str = ""  # the shot told alone, with no reference to the story; "" when there is none
     camera: str = ""
+    label: int | None = None  # the class of what it shows, counted from 0, for models of classes; None: not said
     states: list[State] = field(default_factory=list)
     predicted_states: list[State] = field(default_factory=list)  # from the first frame and instruction only
 
@@ -195,6 +196,8 @@ class Scene:
                 _equal(at, "time_base", shot.time_base, before.time_base)
                 _equal(at, "start_frame", shot.start_frame, before.end_frame)  # gap-free
                 _equal(at, "start_pts", shot.start_pts, before.end_pts)
+            if shot.label is not None and shot.label < 0:
+                raise SceneError(f"{at}: label is {shot.label}, expected a class, counted from 0")
             _validate_span(at, shot)
 
 

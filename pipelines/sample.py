@@ -97,14 +97,16 @@ def run_sample(
     """Make every storyboard of the files and of `storyboards`; one that fails is recorded and stops no other.
 
     `on_video` gets each record as its video is finished or has failed. Raises ConfigError for unreadable storyboard
-    files and ValueError for an unusable model folder or a task that is not the model's, before anything is made.
+    files and ValueError for an unusable model folder, a task or a guidance that is not the model's, before anything is
+    made.
     """
     from infra.log import progress
     from infra.storage import atomic_write_text
     from models.codecs import VideoCodec
-    from models.folder import load_model
+    from models.folder import is_distilled, load_model
     from pipelines.storyboards import load_storyboards
     from sample.generate import check_task
+    from sample.guidance import check_guidance
 
     started = time.monotonic()
     paths = [config.storyboards] if isinstance(config.storyboards, Path) else config.storyboards
@@ -116,6 +118,7 @@ def run_sample(
         raise ValueError("no storyboards to sample; name files or folders in `storyboards`")
     if len(set(names)) != len(names):
         raise ValueError(f"storyboard names must differ, they become file names: {sorted(names)}")
+    check_guidance(config.guidance, is_distilled(config.model))
     config.out.mkdir(parents=True, exist_ok=True)
     check_task(config.task, described)
     weights = folder_fingerprint(config.model)

@@ -108,13 +108,15 @@ def server_settings(config: ServeConfig) -> ServerSettings:
     import numpy as np
 
     from models.codecs import VideoCodec
-    from models.folder import load_settings
+    from models.folder import is_distilled, load_settings
     from sample.generate import largest_scene, refused_fields, refused_tasks
+    from sample.guidance import check_guidance
     from sample.server_settings import ServerSettings
     from sample.video_io import enlarge
     from sample.video_request import VideoService
 
-    described = load_settings(config.model)
+    described, distilled = load_settings(config.model), is_distilled(config.model)
+    check_guidance(config.guidance, distilled)
     height, width = enlarge(np.empty((0, described.height, described.width, 3), np.uint8), config.min_side).shape[1:3]
     service = VideoService(
         model=config.model.resolve().name,
@@ -130,6 +132,7 @@ def server_settings(config: ServeConfig) -> ServerSettings:
         media_height=described.height,
         refused_tasks=refused_tasks(described),
         refused_fields=refused_fields(described),
+        distilled=distilled,
         results=config.folder.resolve() / "videos",
         max_queued=config.max_queued,
     )

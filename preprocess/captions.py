@@ -1,9 +1,9 @@
 """Captions of a scene: `sidecar` reads a JSON file beside the video, `describe` says what was measured.
 
-A sidecar `X.json` beside `X.mp4` holds story, entities [{id, name, description}], references [{role, path}] and shots
-[{start_frame, end_frame, prompt, sentence, camera, states [{text, frame}]}]; frames are source frames, a state's frame
-counts from the start of its shot, paths start at the sidecar's folder. Its shots are matched to the detected ones by
-overlap with the encoded frames.
+A sidecar `X.json` beside `X.mp4` holds story, label, entities [{id, name, description}], references [{role, path}] and
+shots [{start_frame, end_frame, prompt, sentence, camera, label, states [{text, frame}]}]; frames are source frames, a
+state's frame counts from the start of its shot, paths start at the sidecar's folder. Its shots are matched to the
+detected ones by overlap with the encoded frames.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class SidecarShot:
     prompt: str
     sentence: str = ""
     camera: str = ""
+    label: int | None = None  # of this shot; None: the file's
     states: list[State] = field(default_factory=list)
 
 
@@ -39,6 +40,7 @@ class SidecarShot:
 class Sidecar:
     shots: list[SidecarShot]
     story: str = ""
+    label: int | None = None  # the class of all shots, those that no caption covers among them
     entities: list[Entity] = field(default_factory=list)
     references: list[Reference] = field(default_factory=list)
 
@@ -100,10 +102,14 @@ def read_sidecar(path: str) -> Sidecar:
         sidecar = decode(Sidecar, _known(value), Path(path).name)
     except RecordError as error:
         raise Failed("captions", str(error)) from error
+    name = Path(path).name
+    for at, label in ((name, sidecar.label), *((f"{name}.shots[{i}]", s.label) for i, s in enumerate(sidecar.shots))):
+        if label is not None and label < 0:
+            raise Failed("captions", f"{at}.label is {label}; give a class, counted from 0, or leave it out")
     for i, shot in enumerate(sidecar.shots):
         if not 0 <= shot.start_frame < shot.end_frame:
             span = f"{shot.start_frame}..{shot.end_frame}"
-            raise Failed("captions", f"{Path(path).name}.shots[{i}] is empty: frames {span}")
+            raise Failed("captions", f"{name}.shots[{i}] is empty: frames {span}")
     return sidecar
 
 
@@ -124,10 +130,12 @@ def _from_sidecar(scene: Scene, sidecar: Sidecar, frames: list[list[int]]) -> in
     """Fill what the sidecar says; returns for how many shots it had a caption."""
     said = 0
     for shot, encoded in zip(scene.shots, frames, strict=True):
+        shot.label = sidecar.label
         best, share = _best_match(shot, encoded, sidecar.shots)
         if best is None or share < _MIN_OVERLAP:
             continue
         said += 1
+        shot.label = sidecar.label if best.label is None else best.label
         shot.prompt, shot.sentence, shot.camera = best.prompt, best.sentence, best.camera
         shot.scores["caption_overlap"] = round(share, 4)
         shot.states = _states(best, encoded)

@@ -87,6 +87,7 @@ def shot_rows(scene: Scene, written: bool) -> list[Row]:
             "prompt": shot.prompt,
             "sentence": shot.sentence,
             "camera": shot.camera,
+            "label": shot.label,
             "captions": scene.captions.backend if scene.captions else "",
             "scores": json.dumps(shot.scores, sort_keys=True),
         }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from models.layout import ClipLayout
+from models.patches import split_token
 from models.text import TextContext
 from sample.extension import sample_extended
 from sample.given_frames import PlacedClip
@@ -91,6 +92,22 @@ def plan_of(method: Method, layout: ClipLayout, levels: Tensor, task: str, story
         return method.plan(layout, levels, task, **storyboard.plan)
     except (ValueError, TypeError) as error:  # an option of another task, of no task, or of a wrong type
         raise StoryboardError(f"storyboard {storyboard.name!r}: plan={storyboard.plan}: {error}", "plan") from error
+
+
+def check_tokens(plan: Tensor | None, storyboard: Storyboard, model: Model) -> None:
+    """Raises StoryboardError where frames that a token of the model joins differ in level in `plan` [K+1,F], of whole
+    tokens (`models.patches`); None is the plan of long_video, whose clips begin anywhere."""
+    patch, stride = model.backbone.capabilities.frames_per_token, model.codec.temporal_stride
+    if patch == 1 or (plan is not None and split_token(plan, patch) is None):
+        return
+    unit = stride * patch
+    raise StoryboardError(
+        f"storyboard {storyboard.name!r}: task={storyboard.task or 'auto'}: this model joins {patch} latent frames "
+        "into one token, which has one noise level, but here it would have two; what is given has to be whole tokens "
+        f"(video frame 0, then {unit} frames at a time), and what gives every frame a level of its own needs a model "
+        "of one latent frame per token, such as CogVideoX 5B or Wan",
+        "task",
+    )
 
 
 def sample_long_video(

@@ -23,12 +23,14 @@ from models.codecs import to_frames
 from models.layout import ClipLayout, drop_frames, shots_layout, with_story
 from models.methods import get_method
 from models.noise import base_levels
+from models.patches import own_places, padded_frames, take_frames
 from models.scene import MAX_HISTORY
 from models.solvers import SolverName
 from models.states import StatePredictor
 from sample.contexts import encode_texts, image_contexts, labels_of, states_of
 from sample.frame_tasks import (
     check_given_frames,
+    check_tokens,
     layout_of_frame_task,
     layout_of_given_frames,
     plan_of,
@@ -36,7 +38,7 @@ from sample.frame_tasks import (
 )
 from sample.given import encode_media, latent_size, load_media, load_references, num_latent_frames
 from sample.given_frames import PlacedClip, load_given_frames
-from sample.guidance import Guidance
+from sample.guidance import Guidance, check_guidance
 from sample.rollout import RolloutShot, rollout
 from sample.sampler import Callback, sample
 from sample.storyboard import FRAME_TASKS, Storyboard, StoryboardError, Task, derive_seed
@@ -125,6 +127,10 @@ def generate_scenes(
     if sequence in ("autoregressive", "extension"):
         return _generate_in_turn(model, storyboards, settings, seeds, sequence, callback)
     check_given_frames(method, first)
+    try:
+        check_guidance(settings.guidance, model.backbone.embedded_guidance is not None)
+    except ValueError as error:
+        raise StoryboardError(f"storyboard {storyboards[0].name!r}: {error}", "guidance") from error
     media = [load_media(first, index, model) for index in range(len(first.shots))]
     placed = [clip for index in range(len(first.shots)) for clip in load_given_frames(first, index, model)]
     references = load_references(first, method, model)
@@ -132,13 +138,18 @@ def generate_scenes(
     if story_apart := method.story_group and settings.text == "scene" and bool(first.story):
         layout = with_story(layout)
     levels = base_levels(settings.steps, shift=model.settings.level_shift)
+    places = padded_frames(layout, model.backbone.capabilities.frames_per_token)
+    made = take_frames(layout, places)  # as the model makes it
+    plan = None if task == "long_video" else plan_of(method, layout, levels, task, first)[:, places]
+    check_tokens(plan, first, model)
     if model.reads_images:
-        text, null = image_contexts(storyboards, media, layout, model)
+        text, null = image_contexts(storyboards, media, made, model)
     else:
-        text, null = encode_texts(storyboards, layout, model, settings.text, story_apart)
+        text, null = encode_texts(storyboards, made, model, settings.text, story_apart)
     read = states_of(storyboards, media, method, model, states)
-    shape = (len(storyboards), model.codec.latent_channels, layout.num_frames, *latent_size(model))
+    shape = (len(storyboards), model.codec.latent_channels, made.num_frames, *latent_size(model))
     given = encode_media(media, references, layout, model, len(storyboards), placed)
+    given = None if given is None else given[:, :, places]
     clean = (torch.zeros(shape) if given is None else given).to(text.embeddings)
     scales = {"text": settings.guidance, "image": settings.image_guidance}
     options: dict[str, Any] = dict(
@@ -149,23 +160,24 @@ def generate_scenes(
         given=given,
         guidance=Guidance([(name, scales[name]) for name in method.guided], method.guided),
         null={"text": null} | {name: value for name, (_, value) in read.items()},
-        conditions=method.conditions(clean, layout, labels) | {name: value for name, (value, _) in read.items()},
+        conditions=method.conditions(clean, made, labels) | {name: value for name, (value, _) in read.items()},
         solver=settings.solver,
         callback=callback,
     )
-    if task == "long_video":
+    if plan is None:
         latents = sample_long_video(method, layout, levels, text, first, model, options)
     else:
         latents = sample(
             model.backbone,
-            layout,
-            plan_of(method, layout, levels, task, first).to(text.embeddings.device),
+            made,
+            plan.to(text.embeddings.device),
             text,
             model_levels=method.model_levels,
-            prepare=partial(method.prepare, model.backbone, layout),
+            prepare=partial(method.prepare, model.backbone, made),
             **options,
-            **method.backbone_kwargs(layout),
+            **method.backbone_kwargs(made),
         )
+    latents = latents[:, :, own_places(places)]
     if method.puts_given_back and given is not None:
         latents[:, :, : method.first_frames] = given[:, :, : method.first_frames].to(latents)
     seen_first = story_apart + sum(num_latent_frames(model, pixels) for pixels in references)

@@ -7,6 +7,9 @@ s(k-1)+1 .. sk. What is given is given in whole latent frames:
 - a video begins at frame 0, where it has 1, s+1, 2s+1, ... frames, or where a latent frame does, 1, s+1, 2s+1, ...
   (from the end: s, 2s, ...), where it has s, 2s, ... frames. A video that is not told how many is cut to that.
 
+Where a token of the model joins P latent frames (CogVideoX 1.5: 2), what is given is given in whole tokens: latent
+frame 0, then P latent frames at a time, so read P s for s above.
+
 Each is encoded alone, knowing neither the others nor what is made (the rule of `models.codecs`). What does not begin at
 frame 0 is encoded behind a still of its own first frame, LEAD latent frames long, which are left out: a latent frame
 then holds s video frames, and the VAE is past the start of a clip, as it is at that place of a shot. So encoded, frames
@@ -47,11 +50,11 @@ class PlacedClip:
 
 def load_given_frames(storyboard: Storyboard, index: int, model: Model) -> list[PlacedClip]:
     """The given frames of a shot at the model's size. Raises StoryboardError for one that does not fit its place."""
-    shot = storyboard.shots[index]
+    shot, patch = storyboard.shots[index], model.backbone.capabilities.frames_per_token
     placed: list[PlacedClip] = []
     for number, one in enumerate(shot.given_frames):
         try:
-            clip = _place(one, shot.frames or model.settings.frames_per_shot, model.codec)
+            clip = _place(one, shot.frames or model.settings.frames_per_shot, model.codec, patch)
             for other, taken in enumerate(placed):
                 if shared := set(clip.frames) & set(taken.frames):
                     first, last = _video_frames(min(shared), max(shared), model.codec.temporal_stride)
@@ -69,33 +72,39 @@ def load_given_frames(storyboard: Storyboard, index: int, model: Model) -> list[
     return placed
 
 
-def _place(one: GivenFrames, length: int, codec: VideoCodec) -> PlacedClip:
-    """Where `one` lies in a shot of `length` video frames; ValueError if it does not fit there."""
+def _place(one: GivenFrames, length: int, codec: VideoCodec, patch: int = 1) -> PlacedClip:
+    """Where `one` lies in a shot of `length` video frames, in units of `patch` latent frames after the first.
+
+    ValueError if it does not fit there.
+    """
     if not -length <= one.at < length:
         raise ValueError(f"at={one.at}; the shot has frames 0 to {length - 1}, from the end -{length} to -1")
-    at, stride = one.at % length, codec.temporal_stride
-    start = -(-at // stride)  # the latent frame that holds video frame `at`
-    first, last = _video_frames(start, start, stride)
+    at, unit = one.at % length, codec.temporal_stride * patch  # video frames of a unit
+    number = -(-at // unit)  # of the unit that holds video frame `at`; 0 is latent frame 0
+    start = 0 if number == 0 else patch * (number - 1) + 1  # its first latent frame
+    first, last = _video_frames(number, number, unit)
     if is_image(one.path):
         clip = read_image(one.path)[None].repeat(last - first + 1, axis=0)
     else:
         if at != first:
             before, after = first - length, last + 1 - length
             places = f"{first} ({before})" + (f" and {last + 1} ({after})" if after < 0 else "")
+            holder = "a latent frame" if patch == 1 else f"a token of {patch} latent frames"
             raise ValueError(
-                f"at={one.at}; a latent frame holds {stride} video frames, {first} to {last} here, and a video begins "
-                f"with one: the nearest places are {places}"
+                f"at={one.at}; {holder} holds {unit} video frames, {first} to {last} here, and a video begins with "
+                f"one: the nearest places are {places}"
             )
-        clip = _cut(one, at, length, codec)
+        clip = _cut(one, at, length, codec, unit)
     if start == 0:
         return PlacedClip(0, codec.num_latent_frames(len(clip)), clip)
+    stride = codec.temporal_stride
     lead = stride * (LEAD - 1) + 1
     still = clip[:1].repeat(lead + -(lead + len(clip) - 1) % codec.frame_step, axis=0)  # to a length that the VAE takes
     return PlacedClip(start, len(clip) // stride, np.concatenate([still, clip]))
 
 
-def _cut(one: GivenFrames, at: int, length: int, codec: VideoCodec) -> np.ndarray:
-    """The frames of a video that are taken, as many as whole latent frames from video frame `at` of the shot on."""
+def _cut(one: GivenFrames, at: int, length: int, codec: VideoCodec, unit: int) -> np.ndarray:
+    """The frames of a video that are taken, as many as whole units from video frame `at` of the shot on."""
     video, _ = read_video(one.path)
     if not -len(video) <= one.start < len(video):
         raise ValueError(f"start={one.start}; {one.path} has frames 0 to {len(video) - 1}")
@@ -111,7 +120,7 @@ def _cut(one: GivenFrames, at: int, length: int, codec: VideoCodec) -> np.ndarra
         unit, whole = codec.frame_step, (wanted - 1) // codec.frame_step * codec.frame_step + 1
         lengths = f"1, {unit + 1}, {2 * unit + 1}, ..."
     else:
-        unit, whole = codec.temporal_stride, wanted // codec.temporal_stride * codec.temporal_stride
+        whole = wanted // unit * unit
         lengths = f"{unit}, {2 * unit}, {3 * unit}, ..."
     if whole < 1:
         raise ValueError(f"{wanted} frames of {one.path}; at={one.at} takes {lengths}: give a longer video or an image")

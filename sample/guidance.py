@@ -14,6 +14,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
+def check_guidance(scale: float, distilled: bool) -> None:
+    """Raises ValueError for a scale other than 1 of a model that was distilled to take its guidance as an input."""
+    if distilled and scale != 1:
+        raise ValueError(
+            f"guidance={scale:g}: this model was distilled to take its guidance as an input (guidance_embeds in "
+            "transformer/config.json), so one pass a step is guided already; classifier-free guidance on top would "
+            "guide it twice, at twice the time: set guidance=1"
+        )
+
+
 @dataclass(frozen=True)
 class Branch:
     """One forward pass: the conditions it goes without, and the weight of its prediction (weights sum to 1)."""

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.records import RecordError, decode
 from models.scene import IMAGE_ROLES
+from sample.guidance import check_guidance
 from sample.shot import nearest_frames
 from sample.storyboard import Storyboard, StoryboardError, StoryboardShot
 from sample.uploads import MAX_KEPT_BYTES, Upload, UploadError, read_upload
@@ -52,6 +53,7 @@ class VideoService:
     results: Path  # folder of finished videos
     refused_tasks: Mapping[str, str] = field(default_factory=dict)  # tasks of a storyboard that it cannot do, and why
     refused_fields: Mapping[str, str] = field(default_factory=dict)  # fields of a shot that it cannot use, and why
+    distilled: bool = False  # it takes its guidance as an input, so that a request's can only be 1
     max_queued: int = 100
 
     @property
@@ -105,6 +107,11 @@ def parse_request(
         raise ApiError(400, message, param="model", code="model_not_found")
     if request.size not in (None, service.size):
         raise ApiError(400, f"size {request.size!r} is not made here; use {service.size!r}", param="size")
+    if request.guidance is not None:
+        try:
+            check_guidance(request.guidance, service.distilled)
+        except ValueError as error:
+            raise ApiError(400, str(error), param="guidance") from error
     uploads = dict(files or {})
     if request.input_reference is not None:
         uploads[INPUT_REFERENCE] = _from_reference(request.input_reference)

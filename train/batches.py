@@ -18,12 +18,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from models.layout import ClipLayout, shots_layout
+from models.patches import padded_frames, take_frames
 from models.text import TextContext, pack_text
 
 LayoutFor = Callable[[list[int]], ClipLayout]
@@ -88,6 +90,29 @@ def _epoch_order(count: int, seed: int, epoch: int, name: str) -> list[int]:
     return torch.randperm(count, generator=keyed_generator(seed, "order", name, epoch)).tolist()
 
 
+class Turns:
+    """Whose turn it is: bucket k gets a share `weights[k]` of the turns, never more than one away from it.
+
+    Smooth weighted round robin; turn `index` is a pure function of the weights. Turns are computed once and kept.
+    """
+
+    def __init__(self, weights: np.ndarray):
+        self.weights = weights / weights.sum()
+        self.credit = np.zeros_like(self.weights)
+        self.counts = np.zeros(len(weights), dtype=np.int64)
+        self.order: list[tuple[int, int]] = []
+
+    def at(self, index: int) -> tuple[int, int]:
+        """(bucket, how many turns it has had before) at `index`."""
+        while len(self.order) <= index:
+            self.credit += self.weights
+            chosen = int(self.credit.argmax())
+            self.credit[chosen] -= 1.0
+            self.order.append((chosen, int(self.counts[chosen])))
+            self.counts[chosen] += 1
+        return self.order[index]
+
+
 def prefetch(source: BatchSource, rows: slice, first: int, last: int, ahead: int = 2) -> Iterator[SceneBatch]:
     """Batches first..last-1 in order, read by a thread that stays `ahead` batches in front."""
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
@@ -97,6 +122,15 @@ def prefetch(source: BatchSource, rows: slice, first: int, last: int, ahead: int
             if index + ahead < last:
                 waiting.append(pool.submit(source.batch, index + ahead, rows))
             yield batch
+
+
+def whole_tokens(batch: SceneBatch, patch: int) -> SceneBatch:
+    """The batch for a backbone whose tokens hold `patch` latent frames: each shot fills whole ones."""
+    places = padded_frames(batch.layout, patch)
+    if len(places) == batch.layout.num_frames:
+        return batch
+    text = replace(batch.text, frame_text=batch.text.frame_text[places])
+    return replace(batch, latents=batch.latents[:, :, places], layout=take_frames(batch.layout, places), text=text)
 
 
 class LatentCache:

@@ -9,6 +9,7 @@ Shapes: B batch, F latent frames, C channels, H W latent size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from models.backbones.base import Backbone
 from models.methods.base import Method
-from train.batches import BatchSource, keyed_generator, rows_of
+from train.batches import BatchSource, keyed_generator, rows_of, whole_tokens
 from train.loop import all_conditions, clip_losses
 from train.parallel import Parallel
 
@@ -32,7 +33,8 @@ class HeldOutLoss:
         batches: how many of them to read.
         levels: noise levels; at each the frames are at the levels that the method's plan gives them when the clock
             stands there, so that given frames stay given; those of another expert are left out.
-        wrong_text_above: levels from which on the loss with a neighbour's text is measured, too.
+        wrong_text_above: levels from which on the loss with a neighbour's text is measured, too; of a method that
+            is told a class in place of text, never.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class HeldOutLoss:
         if not all(0 < level <= 1 for level in levels):
             raise ValueError(f"levels of held-out loss are {list(levels)}, expected above 0 to 1")
         self.source, self.method, self.batches, self.levels = source, method, batches, levels
-        self.wrong_text_above = wrong_text_above
+        self.wrong_text_above = wrong_text_above if method.classes is None else math.inf
         self.parallel = parallel or Parallel()
 
     @torch.no_grad()
@@ -56,7 +58,8 @@ class HeldOutLoss:
         sums: dict[str, Tensor] = {}
         rows = self.parallel.rows(self.source.batch_size)
         for index in range(self.batches):
-            batch = self.source.batch(index, rows).to(self.parallel.device)
+            batch = whole_tokens(self.source.batch(index, rows), backbone.capabilities.frames_per_token)
+            batch = batch.to(self.parallel.device)
             numbers = [index * self.source.batch_size + row for row in rows_of(self.source, rows)]
             noise = torch.stack(
                 [torch.randn(batch.latents.shape[1:], generator=keyed_generator("held-out", n)) for n in numbers]

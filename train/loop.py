@@ -22,7 +22,8 @@ from torch import Tensor
 from models.backbones.base import Backbone
 from models.layout import ClipLayout
 from models.methods.base import Method
-from train.batches import BatchSource, SceneBatch, keyed_generator, keyed_seed, prefetch
+from models.patches import token_layout
+from train.batches import BatchSource, SceneBatch, keyed_generator, keyed_seed, prefetch, whole_tokens
 from train.checkpoint import Checkpoints, TrainState
 from train.metrics import Tracker, Window
 from train.optim import EMA, SCHEDULES, clip_gradients, learning_rate_at, make_optimizer
@@ -92,7 +93,7 @@ def run_loop(
     method.check_backbone(backbone.capabilities)
     parallel = parallel or Parallel()
     checkpoints = checkpoints or Checkpoints(run_dir / "checkpoints", settings.keep_checkpoints)
-    parameters = trainable(backbone)
+    parameters, patch = trainable(backbone), backbone.capabilities.frames_per_token
     optimizer = make_optimizer(parameters, settings.learning_rate, settings.weight_decay, method.rate_scale)
     ema = EMA(parameters, settings.ema_decay)
     identity = {
@@ -120,11 +121,11 @@ def run_loop(
         loss_sum, samples, tokens, waited = torch.zeros((), device=parallel.device), 0, 0, 0.0
         for part in range(settings.accumulate):
             before = time.perf_counter()
-            batch = next(micro).to(parallel.device)
+            batch = whole_tokens(next(micro), patch).to(parallel.device)
             waited += time.perf_counter() - before
 
             first = ((step - 1) * settings.accumulate + part) * source.batch_size + rows.start
-            levels, noise = draw(method, batch, settings.seed, first, backbone.learns_at)
+            levels, noise = draw(method, batch, settings.seed, first, backbone.learns_at, patch)
             conditions = given_conditions(method, batch, settings.seed, first)
             sync_gradients(backbone, on=part == settings.accumulate - 1)
             with parallel.autocast(settings.precision):
@@ -192,17 +193,25 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, settings: LoopSettings, 
 
 
 def draw(
-    method: Method, batch: SceneBatch, seed: int, first: int, learns_at: Callable[[Tensor], Tensor] | None = None
+    method: Method,
+    batch: SceneBatch,
+    seed: int,
+    first: int,
+    learns_at: Callable[[Tensor], Tensor] | None = None,
+    patch: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Noise levels [B,F] and noise [B,C,F,H,W], keyed by each sample's number (`first` is that of row 0).
 
     So a sample gets the same draws however the step is split into micro-batches and workers. `learns_at` is the
-    backbone's (`Backbone.learns_at`); None: all levels are its to learn.
+    backbone's (`Backbone.learns_at`); None: all levels are its to learn. Where a token holds `patch` latent frames,
+    levels are drawn per token.
     """
     numbers = range(first, first + len(batch.latents))
-    levels = [draw_levels(method, batch.layout, keyed_generator(seed, "levels", n), learns_at) for n in numbers]
+    tokens = token_layout(batch.layout, patch)
+    levels = [draw_levels(method, tokens, keyed_generator(seed, "levels", n), learns_at) for n in numbers]
     noise = [torch.randn(batch.latents.shape[1:], generator=keyed_generator(seed, "noise", n)) for n in numbers]
-    return torch.cat(levels).to(batch.latents.device), torch.stack(noise).to(batch.latents.device)
+    per_frame = torch.cat(levels).repeat_interleave(patch, dim=1)
+    return per_frame.to(batch.latents.device), torch.stack(noise).to(batch.latents.device)
 
 
 def draw_levels(

@@ -21,7 +21,8 @@ from models.layout import ClipLayout, with_story
 from models.scene import STORY_TEXT, Scene, reference_tensor_key, shot_tensor_key
 from models.states import null_states
 from models.text import TextContext, pack_text
-from train.batches import SceneBatch, keyed_generator, rows_of, stream
+from train.batches import SceneBatch, Turns, keyed_generator, rows_of, stream
+from train.labels import class_of
 from train.shards import Record, read_shard
 
 Latents = Literal["sample", "mean"]
@@ -71,6 +72,7 @@ class Window:
     first: int
     texts: tuple[tuple[str, ...], ...]
     conditions: tuple[int, ...] = ()
+    label: int | None = None  # the class of its shots, where the method is told one
     story: bool = False  # a text group of its own, and no part of the shots' contexts
 
     @property
@@ -102,6 +104,7 @@ class ShardDataset:
         condition_frames: of a method that reads references (`Method.condition_frames`); None leaves them out.
         normalize: raw latents [B,C,F,H,W] -> the model's (`VideoCodec.normalize`).
         most_states: of a method that reads states (`Method.most_states`), whose samples are single shots.
+        classes: of a method that is told a class (`Method.classes`); every sample is of shots of one class.
         given_frames: latent frames from a shot's first that the method is given: they are means, as in sampling.
         loses_given: whether `text_drop` is to name samples that lose them; what else they lose stays.
         made_with: hashes of the VAE and the text encoder of the model to train; the dataset's must be the same.
@@ -112,8 +115,8 @@ class ShardDataset:
         single_frame_prob: share of shots of which a batch holds only the first or the last frame, encoded alone (LCT).
     Raises:
         ValueError: no shard, no scene or encoded shot to read, damaged shard, text that does not fit, another VAE or
-            text encoder, references that fit no task of the method, a text drop that the method cannot use or has to
-            have.
+            text encoder, references that fit no task of the method, labels that are missing or not of the method's
+            classes, a text drop that the method cannot use or has to have.
     """
 
     def __init__(
@@ -128,6 +131,7 @@ class ShardDataset:
         normalize: Callable[[Tensor], Tensor],
         made_with: tuple[str, str],
         most_states: int = 0,
+        classes: int | None = None,
         given_frames: int = 0,
         loses_given: bool = False,
         shots_per_scene: int = 3,
@@ -143,6 +147,7 @@ class ShardDataset:
         self.folder, self.batch_size, self.text_length, self.seed = folder, batch_size, text_length, seed
         self.layout_for, self.normalize, self.latents = layout_for, normalize, latents
         self.condition_frames, self.most_states, self.given_frames = condition_frames, most_states, given_frames
+        self.classes = classes
         self._state_tokens = 0  # of the longest state; all are padded to it, whatever batch they are in
         self.null_text, self.text_drop, self.loses_given = null_text, text_drop or TextDrop(), loses_given
         _check_drop(self.text_drop, loses_given)
@@ -174,6 +179,8 @@ class ShardDataset:
                 f"{'measure' if held_out else 'train on'}: change it, or set held_out.share=0 and held_out.dataset to "
                 "a second dataset"
             )
+        told = sorted(f"{window.name} {window.label}" for found in self.buckets.values() for window in found)
+        self._labels = hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
         self._weights = self._bucket_weights()
         self._turns = Turns(np.array(list(self._weights.values())))
 
@@ -195,10 +202,12 @@ class ShardDataset:
             self._check_story(record, scene, run)
         for first in range(run.start, run.stop - count + 1):
             texts = tuple(own[i] for i in range(first, first + count))
-            self._put(kind, Window(record, scene.scene_id, first, texts, conditions, kind == "story"))
+            label = class_of(record, scene, range(first, first + count), self.classes)
+            self._put(kind, Window(record, scene.scene_id, first, texts, conditions, label, kind == "story"))
         for i in run:
             alone = (shot_tensor_key(i, "sentence_text"),) if scene.shots[i].sentence else together[i]
-            self._put("single", Window(record, scene.scene_id, i, (alone,), conditions))
+            label = class_of(record, scene, range(i, i + 1), self.classes)
+            self._put("single", Window(record, scene.scene_id, i, (alone,), conditions, label))
 
     def _check_story(self, record: Record, scene: Scene, run: range) -> None:
         where = f"{record.shard}: {scene.scene_id}"
@@ -285,6 +294,7 @@ class ShardDataset:
             "latents": self.latents,
             "text_drop": asdict(self.text_drop),
             "data_seed": self.seed,
+            **({"labels": self._labels} if self.classes else {}),
         }
 
     def windows(self, index: int) -> list[Window]:
@@ -321,7 +331,8 @@ class ShardDataset:
             states = torch.stack([self._states(window, n) for window, n in zip(windows, numbers, strict=True)])
         if self.loses_given:
             given_lost = torch.tensor([self._lost(n) in ("given", "both") for n in numbers])
-        return SceneBatch(latents, layout, context, keys, states=states, given_lost=given_lost)
+        labels = torch.tensor([window.label for window in windows]) if self.classes else None
+        return SceneBatch(latents, layout, context, keys, labels, states, given_lost)
 
     def _single_frames(self, index: int, frames: tuple[int, ...]) -> tuple[int, ...]:
         """The latent frames of each shot in micro-batch `index`, whose samples have one layout: all, or one."""
@@ -460,29 +471,6 @@ def _check_encoders(record: Record, scene: Scene, made_with: tuple[str, str]) ->
                 f"{record.shard}: {scene.scene_id} was encoded by the {part} {has[:12] or '(none)'}, the model to "
                 f"train has {needs[:12]}; prepare the videos again with this model"
             )
-
-
-class Turns:
-    """Whose turn it is: bucket k gets a share `weights[k]` of the turns, never more than one away from it.
-
-    Smooth weighted round robin; turn `index` is a pure function of the weights. Turns are computed once and kept.
-    """
-
-    def __init__(self, weights: np.ndarray):
-        self.weights = weights / weights.sum()
-        self.credit = np.zeros_like(self.weights)
-        self.counts = np.zeros(len(weights), dtype=np.int64)
-        self.order: list[tuple[int, int]] = []
-
-    def at(self, index: int) -> tuple[int, int]:
-        """(bucket, how many turns it has had before) at `index`."""
-        while len(self.order) <= index:
-            self.credit += self.weights
-            chosen = int(self.credit.argmax())
-            self.credit[chosen] -= 1.0
-            self.order.append((chosen, int(self.counts[chosen])))
-            self.counts[chosen] += 1
-        return self.order[index]
 
 
 def latent_shape(record: Record, shot: int) -> tuple[int, ...]:

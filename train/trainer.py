@@ -75,6 +75,19 @@ def train_worker(job: TrainJob, checkpoints: Checkpoints) -> LoopResult:
         for folder in (job.dataset, *([held_out.dataset] if held_out and held_out.dataset else [])):
             check_states_seen(folder, codec.temporal_stride * (method.first_frames - 1) + 1)
     check_text_positions(job, method, model)
+    if job.lora:
+        inject_lora(backbone, job.lora.rank, job.lora.alpha, job.lora.targets, seed=job.loop.seed)
+    method.attach(backbone, seed=job.loop.seed)
+    if backbone.expert is not None and backbone.conditioner is not None:
+        raise ValueError(
+            f"method {method.name!r} ({job.method_params}) trains modules of its own, which belong to one model, and "
+            f"{job.model} has two experts; use a model of one"
+        )
+    if job.lora and not job.lora.merge and backbone.conditioner is not None:
+        raise ValueError(
+            f"lora.merge=false leaves a LoRA file alone, but method {method.name!r} trains modules of its own, which "
+            "only a model folder holds: set lora.merge=true"
+        )
     open_dataset = partial(
         ShardDataset,
         batch_size=job.batch_size,
@@ -85,6 +98,7 @@ def train_worker(job: TrainJob, checkpoints: Checkpoints) -> LoopResult:
         normalize=codec.normalize,
         made_with=(codec.hash, job.text_hash),
         most_states=method.most_states,
+        classes=method.classes,
         given_frames=method.first_frames if "given" in method.drops or "image" in method.guided else 0,
         shots_per_scene=job.shots_per_scene,
         single_shot_prob=job.single_shot_prob,
@@ -113,19 +127,6 @@ def train_worker(job: TrainJob, checkpoints: Checkpoints) -> LoopResult:
                 f"{both[0]!r}: give a dataset of other scenes, or set held_out.share instead"
             )
         evaluate = HeldOutLoss(apart, method, batches=held_out.batches, parallel=parallel)
-    if job.lora:
-        inject_lora(backbone, job.lora.rank, job.lora.alpha, job.lora.targets, seed=job.loop.seed)
-    method.attach(backbone, seed=job.loop.seed)
-    if backbone.expert is not None and backbone.conditioner is not None:
-        raise ValueError(
-            f"method {method.name!r} ({job.method_params}) trains modules of its own, which belong to one model, and "
-            f"{job.model} has two experts; use a model of one"
-        )
-    if job.lora and not job.lora.merge and backbone.conditioner is not None:
-        raise ValueError(
-            f"lora.merge=false leaves a LoRA file alone, but method {method.name!r} trains modules of its own, which "
-            "only a model folder holds: set lora.merge=true"
-        )
     prepare(
         backbone,
         parallel,

@@ -40,6 +40,7 @@ class Capabilities:
     layer_branch: bool = False  # takes a `LayerBranch`
     joint_text: bool = False  # text tokens stand in one attention with the video's, where they can have positions
     image_beside: bool = False  # takes `image`, an image's latents beside those of every frame
+    frames_per_token: int = 1  # latent frames that a token joins, and that so have one level (`models.patches`)
 
 
 _REASONS = {  # of a lack that the backbone gives no reason for
@@ -93,6 +94,7 @@ class Backbone(nn.Module, ABC):
     process: Process  # what the weights were trained with
     pixels_per_token: int  # latent pixels, over time and space, that make one token
     conditioner: nn.Module | None  # a method's own modules, beside the diffusers model and not part of it
+    embedded_guidance: float | None = None  # the scale that distilled weights take as an input, where they do
     expert: Expert | None = None  # it is one of two models, which share the noise levels
 
     def __init__(self) -> None:

@@ -164,17 +164,13 @@ def _capabilities(pair: int, rotary: bool) -> Capabilities:
             "CogVideoX 2B adds a table of absolute sines to its video tokens and nothing to its text, so text and "
             "video cannot be interleaved; use time_gap"
         )
-    if pair > 1:
-        reasons["per_frame_levels"] = (
-            f"CogVideoX 1.5 joins {pair} latent frames into one token frame, which has one level; "
-            "levels per shot are possible"
-        )
     return Capabilities(
-        per_frame_levels=pair == 1,
+        per_frame_levels=True,
         position_modes=frozenset(modes),
         attention_rules=frozenset(get_args(AttentionRule)),
         text_per_shot=True,
         joint_text=True,
+        frames_per_token=pair,
         reasons=reasons,
     )
 
@@ -318,7 +314,10 @@ def _check_pairs(levels: Tensor, reads: list[int], shots: tuple[int, ...], pair:
     """CogVideoX 1.5: latent frames that share a token frame cannot be told apart."""
     why = f"CogVideoX 1.5 joins {pair} latent frames into one token frame"
     if any(size % pair for size in shots):
-        raise ValueError(f"the shots have {list(shots)} latent frames, but {why}: give each a multiple of {pair}")
+        raise ValueError(
+            f"the shots have {list(shots)} latent frames, but {why}: give each a multiple of {pair}, more of its first "
+            "frame in front (models.patches)"
+        )
     if gap % pair:
         raise ValueError(f"position_gap is {gap} latent frames, but {why}: give a multiple of {pair}")
     texts = torch.tensor(reads).unflatten(0, (-1, pair))
@@ -327,4 +326,4 @@ def _check_pairs(levels: Tensor, reads: list[int], shots: tuple[int, ...], pair:
     if levels.ndim == 2:
         paired = levels.unflatten(1, (-1, pair))
         if bool((paired != paired[..., :1]).any()):
-            raise ValueError(f"levels differ inside a pair of frames, but {why}: use levels per shot or one per sample")
+            raise ValueError(f"levels differ inside a pair of frames, but {why}: give both one level")

@@ -91,7 +91,8 @@ class HunyuanVideoBackbone(Backbone):
         self.transformer = model
         self.process = FlowMatching()
         self.pixels_per_token = config.patch_size**2
-        self.embedded_guidance, self.packed_text = embedded_guidance, packed_text
+        self.embedded_guidance = embedded_guidance if config.guidance_embeds else None
+        self.packed_text = packed_text
         model.rope = _ClipInfo()
         model.context_embedder.register_forward_pre_hook(_text_times_and_mask)
         blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
@@ -151,7 +152,8 @@ class HunyuanVideoBackbone(Backbone):
             levels = torch.cat([levels.flatten(), torch.stack(of_texts, dim=1).flatten()])  # [B*F+B*T]
             pooled = torch.cat([text.pooled[:, text.frame_text.tolist()].flatten(0, 1), pooled.flatten(0, 1)])
         times = self.process.to_model_time(levels)
-        guidance = torch.full_like(times, 1000.0 * self.embedded_guidance) if self.config.guidance_embeds else None
+        scale = self.embedded_guidance
+        guidance = None if scale is None else torch.full_like(times, 1000.0 * scale)
 
         valid = (torch.arange(tokens) < torch.tensor(lengths)[:, :, None]).to(x.device)  # [B,T,L]
         grid = (height // patch, width // patch)

@@ -16,6 +16,7 @@ from torch import Tensor
 from models.backbones.base import Backbone, Capabilities, require
 from models.layout import ClipLayout, Segment
 from models.noise import Density
+from models.patches import padded_frames, take_frames, token_layout
 from models.text import TextContext
 
 
@@ -160,6 +161,20 @@ class Method(ABC):
             attention_rule=seen["attention_rule"],
             text_per_shot=self.text_per_shot,
         )
+        self.check_tokens(capabilities.frames_per_token)
+        if (gap := seen.get("position_gap", 0)) % capabilities.frames_per_token:
+            raise ValueError(
+                f"position_gap is {gap} latent frames, but this model joins {capabilities.frames_per_token} into one "
+                f"token: give a multiple of {capabilities.frames_per_token}"
+            )
+
+    def check_tokens(self, frames_per_token: int) -> None:
+        """Raises ValueError where latent frames that a token joins would be different things in training.
+
+        Levels drawn per frame are no such case: they are drawn per token (`train.loop.draw`).
+        """
+        layout = self.layout_for_training([frames_per_token + 1])
+        token_layout(take_frames(layout, padded_frames(layout, frames_per_token)), frames_per_token)
 
     def places_text(self, capabilities: Capabilities) -> bool:
         """Whether the text of such a backbone gets positions, which few models have from pretraining."""

@@ -81,6 +81,7 @@ class FCA(Prediction):
 
     def check_backbone(self, capabilities: Capabilities) -> None:
         require(capabilities, layer_branch=self.adapter != "none", position_mode="contiguous", attention_rule="full")
+        self.check_tokens(capabilities.frames_per_token)
 
     def attach(self, backbone: Backbone, seed: int = 0) -> None:
         """Freeze the backbone and give it the adapter, which alone is trained. ValueError beside low-rank updates."""

@@ -51,6 +51,15 @@ class Prediction(Method):
             raise ValueError(f"task {task!r} takes no givens, got {sorted(givens)}; given_frames is the method's")
         return self.layout_for_training(shot_frames)
 
+    def check_tokens(self, frames_per_token: int) -> None:
+        """Held frames must end where a token does; the first frame of a shot has one of its own (`models.patches`)."""
+        if self.holds_given and (self.given_frames - 1) % frames_per_token:
+            raise ValueError(
+                f"{self.name}: given_frames is {self.given_frames}, but this model joins {frames_per_token} latent "
+                f"frames after the first into one token, which has one noise level: give 1, {1 + frames_per_token}, "
+                f"{1 + 2 * frames_per_token}, ..."
+            )
+
     def sample_levels(self, layout: ClipLayout, batch: int, generator: torch.Generator) -> Tensor:
         """One level per sample; held frames are at 0."""
         return sample_levels(

@@ -136,5 +136,13 @@ class TICFT(Method):
         """scalar: the highest level of each sample, which is that of its targets."""
         return levels.amax(dim=1) if self.model_time == "scalar" else levels
 
+    def check_tokens(self, frames_per_token: int) -> None:
+        if frames_per_token > 1:
+            raise ValueError(
+                f"this model joins {frames_per_token} latent frames into one token, which has one noise level, but "
+                "tic_ft steps up the levels of its buffer frame by frame, and a target of 2k+1 latent frames begins "
+                "inside a token; use a model of one latent frame per token, such as CogVideoX 5B or Wan"
+            )
+
     def loss_weights(self, layout: ClipLayout) -> Tensor:
         return loss_weights(layout, "frame")

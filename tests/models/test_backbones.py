@@ -70,8 +70,7 @@ def test_a_lora_that_diffusers_cannot_read_is_refused(name, tmp_path):
 @pytest.mark.parametrize("method", ["fvdm", "lct", "tic_ft"])
 def test_wrong_pairings_are_refused_with_the_reason(method, name):
     reasons = {
-        ("fvdm", "cogvideox-1.5"): "no per_frame_levels: CogVideoX 1.5 joins 2 latent frames",
-        ("tic_ft", "cogvideox-1.5"): "no per_frame_levels: CogVideoX 1.5 joins 2 latent frames",
+        ("tic_ft", "cogvideox-1.5"): "joins 2 latent frames into one token.*use a model of one latent frame per token",
         ("lct", "svd"): "position_mode is 'time_gap': SVD's temporal convolutions",
     }
     capabilities = BACKBONES[name]().capabilities

@@ -222,8 +222,7 @@ def test_what_a_version_cannot_do_is_refused_with_the_reason():
         require(backbone.capabilities, attention_rule="causal")
 
     backbone, _ = make("1.5")
-    with pytest.raises(ValueError, match="no per_frame_levels: CogVideoX 1.5 joins 2 latent frames"):
-        require(backbone.capabilities, per_frame_levels=True)
+    assert backbone.capabilities.frames_per_token == 2
     context, scene = TextContext(text[:, :2], PAIRS.text_ids), dict(layout=PAIRS)
     unequal = levels.clone()
     unequal[1, 3] += 0.1

@@ -385,10 +385,21 @@ def test_what_does_not_open_is_refused_with_the_reason(tmp_path, folders):
         load_model(path, parts=("codec",))
 
 
-def test_cogvideox_1_5_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="CogVideoX 1.5, which reads latent frames in groups of 2.* use CogVideoX 2B"):
-        build_tiny_cogvideox_folder(tmp_path / "m", version="1.5")
-        load_model(tmp_path / "m", parts=("backbone",))
+def test_a_plain_cogvideox_1_5_folder_opens_and_comes_back(tmp_path):
+    build_tiny_cogvideox_folder(tmp_path / "m", version="1.5")
+    (tmp_path / "m" / "shotloom.json").unlink()
+    model = load_model(tmp_path / "m")
+    assert model.backbone.capabilities.frames_per_token == 2 and model.backbone.capabilities.per_frame_levels
+    expected = ModelSettings(
+        backbone="cogvideox", text_length=7, frames_per_shot=21, fps=16.0, height=768, width=1360, level_shift=1.0,
+        method_params={"shift": 1.0},
+    )  # fmt: skip
+    assert model.settings == expected, "the sizes in its configuration are the largest there are"
+    save_model(tmp_path / "again", model, model.settings)
+    plain = CogVideoXPipeline.from_pretrained(tmp_path / "again", local_files_only=True)
+    state = plain.transformer.state_dict()
+    assert plain.transformer.config.patch_size_t == 2 and len(state) == len(model.backbone.transformer.state_dict())
+    assert all(torch.equal(value, state[key]) for key, value in model.backbone.transformer.state_dict().items())
 
 
 def test_what_does_not_fit_is_not_written(tmp_path, folders):

@@ -5,6 +5,8 @@ The group against the models written out token by token, in which its dummy vide
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -183,12 +185,19 @@ def test_hunyuan_against_a_group_of_one_token(rule):
         assert torch.allclose(out[b, :, 1:], expected[:, 1:], rtol=0, atol=3e-6)
 
 
+@pytest.mark.parametrize("version", ["5b", "1.5"])
 @pytest.mark.parametrize("rule", ["full", "group_causal"])
 @torch.no_grad()
-def test_cogvideox_against_a_group_of_one_token(rule):
-    backbone, plain = cogvideox_cases.make("5b")
+def test_cogvideox_against_a_group_of_one_token(rule, version):
+    backbone, plain = cogvideox_cases.make(version)
     x, levels, text = story_inputs(lengths=False)
-    out = backbone(x, levels, text, layout=STORY, position_mode="diagonal", attention_rule=rule)
+    pair = 1 if version == "5b" else 2  # latent frames of a token, the dummy's among them
+    x = torch.cat([x, 0.5 * x], dim=2)[:, :, [f + 6 * i for f in range(6) for i in range(pair)]]
+    layout = ClipLayout(tuple(replace(one, num_frames=pair * one.num_frames) for one in STORY.segments))
+    read = replace(text, frame_text=layout.text_ids)
+    out = backbone(
+        x, levels.repeat_interleave(pair, dim=1), read, layout=layout, position_mode="diagonal", attention_rule=rule
+    )
     tokens, order, clocks = cogvideox_cases.L, (2, 0, 1), (0, 1, 4)
     of_texts, of_video = one_token_places([tokens] * 3, cogvideox_cases.GRID)
     times = [levels[:, f] for f in clocks for _ in range(tokens)]
@@ -198,7 +207,7 @@ def test_cogvideox_against_a_group_of_one_token(rule):
     expected = cogvideox_reference.forward(
         plain, x, embeddings, 999 * torch.stack(times, dim=1), mask, places=of_texts + of_video
     )
-    assert torch.allclose(out[:, :, 1:], expected[:, :, 1:], rtol=0, atol=2e-5)
+    assert torch.allclose(out[:, :, pair:], expected[:, :, pair:], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["hunyuan", "cogvideox"])
@@ -239,14 +248,13 @@ REASONS = {
     "wan": "no joint_text: its text is read by cross-attention.*global_prompt=prefix",
     "latte": "position_mode is 'diagonal'",
     "cogvideox-2b": "position_mode is 'diagonal': CogVideoX 2B adds a table",
-    "cogvideox-1.5": "no per_frame_levels: CogVideoX 1.5 joins 2 latent frames",
 }
 
 
 def test_only_backbones_with_text_in_their_attention_carry_the_group():
     for name, make in BACKBONES.items():
         capabilities: Capabilities = make().capabilities
-        if name in ("hunyuan", "cogvideox-5b"):
+        if name in ("hunyuan", "cogvideox-5b", "cogvideox-1.5"):
             GROUP.check_backbone(capabilities)
             assert GROUP.places_text(capabilities) and not get_method("lct").places_text(capabilities)
         elif name != "svd":  # which takes no LCT at all

@@ -140,15 +140,43 @@ def test_it_trains_exports_and_samples(family, folder, dataset, tmp_path):
     model = load_model(result.model_dir)
     assert model.settings.backbone == family and model.settings.train["run"]["steps"] == 2
     board = Storyboard("one", shots=[StoryboardShot("a red box")])
-    frames, cuts = generate_scene(model, board, GenerateSettings(steps=2, guidance=3.0), seed=0)
+    settings = GenerateSettings(steps=2, guidance=1.0 if family == "hunyuan" else 3.0)
+    frames, cuts = generate_scene(model, board, settings, seed=0)
     assert frames.shape == (FRAMES[family], 32, 32, 3) and not cuts
-    again, _ = generate_scene(model, board, GenerateSettings(steps=2, guidance=3.0), seed=0)
-    other, _ = generate_scene(model, board, GenerateSettings(steps=2, guidance=3.0), seed=1)
+    again, _ = generate_scene(model, board, settings, seed=0)
+    other, _ = generate_scene(model, board, settings, seed=1)
     assert np.array_equal(frames, again) and not np.array_equal(frames, other)
     if family == "cogvideox":
         board = Storyboard("one", shots=[StoryboardShot("a red box", frames=13)])
         with pytest.raises(StoryboardError, match=r"frames=13; a shot holds 8k\+1 frames, the nearest is"):
             generate_scene(model, board, GenerateSettings(steps=1), seed=0)
+
+
+@pytest.mark.parametrize("method", ["fvdm", "lct"])
+def test_cogvideox_1_5_learns_and_makes_shots_of_whole_tokens(method, tmp_path):
+    """Two latent frames are one token, and the VAE makes an odd number of them: the commands do not see it."""
+    folder = tmp_path / "model"
+    build_tiny_cogvideox_folder(folder, version="1.5", text_length=24)
+    write_dataset(tmp_path / "dataset", folder, 9)
+    keys = {
+        "model": folder, "dataset": tmp_path / "dataset", "run_dir": tmp_path / "run", "steps": 2, "batch_size": 2,
+        "num_workers": 0, "method": method, "method_params.shift": 1.0, "shots_per_scene": 1 if method == "fvdm" else 2,
+        "lora.rank": 0 if method == "fvdm" else 2, "learning_rate": 1e-2, "warmup_steps": 0, "held_out.share": 0.1,
+    }  # fmt: skip
+    result = run_train(load_config(TrainConfig, None, [f"{key}={value}" for key, value in keys.items()]))
+    before, after = (load_model(path, parts=("backbone",)).backbone.state_dict() for path in (folder, result.model_dir))
+    assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
+    assert result.held_out["loss/0.5"] > 0
+    assert (
+        CogVideoXPipeline.from_pretrained(result.model_dir, local_files_only=True).transformer.config.patch_size_t == 2
+    )
+    shots = [StoryboardShot("a red box")] if method == "fvdm" else [StoryboardShot("a box"), StoryboardShot("it moves")]
+    frames, cuts = generate_scene(
+        load_model(result.model_dir), Storyboard("one", shots=shots), GenerateSettings(steps=2, guidance=3.0), seed=0
+    )
+    assert frames.shape == (9 * len(shots), 32, 32, 3) and cuts == [9] * (len(shots) - 1)
+    with pytest.raises(ValueError, match="joins 2 latent frames into one token.*CogVideoX 5B or Wan"):
+        run_train(load_config(TrainConfig, None, [f"{k}={v}" for k, v in (keys | {"method": "tic_ft"}).items()]))
 
 
 def test_hunyuan_learns_and_makes_scenes_of_several_shots(family, folder, dataset, tmp_path):
@@ -171,6 +199,39 @@ def test_hunyuan_learns_and_makes_scenes_of_several_shots(family, folder, datase
     causal = [f"{key}={value}" for key, value in (keys | {"method_params.attention_rule": "group_causal"}).items()]
     with pytest.raises(ValueError, match="no kv_cache: HunyuanVideo joins text and frames"):
         run_train(load_config(TrainConfig, None, [*causal, f"run_dir={tmp_path / 'causal'}"]))
+
+
+def test_a_model_that_takes_its_guidance_as_an_input_is_not_guided_again(family, folder, tmp_path):
+    """diffusers' sign of distilled weights is guidance_embeds; without it, any scale is the caller's choice."""
+    from models.folder import is_distilled
+    from pipelines.sample import SampleConfig, run_sample
+    from pipelines.serve import ServeConfig, server_settings
+    from sample.video_request import ApiError, parse_request
+
+    def service(**changes: Any):
+        return server_settings(ServeConfig(model=folder, folder=tmp_path / "jobs", **changes)).service
+
+    model, board = load_model(folder), Storyboard("one", shots=[StoryboardShot("a red box", frames=1)])
+    config = SampleConfig(model=folder, storyboards=[], out=tmp_path / "out", steps=1)
+    if family != "hunyuan":
+        assert not is_distilled(folder) and model.backbone.embedded_guidance is None and not service().distilled
+        return
+    assert is_distilled(folder) and model.backbone.embedded_guidance == 6.0
+    reason = "guidance=5: this model was distilled to take its guidance as an input.*set guidance=1"
+    with pytest.raises(StoryboardError, match=f"'one': {reason}") as refused:
+        generate_scene(model, board, GenerateSettings(steps=1), seed=0)
+    assert refused.value.param == "guidance"
+    with pytest.raises(ValueError, match=reason):
+        run_sample(config, [board])
+    assert not config.out.exists(), "before anything is made"
+    with pytest.raises(ValueError, match=reason):
+        service()
+    told = service(guidance=1.0)
+    with pytest.raises(ApiError, match="guidance=2.5: this model was distilled") as answer:
+        parse_request({"prompt": "x", "guidance": 2.5}, told)
+    assert (answer.value.status, answer.value.param) == (400, "guidance")
+    assert parse_request({"prompt": "x", "guidance": 1}, told).request["guidance"] == 1
+    generate_scene(model, board, GenerateSettings(steps=1, guidance=1.0), seed=0)
 
 
 def test_a_given_frame_stays(family, folder, tmp_path):

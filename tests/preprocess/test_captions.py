@@ -61,6 +61,20 @@ def test_sidecar_fills_every_layer(tmp_path: Path) -> None:
     scene.validate()
 
 
+def test_labels_are_the_files_or_the_shots_own(tmp_path: Path) -> None:
+    shots = [{"start_frame": 0, "end_frame": 17, "prompt": "a"}, {"start_frame": 17, "end_frame": 34, "prompt": "b"}]
+    scene, frames = make_scene([0, 17, 34])
+    path = sidecar(tmp_path / "v.json", [], shots=[shots[0], shots[1] | {"label": 0}], label=4)
+    caption_scenes([scene], frames, path, "sidecar")
+    assert [shot.label for shot in scene.shots] == [4, 0]
+    scene, frames = make_scene([0, 17, 34])
+    caption_scenes([scene], frames, sidecar(tmp_path / "v.json", [], label=4, story=""), "sidecar_or_describe")
+    assert [shot.label for shot in scene.shots] == [4, 4] and all(shot.prompt for shot in scene.shots)
+    scene, frames = make_scene([0, 17])
+    caption_scenes([scene], frames, sidecar(tmp_path / "v.json", [0, 17]), "sidecar")
+    assert scene.shots[0].label is None
+
+
 def test_states_are_counted_in_encoded_frames(tmp_path: Path) -> None:
     """Source at 24 frames/s, encoded at 8: state frame 12 of the source shot is encoded frame 4."""
     scene, _ = make_scene([0, 51])
@@ -121,6 +135,9 @@ def test_second_scene_of_a_source_uses_its_own_frames(tmp_path: Path) -> None:
         ({"shots": "none"}, r"v.json.shots is 'none'"),
         ({"shots": [{"start_frame": 0, "prompt": "x"}]}, r"v.json.shots\[0\]: missing field 'end_frame'"),
         ({"shots": [{"start_frame": 5, "end_frame": 5, "prompt": "x"}]}, r"shots\[0\] is empty: frames 5..5"),
+        ({"label": -1}, r"v.json.label is -1; give a class, counted from 0, or leave it out"),
+        ({"label": "cat"}, r"v.json.label is 'cat' \(str\), expected int"),
+        ({"shots": [{"start_frame": 0, "end_frame": 5, "prompt": "x", "label": -2}]}, r"v.json.shots\[0\].label is -2"),
         ({"story": 3}, r"v.json.story is 3 \(int\), expected str"),
     ],
 )

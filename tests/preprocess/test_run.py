@@ -110,6 +110,7 @@ def test_other_captions_cost_no_decode(videos: Path, tmp_path: Path, model: Path
     before = records(tmp_path / "out")
     sidecar = json.loads((videos / "toy1.json").read_text())
     sidecar["shots"][0]["prompt"] = "[SHOT CUT] Close shot. Something else."
+    sidecar["label"] = 2
     (videos / "toy1.json").write_text(json.dumps(sidecar))
     calls.clear()
     assert run_here(videos, tmp_path / "out", model)[1] == 1
@@ -120,12 +121,16 @@ def test_other_captions_cost_no_decode(videos: Path, tmp_path: Path, model: Path
         old_scene, old_tensors = before[key]
         changed = scene.source.path == "toy1.mp4"
         assert (scene.shots[0].prompt != old_scene.shots[0].prompt) == changed
+        assert {shot.label for shot in scene.shots} == {2 if changed else None}
         assert tensors.keys() == old_tensors.keys()
         assert (tensors["s000.text"].shape != old_tensors["s000.text"].shape) == changed
         for name in tensors:
             if "latent" in name or "first" in name or "last" in name:
                 assert (tensors[name] == old_tensors[name]).all()
         assert scene.shots[1].states == old_scene.shots[1].states  # state frames find the same encoded frames
+
+    told = pq.read_table(tmp_path / "out" / "manifest.parquet", columns=["source", "label"]).to_pylist()
+    assert all(row["label"] == (2 if row["source"] == "toy1.mp4" else None) for row in told)
 
     calls.clear()  # the same result as a run from nothing
     run_here(videos, tmp_path / "fresh", model)

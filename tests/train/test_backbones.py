@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from models.layout import shots_layout
 from models.methods import get_method
 from models.process import EDM
 from models.text import TextContext
@@ -17,7 +18,7 @@ from models.tiny_wan22 import tiny_experts
 from tests.models.processes import PROCESSES
 from tests.models.test_backbones import BACKBONES
 from tests.train.tiny import CHANNELS, SIZE, TEXT_LENGTH, tiny_backbone
-from train.batches import LatentCache, SceneBatch, keyed_generator
+from train.batches import LatentCache, SceneBatch, keyed_generator, whole_tokens
 from train.evaluate import HeldOutLoss
 from train.loop import LoopSettings, draw, frame_weights, run_loop
 from train.metrics import read
@@ -82,6 +83,52 @@ def test_the_loop_trains_it_on_the_loss_of_its_process(cache, tmp_path, name):
     errors = (prediction - plain.process.target(batch.latents, noise, levels)).square().mean(dim=(1, 3, 4))
     expected = (errors * frame_weights(METHOD, batch, levels)).sum(dim=1).mean()
     assert lines[0]["loss"] == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["fvdm", "lct"])
+def test_clips_fill_whole_tokens_whose_frames_share_a_level(cache, tmp_path, name):
+    """CogVideoX 1.5: 3 latent frames become 4, the first in front of itself with noise of its own."""
+    method = get_method(name, **({"p": 1.0, "clean_prob": 0.3} if name == "fvdm" else {}))
+    source, seen = cache(method.layout_for_training), []
+    backbone = BACKBONES["cogvideox-1.5"]()
+    backbone.register_forward_pre_hook(lambda _, args, options: seen.append((args, options)), with_kwargs=True)
+    evaluate = HeldOutLoss(source, method, batches=1, levels=(0.5,))
+    run_loop(backbone, method, source, replace(SETTINGS, evaluate_every=2), tmp_path, evaluate=evaluate)
+    lines = read(tmp_path / "metrics.jsonl")
+    assert lines[0]["tokens_per_s"] == pytest.approx(2 * 4 * lines[0]["samples_per_s"], rel=1e-4)
+    assert lines[1]["eval/loss/0.5"] > 0
+
+    batch = whole_tokens(source.batch(0), 2)
+    clean = source.batch(0).latents
+    assert torch.equal(batch.latents[:, :, 1:], clean) and torch.equal(batch.latents[:, :, 0], clean[:, :, 0])
+    levels, noise = draw(method, batch, SETTINGS.seed, 0, patch=2)
+    assert torch.equal(levels[:, 0::2], levels[:, 1::2]) and (noise[:, :, 0] != noise[:, :, 1]).all()
+    assert (levels[:, 0] != levels[:, 2]).any() == (name == "fvdm"), "a level per token; LCT: per shot"
+    (noisy, told), options = seen[0]
+    assert torch.equal(told, levels) and options["text"].frame_text.tolist() == [0] * 4
+    signal, sigma = (c.float().view(4, 1, 4, 1, 1) for c in backbone.process.signal_and_noise(levels))
+    assert torch.allclose(noisy, signal * batch.latents + sigma * noise, rtol=0, atol=1e-6)
+
+    plain = BACKBONES["cogvideox-1.5"]()
+    target = signal * noise - sigma * batch.latents
+    prediction = plain(noisy, levels, batch.text, **method.backbone_kwargs(batch.layout))
+    errors = (prediction - target).square().mean(dim=(1, 3, 4))
+    learnt = (levels > 0).float() if name == "fvdm" else method.learns(levels).float()
+    expected = (errors * learnt / learnt.sum(dim=1, keepdim=True).clamp_min(1e-9)).sum(dim=1).mean()
+    assert lines[0]["loss"] == pytest.approx(expected.item(), rel=1e-4)
+    assert seen[-1][0][1].unique().tolist() == [0.5], "held-out clips, too"
+
+
+def test_levels_per_token_are_drawn_as_often_as_the_method_says():
+    """PTSS by token: p of the samples have independent levels, each uniform."""
+    method = get_method("fvdm", p=0.3, clean_prob=0.0, shift=1.0)
+    layout = shots_layout([4, 6])
+    batch = SceneBatch(torch.zeros(2000, 1, 10, 1, 1), layout, None, [])  # type: ignore[arg-type]
+    levels, _ = draw(method, batch, 0, 0, patch=2)
+    assert torch.equal(levels[:, 0::2], levels[:, 1::2])
+    apart = (levels[:, ::2] != levels[:, :1]).any(dim=1)
+    assert apart.float().mean().item() == pytest.approx(0.3, abs=0.04)
+    assert levels[apart].mean().item() == pytest.approx(0.5, abs=0.03)
 
 
 class OneBatch:
@@ -159,8 +206,8 @@ def test_one_model_time_leaves_what_each_frame_is_scaled_by(cache, tmp_path):
 
 
 def test_a_wrong_pairing_is_refused_before_the_first_batch(tmp_path):
-    with pytest.raises(ValueError, match="no per_frame_levels: CogVideoX 1.5"):
-        run_loop(BACKBONES["cogvideox-1.5"](), METHOD, None, SETTINGS, tmp_path / "run")
+    with pytest.raises(ValueError, match="joins 2 latent frames into one token"):
+        run_loop(BACKBONES["cogvideox-1.5"](), get_method("tic_ft"), None, SETTINGS, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -45,6 +45,7 @@ def write_dataset(
     joined: bool = False,  # story and prompt are one text, and with `apart` each alone, too
     apart: bool = False,
     prefix: str = "scene",
+    labels: Sequence[Sequence[int | None]] = (),  # class of each shot, per scene
 ) -> Path:
     """Write scenes given as latent frames per shot (0 = not encoded). Shot i of scene n is filled around 10 n + i.
 
@@ -57,6 +58,8 @@ def write_dataset(
         for number, frames in enumerate(scenes):
             scene, tensors = make_scene(number, frames, generator, states, prefix)
             scene.latents = LatentSource(*made_with, "float16", joined)
+            for shot, label in zip(scene.shots, labels[number] if labels else (), strict=False):
+                shot.label = label
             if joined:
                 story = tensors.pop(STORY_TEXT)
                 for i in range(len(frames)):
