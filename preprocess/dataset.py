@@ -221,7 +221,7 @@ SOURCE_SCHEMA = _schema(
     shots="int", encoded_shots="int", encoded_frames="int", source_frames="int", used_frames="int",
     decoded_frames="int", damaged_packets="int", decoder="str", decoder_reason="str", container="str", codec="str",
     pix_fmt="str", width="int", height="int", fps="float", variable_rate="bool", duration_s="float", rotation="int",
-    hdr="bool", interlaced="bool", audio="bool", bytes="int", mtime_ns="int", sha256="str", captions="str",
+    hdr="bool", interlaced="bool", audio="bool", mirrored="bool", truncated="str", colour="str", bytes="int", mtime_ns="int", sha256="str", captions="str",
     captions_mtime_ns="int", captions_sha256="str", vision_key="str", caption_key="str", encoder_key="str",
 )  # fmt: skip
 SHOT_SCHEMA = _schema(

@@ -247,6 +247,7 @@ def source_row(unit: Unit, place: Workplace) -> Row:
         "decoder": count.decoder if count else "",
         "decoder_reason": info.decoder_reason if info else "",
         **({name: getattr(info, name) if info else default for name, default in _INFO.items()}),
+        "colour": str(info.colour) if info else "",
         "bytes": file.bytes,
         "mtime_ns": file.mtime_ns,
         "sha256": unit.sha256,
@@ -259,7 +260,7 @@ def source_row(unit: Unit, place: Workplace) -> Row:
 
 _INFO: dict[str, Any] = {
     "container": "", "codec": "", "pix_fmt": "", "width": 0, "height": 0, "fps": 0.0, "variable_rate": False,
-    "duration_s": 0.0, "rotation": 0, "hdr": False, "interlaced": False, "audio": False,
+    "duration_s": 0.0, "rotation": 0, "hdr": False, "interlaced": False, "audio": False, "mirrored": False, "truncated": "",
 }  # fmt: skip
 
 
