@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import av.error
@@ -23,6 +24,7 @@ from PIL import Image
 from preprocess.colour import to_sdr
 from preprocess.outcome import Failed, short
 from preprocess.probe import VideoInfo, open_video
+from preprocess.stills import scaled_images
 
 SMALL_WIDTH, SMALL_HEIGHT = 48, 27  # the analysis stream
 _MAX_DAMAGED = 0.1  # share of packets that may be damaged before the file is set aside
@@ -81,7 +83,11 @@ def frames(
         Failed: nothing can be decoded, more than a tenth of the packets is damaged, or the time is over.
     """
     size = cover_size(info, height, width)
-    source = _decord(path, info, size, count) if info.decoder == "decord" else None
+    source: Iterator[tuple[int, np.ndarray]] | None = None
+    if info.decoder == "images":
+        source = _images(path, info, size, count)
+    elif info.decoder == "decord":
+        source = _decord(path, info, size, count)
     if source is None:
         source = _pyav(path, info, size, count)
     end = info.pts[0] + max_seconds / info.seconds_per_tick if max_seconds is not None else None
@@ -102,6 +108,15 @@ def frames(
         raise Failed("decode", f"no frame can be decoded ({count.damaged} damaged packets of {len(info.pts)})")
     if count.damaged > _MAX_DAMAGED * (count.decoded + count.damaged):
         raise Failed("decode", f"{count.damaged} of {count.decoded + count.damaged} packets are damaged")
+
+
+def _images(path: str, info: VideoInfo, size: tuple[int, int], count: DecodeCount) -> Iterator[tuple[int, np.ndarray]]:
+    count.decoder = "images"
+    for pts, image in scaled_images(Path(path), size, (info.height, info.width)):
+        if image is None:
+            count.damaged += 1
+        else:
+            yield pts, image
 
 
 def _decord(

@@ -22,7 +22,7 @@ import av.error
 from preprocess.colour import Colour, read_colour, side_data
 from preprocess.outcome import Failed, Filtered, short
 
-Decoder = Literal["decord", "pyav"]
+Decoder = Literal["decord", "pyav", "images"]
 
 # packets read before giving up on a first frame: more than one group of pictures of broadcast streams
 _FIRST_FRAME_PACKETS = 300
