@@ -121,16 +121,22 @@ def _row(line: int, value: dict[str, Any]) -> Row:
         if isinstance(fps, bool) or not 0 < rate <= 1000:
             return Row(line, error=f"field 'fps' is {_short(fps)}, expected frames per second above 0")
         fps = rate
-    return Row(line, str(path), captions, fps, {str(name): _plain(one) for name, one in value.items()})
+    return Row(line, str(path), captions, fps, plain_fields(value))
 
 
-def _plain(value: Any) -> Any:
-    """As JSON can hold it; what it cannot (times, bytes, infinities) as text."""
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError):
-        return str(value)
-    return value
+def plain_fields(value: Any) -> Any:
+    """As a record can hold it; what JSON cannot (times, bytes, infinities, half characters) as text."""
+    if isinstance(value, dict):
+        return {_text(str(name)): plain_fields(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_fields(one) for one in value]
+    if value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return _text(str(value))
+
+
+def _text(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _short(value: Any) -> str:

@@ -26,6 +26,11 @@ Decoder = Literal["decord", "pyav", "images"]
 
 # packets read before giving up on a first frame: more than one group of pictures of broadcast streams
 _FIRST_FRAME_PACKETS = 300
+# FFmpeg's demuxers of one file; playlists (HLS, DASH, concat) would open whatever paths and addresses they name
+_CONTAINERS = (
+    "mov,mp4,matroska,webm,avi,mpegts,mpegtsraw,mpeg,mpegvideo,m4v,h264,hevc,vvc,av1,obu,ivf,gif,apng,webp_anim,flv,"
+    "live_flv,asf,ogg,nut,mxf,mxf_opatom,dv,rm,wtv,gxf,lxf,roq,smk,bink,h263,h261,mjpeg,yuv4mpegpipe,c93,nsv,avs,avs2,avs3"
+)
 _DECORD_CONTAINERS = ("mov,mp4", "matroska", "webm", "avi")
 _DECORD_CODECS = ("h264", "mpeg4", "vp8")
 _PLAIN_FORMATS = ("yuv420p", "yuvj420p")
@@ -85,7 +90,8 @@ def open_video(path: str) -> Iterator[tuple[Any, Any]]:
     """
     try:
         # FFmpeg takes names in UTF-8 only; the few files with other names are opened here and read through Python
-        container = av.open(path if _is_text(path) else open(path, "rb"), metadata_errors="replace")  # noqa: SIM115
+        file = path if _is_text(path) else open(path, "rb")  # noqa: SIM115
+        container = av.open(file, metadata_errors="replace", options={"format_whitelist": _CONTAINERS})
     except FileNotFoundError:
         raise Failed("probe", "no such file") from None
     except PermissionError:

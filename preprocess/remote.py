@@ -81,15 +81,29 @@ def canonical(address: str) -> str:
     return str(fs.unstrip_protocol(path))
 
 
-def find(address: str) -> dict[str, dict[str, Any]]:
-    """Files below a folder or matching a glob, by address, in order; one file by its own."""
+def bare(address: str) -> str:
+    """Without the query of an HTTP address, which may be a signature that changes."""
+    return address.split("?", 1)[0] if address.startswith(("http://", "https://")) else address
+
+
+def is_pattern(address: str) -> bool:
+    return has_magic(bare(address))
+
+
+def find(address: str, one_file: bool) -> dict[str, dict[str, Any]]:
+    """Files below a folder or matching a glob, by address, in order; `one_file` says that it is neither.
+
+    (Over HTTP the question whether something is a folder is a download of it.)
+    """
     fs, path = file_system(address)
-    if has_magic(path):
-        found = fs.glob(path, detail=True)
-    elif fs.isdir(path):
-        found = fs.find(path, detail=True)
-    else:
+    if one_file:
         found = {path: fs.info(path)}
+    elif is_pattern(address):
+        found = fs.glob(path, detail=True)
+    else:
+        found = fs.find(path, detail=True)
+        if not found:
+            raise FileNotFoundError(address)
     return {fs.unstrip_protocol(name): info for name, info in sorted(found.items()) if info.get("type") != "directory"}
 
 

@@ -15,7 +15,19 @@ from typing import Any, Literal
 
 from preprocess.lists import LIST_SUFFIXES, ListError, Row, read_list
 from preprocess.outcome import short
-from preprocess.remote import RemoteError, canonical, file_system, find, is_address, join, local_path, sha256_at, stamp
+from preprocess.remote import (
+    RemoteError,
+    bare,
+    canonical,
+    file_system,
+    find,
+    is_address,
+    is_pattern,
+    join,
+    local_path,
+    sha256_at,
+    stamp,
+)
 from preprocess.stills import numbered_images
 from preprocess.tars import TarVideo, read_tar
 
@@ -245,12 +257,12 @@ def _tar(name: str, path: str, mtime_ns: int) -> Iterator[_Entry]:
 
 def _address(given: str, search: _Search) -> Iterator[_Entry]:
     address = canonical(given)
-    suffix = PurePosixPath(address).suffix.lower()
-    if suffix in LIST_SUFFIXES and not has_magic(address):
+    suffix, pattern = PurePosixPath(bare(address)).suffix.lower(), is_pattern(address)
+    if suffix in LIST_SUFFIXES and not pattern:
         yield from _list_file(address, search)
         return
     try:
-        found = find(address)
+        found = find(address, one_file=suffix in VIDEO_SUFFIXES | {_TAR} and not pattern)
     except RemoteError:
         raise
     except Exception as error:  # each driver has exceptions of its own
@@ -258,10 +270,10 @@ def _address(given: str, search: _Search) -> Iterator[_Entry]:
         raise SourceError(f"{given}: {what}") from error
     root = address.rstrip("/") + "/"
     for path, info in found.items():
-        name = path.removeprefix(root) if path.startswith(root) else PurePosixPath(path).name
-        suffix = PurePosixPath(path).suffix.lower()
+        name = path.removeprefix(root) if path.startswith(root) else PurePosixPath(bare(path)).name
+        suffix = PurePosixPath(bare(path)).suffix.lower()
         hidden = any(part.startswith(".") for part in PurePosixPath(name).parts)
-        if hidden or (suffix not in VIDEO_SUFFIXES | {_TAR} and len(found) > 1):
+        if hidden or suffix not in VIDEO_SUFFIXES | {_TAR}:
             continue
         if suffix == _TAR:
             yield from _tar(name, path, stamp(info))
@@ -298,7 +310,7 @@ def _listed(list_path: str, row: Row, search: _Search) -> _Entry:
                 raise  # the whole list will want it
             return _Entry(at, "", error=f"field '{name}' is {given!r}, which {error}")
     path, captions = places["path"] or "", places["captions"]
-    name, fps, fields = row.path if is_address(row.path) else Path(row.path).as_posix(), row.fps, row.fields
+    name, fps, fields = bare(row.path) if is_address(row.path) else Path(row.path).as_posix(), row.fps, row.fields
     if not is_address(path) and Path(path).is_dir():
         fps = fps or search.frames_fps
         if fps is None:
@@ -357,6 +369,7 @@ def _stat(entry: _Entry) -> SourceFile:
 
 
 def _sidecar(address: str) -> str:
+    address = bare(address)
     folder, _, name = address.rpartition("/")
     return f"{folder}/{name.rpartition('.')[0] or name}.json"
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
+from preprocess.lists import plain_fields
 from preprocess.outcome import short
 from preprocess.remote import open_file
 
@@ -87,6 +88,6 @@ def _read_sidecars(file: Any, video: TarVideo, beside: dict[str, tuple[int, int]
         except ValueError:
             value = None
         if isinstance(value, dict) and "shots" not in value:
-            video.fields |= value
+            video.fields |= plain_fields(value)
         else:  # captions, or what will be refused as captions by name
             video.captions = [offset, size]

@@ -89,14 +89,16 @@ def test_a_file_at_an_address_is_as_the_file(video: Path, direct: Unit, tmp_path
     assert (unit.status, unit.stage, unit.reason) == ("failed", "probe", "no such file")
 
 
-class Quiet(SimpleHTTPRequestHandler):
+class Counting(SimpleHTTPRequestHandler):
+    asked: list[str] = []
+
     def log_message(self, *args: object) -> None:
-        pass
+        self.asked.append(f"{self.command} {self.path}")
 
 
 @pytest.fixture
 def server(video: Path) -> Iterator[str]:
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(video.parent)))
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), partial(Counting, directory=str(video.parent)))
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{httpd.server_address[1]}"
     httpd.shutdown()
@@ -107,7 +109,11 @@ def test_http(server: str, video: Path, direct: Unit, tmp_path: Path) -> None:
     pytest.importorskip("aiohttp")
     listing = tmp_path / "list.txt"
     listing.write_text(f"{server}/a.mp4\n{server}/missing.mp4\n")
+    Counting.asked.clear()
     here, missing = list_sources([listing]).files
+    (signed,) = list_sources([f"{server}/a.mp4?signature=1"]).files
+    assert signed.name == "a.mp4" and signed.path.endswith("?signature=1")
+    assert not any(asked.startswith("GET /a.mp4") for asked in Counting.asked)  # listing reads no video
     assert here.bytes == video.stat().st_size and here.captions == f"{server}/a.json"
     assert outcome(stages(here, tmp_path / "http")) == outcome(direct)
     unit = stages(missing, tmp_path / "missing")

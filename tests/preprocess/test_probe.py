@@ -109,6 +109,21 @@ def test_an_mp4_without_its_index_says_so(tmp_path: Path) -> None:
         probe(str(path))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{}\n#EXT-X-ENDLIST\n",
+        "ffconcat version 1.0\nfile '{}'\n",
+    ],
+)
+def test_a_playlist_opens_no_other_file(tmp_path: Path, text: str) -> None:
+    """Under the name of a video it would lead out of a tar or a list, to any path or address."""
+    other = write(tmp_path / "other.ts", noise(5), fps=25)
+    (tmp_path / "a.mp4").write_text(text.format(other.name))
+    with pytest.raises(Failed, match="not a readable video container"):
+        probe(str(tmp_path / "a.mp4"))
+
+
 def test_other_angles_are_left_out(tmp_path: Path) -> None:
     planes = to_yuv(noise(1)[0] / 255, "bt601")
     path = write_planes(tmp_path / "a.mov", planes, "yuv444p", "libx264", orient={"degrees": 30.0})

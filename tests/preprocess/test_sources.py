@@ -10,6 +10,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import fsspec
@@ -203,6 +204,18 @@ def test_a_bad_row_is_named_by_line_field_and_value(tmp_path: Path, text: str, l
     listing.write_text(text)
     (bad,) = [file for file in list_sources([listing]).files if file.error]
     assert bad.name == f"list.jsonl:{line}" and error in bad.error
+
+
+def test_fields_are_what_a_record_can_hold(tmp_path: Path) -> None:
+    listing = tmp_path / "list.parquet"
+    day = datetime(2026, 1, 2, tzinfo=UTC)
+    row = {"path": ["a.mp4"], "day": [day], "score": [float("nan")], "data": [b"x"], "box": [{"x": 1, "y": [2.5]}]}
+    pq.write_table(pa.table(row), listing)
+    (file,) = list_sources([listing]).files
+    assert file.fields == {"day": str(day), "score": "nan", "data": "b'x'", "box": {"x": 1, "y": [2.5]}}
+    (tmp_path / "list.csv").write_bytes(b"path,who\na.mp4,caf\xe9\n")
+    (file,) = list_sources([tmp_path / "list.csv"]).files
+    assert file.fields == {"who": "caf\\udce9"}
 
 
 def test_csv_rows_of_another_width(tmp_path: Path) -> None:
