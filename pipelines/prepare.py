@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any
 from infra.knobs import knob, required
 from pipelines.states import StatesConfig, make_predictor, predictor_key
 from preprocess.report import PrepareReport
-from preprocess.settings import CaptionBackend, Cuts, PrepareSettings, StoreType
-from preprocess.sources import Ids
+from preprocess.settings import CaptionBackend, Cuts, Ids, PrepareSettings, StoreType
 from preprocess.watch import MAX_ATTEMPTS
 
 if TYPE_CHECKING:

@@ -116,6 +116,16 @@ def join(folder: str, name: str) -> str:
     return f"{scheme}://{target}"
 
 
+def beside(address: str, name: str) -> str:
+    """The address of a path relative to a file's address. Raises ValueError where it leaves the store."""
+    scheme, path = address.split("://", 1)
+    store = path.split("/", 1)[0]  # bucket or host
+    target = posixpath.normpath(posixpath.join(posixpath.dirname(path), name))
+    if target.split("/", 1)[0] != store or ".." in target.split("/"):
+        raise ValueError(f"{name!r} leads out of {scheme}://{store}")
+    return f"{scheme}://{target}"
+
+
 def chunks(path: str, span: list[int] | None) -> Iterator[bytes]:
     """The bytes at a place. Raises what the driver raises; EOFError where a tar ends too early."""
     with open_file(path) as file:

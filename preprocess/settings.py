@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 CaptionBackend = Literal["sidecar", "describe", "sidecar_or_describe"]
+Ids = Literal["path", "content"]  # what a source's id is made of
 Cuts = Literal["detect", "captions"]
 StoreType = Literal["float32", "float16", "bfloat16"]
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from glob import glob, has_magic
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 from preprocess.lists import LIST_SUFFIXES, ListError, Row, read_list
 from preprocess.outcome import short
@@ -28,13 +28,13 @@ from preprocess.remote import (
     sha256_at,
     stamp,
 )
+from preprocess.settings import Ids
 from preprocess.stills import numbered_images
 from preprocess.tars import TarVideo, read_tar
 
 VIDEO_SUFFIXES = frozenset(
     ".mp4 .m4v .mov .mkv .webm .avi .ts .m2ts .mts .gif .flv .3gp .3g2 .mpg .mpeg .wmv .ogv".split()
 )
-Ids = Literal["path", "content"]
 _AT_ONCE = 16  # requests to a store, or files being hashed
 _TAR = ".tar"
 
@@ -56,6 +56,7 @@ class SourceFile:
     captions_mtime_ns: int = 0
     span: list[int] | None = None  # [offset, size] in a tar
     captions_span: list[int] | None = None
+    member: str = ""  # its name in the tar
     fps: float | None = None  # of a folder of numbered images
     fields: dict[str, Any] = field(default_factory=dict)  # other columns of its list, other sidecars of its tar
     error: str = ""  # why it cannot be a video: it is set aside under its name
@@ -250,7 +251,7 @@ def _tar(name: str, path: str, mtime_ns: int) -> Iterator[_Entry]:
         size, when = (video.span[1], mtime_ns) if video.span else (-1, 0)
         file = SourceFile(
             "", full, path, captions, size, when, when if captions else 0, video.span or None, video.captions,
-            fields=video.fields, error=video.error,
+            video.name, fields=video.fields, error=video.error,
         )  # fmt: skip
         yield _Entry(full, path, error=video.error, file=file)
 

@@ -7,6 +7,7 @@ folder (`..`, a leading slash, a link) is set aside.
 from __future__ import annotations
 
 import json
+import posixpath
 import tarfile
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -57,6 +58,15 @@ def read_tar(path: str, suffixes: Collection[str]) -> list[TarVideo]:
     if damage:
         videos.append(TarVideo("(rest of the tar)", error=damage))
     return videos
+
+
+def find_member(path: str, name: str) -> list[int] | None:
+    """Offset and size of a plain file in a tar; None where there is none of that name."""
+    with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            if posixpath.normpath(member.name) == name and member.isfile() and not member.issparse():
+                return [member.offset_data, member.size]
+    return None
 
 
 def _key(name: str) -> str:

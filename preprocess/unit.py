@@ -33,7 +33,7 @@ from preprocess.outcome import Failed, SetAside, short
 from preprocess.parts import Part, Row, read_part, shot_rows, write_part
 from preprocess.probe import VideoInfo, probe
 from preprocess.recall import recall_latents, recall_scenes, recalled_count
-from preprocess.references import read_reference
+from preprocess.references import read_reference, reference_here
 from preprocess.remote import NO_ROOM, copy_here, is_direct, sha256_at
 from preprocess.scenes import make_scenes
 from preprocess.settings import PrepareSettings
@@ -193,6 +193,7 @@ def caption_stage(unit: Unit, place: Workplace) -> None:
 
 def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
     """Latents and text embeddings, scene by scene, straight into the part."""
+    place.scratch.mkdir(parents=True, exist_ok=True)
     written = [scene for scene in unit.scenes if any(shot.encoded for shot in scene.shots)]
     for scene in written:
         scene.latents = encoder.source(place.settings.dtype)
@@ -207,10 +208,10 @@ def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
                 encoder.predict_states(scene, spans, place.settings.states_frames)
 
     def references(scene: Scene) -> list[Tensor]:
-        if scene.references and not is_direct(unit.file.captions or "", unit.file.captions_span):
-            raise Failed("encode", "its captions name references, which captions in a tar or at an address cannot")
-        folder = Path(unit.file.captions or "").parent
-        clips = [read_reference(one, folder, place.settings) for one in scene.references]
+        clips = []
+        for one in scene.references:
+            with tempfile.TemporaryDirectory(dir=place.scratch) as folder:
+                clips.append(read_reference(*reference_here(one, unit.file, Path(folder)), place.settings))
         return encoder.encode_references(clips, place.settings.dtype)
 
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
