@@ -183,9 +183,11 @@ def _decoded(container: Any, stream: Any, info: VideoInfo, count: DecodeCount) -
 
 def _progressive(frames: Iterator[Any], base: Fraction) -> Iterator[Any]:
     """Each frame as it was at its first field, by FFmpeg's bwdif; frames that are not interlaced pass as they are."""
-    graph, shape = None, None
+    graph: Graph | None = None
+    shape = None
     for frame in frames:
-        if shape != (shape := (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range)):
+        before, shape = shape, (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range)
+        if graph is None or before != shape:
             yield from _pulled(graph, base, end=True)
             graph = _deinterlacer(*shape, base)
         graph.vpush(frame)
@@ -218,7 +220,7 @@ def _pulled(graph: Graph | None, base: Fraction, end: bool = False) -> Iterator[
         graph.vpush(None)
     while True:
         try:
-            frame = graph.vpull()
+            frame: Any = graph.vpull()
         except (av.error.BlockingIOError, av.error.EOFError):
             return
         frame.pts = round(frame.pts * frame.time_base / base)

@@ -322,7 +322,7 @@ def _matroska_size(path: str) -> int:
 
 def _without_index(path: str) -> str:
     """What is wrong with an MP4 or MOV file that has no index; "" for other files."""
-    kinds = []
+    kinds: list[bytes] = []
     try:
         with open(path, "rb") as file:
             while len(head := file.read(8)) == 8 and len(kinds) < 1000:

@@ -19,6 +19,7 @@ from models.scene import Scene
 from models.states import StatePredictor
 from models.tiny import build_tiny_folder
 from preprocess import run, unit
+from preprocess.dataset import known_hashes
 from preprocess.encode import Encoder
 from preprocess.rows import EncodeRow, caption_row, decode_row, probe_row
 from preprocess.run import Work, plan_work
@@ -264,6 +265,32 @@ def test_bad_rows_of_a_list_are_accounted_for(videos: Path, tmp_path: Path, mode
     assert calls["read_shots"] == 1  # of toy1; another field of toy0 costs no decode
     found = {scene.source.path: scene for scene, _ in records(tmp_path / "out").values()}
     assert found["toy0.mp4"].extra["fields"] == {"place": "desert"} and "fields" not in found["toy1.mp4"].extra
+
+
+def test_ids_of_the_content_keep_what_is_done(videos: Path, tmp_path: Path, model: Path, calls: Counter[str]) -> None:
+    """A run that goes on hashes nothing again; a renamed file is done again, under the same id and so the same keys."""
+
+    def prepare(known: dict | None = None) -> int:
+        files = list_sources([videos], ids="content", known=known).files
+        work = plan_work(files, tmp_path / "out", SETTINGS, model)
+        todo = len(work.todo)
+        encode = EncodeRow(work.place, str(model), "cpu", 1)
+        for manifest in work.rounds():
+            for row in pq.read_table(manifest).to_pylist():
+                for stage in (probe_row, decode_row, caption_row):
+                    row = stage(row, work.place)
+                encode(row)
+        work.compact(SHARD)
+        return todo
+
+    assert prepare() == 3
+    keys = set(records(tmp_path / "out"))
+    known = known_hashes(tmp_path / "out")
+    here = {(f.name, f.path, f.bytes, f.mtime_ns) for f in list_sources([videos]).files}
+    assert set(known) == here  # the empty file has a hash, too
+    assert prepare(known) == 0
+    (videos / "toy0.mp4").rename(videos / "new.mp4"), (videos / "toy0.json").rename(videos / "new.json")
+    assert prepare(known) == 1 and set(records(tmp_path / "out")) == keys
 
 
 def test_a_full_disk_stops_the_run_and_keeps_what_is_done(
