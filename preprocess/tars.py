@@ -43,12 +43,14 @@ def read_tar(path: str, suffixes: Collection[str]) -> list[TarVideo]:
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
-                    suffix = PurePosixPath(member.name).suffix.lower()
-                    span = (member.offset_data, member.size)
+                    name, span = posixpath.normpath(member.name), (member.offset_data, member.size)
+                    suffix = PurePosixPath(name).suffix.lower()
+                    if posixpath.basename(name).startswith("."):
+                        continue  # hidden, as in a folder: what macOS adds to each file
                     if suffix in suffixes and not member.isdir():
-                        videos.append(TarVideo(member.name, list(span), error=_unfit(member, end)))
+                        videos.append(TarVideo(name, list(span), error=_unfit(member, end)))
                     elif suffix in (".json", ".txt") and member.isfile() and member.size <= _LARGEST_SIDECAR:
-                        sidecars.setdefault(_key(member.name), {})[suffix] = span
+                        sidecars.setdefault(_key(name), {})[suffix] = span
         except (tarfile.TarError, EOFError) as error:
             damage = f"the tar is damaged here, or compressed ({short(error)}); plain .tar files are taken"
         for video in videos:

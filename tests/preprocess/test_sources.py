@@ -254,7 +254,8 @@ def test_webdataset_tars(tmp_path: Path) -> None:
         tmp_path / "shards" / "000.tar",
         {
             "s/a.mp4": b"AAAA", "s/a.json": captions, "s/a.txt": b"a dog\n",
-            "b.left.mp4": b"BB", "b.json": b'{"url": "x", "n": 2}', "b.jpg": b"-", "c.webm": b"CCC",
+            "./b.left.mp4": b"BB", "._b.left.mp4": b"macOS", "b.json": b'{"url": "x", "n": 2}',
+            "b.jpg": b"-", "c.webm": b"CCC",
         },
     )  # fmt: skip
     found = list_sources([tmp_path / "shards"]).files
