@@ -36,6 +36,7 @@ _DECORD_CODECS = ("h264", "mpeg4", "vp8")
 _PLAIN_FORMATS = ("yuv420p", "yuvj420p")
 _INTERLACED_ORDERS = (2, 3, 4, 5)  # AVFieldOrder: TT, BB, TB, BT
 _DOLBY_TAGS = ("dvhe", "dvh1", "dvav", "dva1", "dav1")  # no base layer that another decoder shows in right colours
+_LARGEST_INDEX = 2**26  # bytes of an MP4's index that are searched for the reason why it does not open
 _LOST_FRAMES = 0.02  # share of the frames that the header counts and a whole file may lack
 
 
@@ -97,7 +98,7 @@ def open_video(path: str) -> Iterator[tuple[Any, Any]]:
     except PermissionError:
         raise Failed("probe", "no permission to read the file") from None
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        what = _without_index(path) or f"not a readable video container ({short(error)})"
+        what = _wrong_with_mp4(path) or f"not a readable video container ({short(error)})"
         raise Failed("probe", what) from error
     with container:
         if not container.streams.video:
@@ -320,8 +321,8 @@ def _matroska_size(path: str) -> int:
     return at
 
 
-def _without_index(path: str) -> str:
-    """What is wrong with an MP4 or MOV file that has no index; "" for other files."""
+def _wrong_with_mp4(path: str) -> str:
+    """Why an MP4 or MOV file does not open, by its boxes: encrypted, or without an index; "" for other files."""
     kinds: list[bytes] = []
     try:
         with open(path, "rb") as file:
@@ -330,12 +331,16 @@ def _without_index(path: str) -> str:
                 long = file.read(8) if size == 1 else b""
                 size = struct.unpack(">Q", long)[0] if len(long) == 8 else size
                 kinds.append(kind)
+                if kind == b"moov" and b"encv" in file.read(min(max(size, 8), _LARGEST_INDEX) - 8):
+                    return "the video is encrypted"
+                if kind == b"moov":
+                    return ""
                 if size < 8 + len(long):
                     break
                 file.seek(size - 8 - len(long), 1)
     except OSError:
         return ""
-    if not kinds or kinds[0] not in (b"ftyp", b"styp", b"moof", b"sidx", b"wide", b"free") or b"moov" in kinds:
+    if not kinds or kinds[0] not in (b"ftyp", b"styp", b"moof", b"sidx", b"wide", b"free"):
         return ""
     if b"moof" in kinds:
         return "fragments of an MP4 without their initialisation (no moov box)"

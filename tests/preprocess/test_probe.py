@@ -192,6 +192,6 @@ def test_bad_files_are_refused_by_name(shared_data: Path) -> None:
             reasons[path.name] = error.reason
     assert "no video stream; the file holds audio" in reasons["sample_opus.mp4"]
     assert "no frame can be decoded" in reasons["invalid-bitstream.webm"]
-    assert "not a readable video container" in reasons["sample_fragmented_clearkey.mp4"]
+    assert "the video is encrypted" in reasons["sample_fragmented_clearkey.mp4"]
     assert "without their initialisation" in reasons["sample_fragmented_sideloaded_track.mp4"]
     assert all("/" not in reason for reason in reasons.values())  # the path is in the record already
