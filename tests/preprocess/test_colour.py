@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
+from av.filter import Graph
 
-from preprocess.colour import tone_curve
+from preprocess.colour import Colour, to_sdr, tone_curve
 from preprocess.decode import DecodeCount, frames
 from preprocess.probe import VideoInfo, probe
 from tests.preprocess.videos import CODES, to_yuv, write_planes
@@ -169,6 +171,33 @@ def test_the_peak_of_the_file_sets_the_tone_curve(tmp_path: Path) -> None:
             matrix=9, primaries=9, transfer=PQ, color_range=1,
         )  # fmt: skip
         assert probe(str(path)).colour.peak_nits == peak
+
+
+@pytest.mark.slow  # FFmpeg makes a table of the whole colour space first
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("transfer", [PQ, HLG])
+def test_below_the_knee_as_ffmpeg_maps_it(transfer: int) -> None:
+    """FFmpeg's colour management (swscale, relative intent) leaves light below its white as it is, and so do we."""
+    linear = np.array([[1, 1, 1], [1, 0.4, 0.3], [0.3, 0.8, 0.4], [0.2, 0.3, 0.9], [0.6, 0.6, 0.2]])
+    light = np.concatenate([linear * scale for scale in (3.0, 20.0, 60.0)]) @ TO_2020.T
+    if transfer == PQ:
+        signal = np.vectorize(pq)(light)
+    else:
+        scene = light / 1000 * (light @ [0.2627, 0.6780, 0.0593] / 1000)[:, None] ** (1 / 1.2 - 1)
+        a, b, c = 0.17883277, 0.28466892, 0.55991073
+        signal = np.where(scene <= 1 / 12, np.sqrt(3 * scene), a * np.log(np.maximum(12 * scene - b, 1e-9)) + c)
+    codes = np.rint(65535 * patches(signal)).astype(np.uint16)
+    frame = av.VideoFrame.from_ndarray(codes, format="rgb48le")
+    frame.color_trc, frame.color_primaries, frame.colorspace = transfer, 9, 0
+    graph = Graph()
+    size = f"{frame.width}x{frame.height}"
+    source = graph.add("buffer", video_size=size, pix_fmt="rgb48le", time_base="1/24", colorspace="0", range="2")
+    scale = graph.add("scale", "out_transfer=bt709:out_primaries=bt709:intent=relative_colorimetric")
+    graph.link_nodes(source, scale, graph.add("format", "rgb24"), graph.add("buffersink")).configure()
+    graph.vpush(frame)
+    theirs = graph.vpull().to_ndarray().astype(int)
+    ours = to_sdr(codes, Colour("rgb", False, True, "bt2020", "pq" if transfer == PQ else "hlg", 1000.0)).astype(int)
+    assert np.abs(ours - theirs).max() <= 4
 
 
 def test_tone_curve_ends() -> None:
