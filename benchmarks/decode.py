@@ -58,6 +58,8 @@ def main() -> int:
         folder = Path(options.get("folder") or _own_files(Path(scratch)))
         rows, speeds, disagree, refused = [], {"pyav": [0, 0.0], "decord": [0, 0.0]}, 0, 0
         for file in list_sources([folder]).files:
+            if file.span or file.error:
+                continue  # a member of a tar is no file that both can open
             try:
                 info = probe(file.path)
             except SetAside as error:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from infra.knobs import knob, required
 from pipelines.states import StatesConfig, make_predictor, predictor_key
 from preprocess.report import PrepareReport
-from preprocess.settings import CaptionBackend, Cuts, PrepareSettings, StoreType
+from preprocess.settings import CaptionBackend, Cuts, Ids, PrepareSettings, StoreType
 from preprocess.watch import MAX_ATTEMPTS
 
 if TYPE_CHECKING:
@@ -33,9 +33,15 @@ if TYPE_CHECKING:
 class PrepareConfig:
     """All that `shotloom prepare` can be told."""
 
-    sources: list[str] = required("folders, globs, list files (.txt .csv .jsonl with a `path` column) or videos")
+    sources: list[str] = required(
+        "folders, globs, videos, WebDataset tars and lists (.txt .csv .jsonl .parquet with a `path` column), each a "
+        "path or an address (s3:// gs:// az:// http://)"
+    )
     output: Path = required("folder of the dataset; started again on the same folder, a run does what is missing")
     model: Path = required("model folder whose VAE and text encoder encode the shots")
+    ids: Ids = knob("path", "what a video's id is made of: its name, or its content (every file is read first)")
+    frames_fps: float | None = knob(None, "take folders of numbered images for videos at this rate; null = leave them")
+    list_root: Path | None = knob(None, "folder that lists may name files of; null = the list's own folder")
     height: int | None = knob(None, "of the encoded frames; null = the model's")
     width: int | None = knob(None, "of the encoded frames; null = the model's")
     fps: float | None = knob(None, "of the encoded frames; null = the model's")
@@ -62,7 +68,9 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise ValueError("sources is empty; name folders, globs, list files or videos")
+            raise ValueError("sources is empty; name folders, globs, list files, tars or videos")
+        if self.frames_fps is not None and not 0 < self.frames_fps <= 1000:
+            raise ValueError(f"frames_fps={self.frames_fps} must lie above 0 and at most at 1000 frames per second")
         if self.shard_mb <= 0 or self.encoders < 1:
             raise ValueError("shard_mb must be positive and encoders at least 1")
 
@@ -79,6 +87,7 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     from infra.log import get_logger, progress
     from infra.ray_session import ray_session
     from infra.storage import atomic_write_json
+    from preprocess.dataset import known_hashes
     from preprocess.run import lock, plan_work
     from preprocess.sources import list_sources
 
@@ -87,7 +96,14 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     output, model = config.output.resolve(), config.model.resolve()
     settings = make_settings(config)
     with lock(output):
-        found = list_sources(config.sources, exclude=output)
+        found = list_sources(
+            config.sources,
+            output,
+            ids=config.ids,
+            frames_fps=config.frames_fps,
+            list_root=config.list_root,
+            known=known_hashes(output) if config.ids == "content" else None,
+        )
         work = plan_work(found.files, output, settings, model, config.retry_failed)
         todo = {file.video_id for file in work.todo}
         report = PrepareReport(output, repeated=found.repeated)

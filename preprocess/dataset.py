@@ -19,10 +19,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.storage import atomic_path, atomic_write_json, sha256_file
+from infra.storage import atomic_path, atomic_write_json
 from preprocess.parts import Part, Row, part_path, part_samples, read_part
+from preprocess.remote import sha256_at
 from preprocess.shards import ShardReader, ShardWriter
-from preprocess.sources import SourceFile
+from preprocess.sources import SourceFile, fields_text
 
 FORMAT = "shotloom-dataset-1"
 _FILES = ("manifest.parquet", "sources.parquet", "dataset.json")
@@ -94,16 +95,17 @@ _DEPENDS = {
 
 def _still_holds(part: Part, file: SourceFile, keys: dict[str, str], retry_failed: bool) -> bool:
     row = part.source
-    if row["name"] != file.name or row["bytes"] != file.bytes or (retry_failed and row["status"] == "failed"):
+    if row["name"] != file.name or (retry_failed and row["status"] == "failed"):
         return False
-    depends = _DEPENDS.get(row["stage"], ("vision_key",))
+    stage = row["stage"]
+    depends = _DEPENDS.get(stage, ("vision_key",))
     if any(row.get(name) != keys[name] for name in depends):
         return False
-    if not _same_content(row, "path", file.path, "mtime_ns", file.mtime_ns, "sha256"):
+    if stage == "sources":
+        return row["reason"] == file.error
+    if file.error or not _same_video(row, file):
         return False
-    return "caption_key" not in depends or _same_content(
-        row, "captions", file.captions or "", "captions_mtime_ns", file.captions_mtime_ns, "captions_sha256"
-    )
+    return "caption_key" not in depends or _same_words(row, file)
 
 
 def find_pictures(file: SourceFile, keys: dict[str, str], parts: Path, earlier: Earlier) -> tuple[Row, dict[str, str]]:
@@ -115,20 +117,46 @@ def find_pictures(file: SourceFile, keys: dict[str, str], parts: Path, earlier: 
     if part is None or part.source["status"] != "written" or not all(row["key"] for row in part.shots):
         return {}, {}
     row = part.source
-    same = row["name"] == file.name and row["bytes"] == file.bytes
+    same = row["name"] == file.name and not file.error
     same = same and all(row[name] == keys[name] for name in ("vision_key", "encoder_key"))
-    if not same or not _same_content(row, "path", file.path, "mtime_ns", file.mtime_ns, "sha256"):
+    if not same or not _same_video(row, file):
         return {}, {}
     return row, places
 
 
-def _same_content(row: Row, path_name: str, path: str, time_name: str, mtime_ns: int, hash_name: str) -> bool:
+def _same_video(row: Row, file: SourceFile) -> bool:
+    if row["bytes"] != file.bytes or (row.get("frames_fps") or 0.0) != (file.fps or 0.0):
+        return False
+    return _same_content(row, "path", file.path, file.span, "mtime_ns", file.mtime_ns, "sha256")
+
+
+def _same_words(row: Row, file: SourceFile) -> bool:
+    """The caption file and the fields of its list."""
+    if (row.get("fields") or "") != fields_text(file):
+        return False
+    place = file.captions or "", file.captions_span
+    return _same_content(row, "captions", *place, "captions_mtime_ns", file.captions_mtime_ns, "captions_sha256")
+
+
+def _same_content(
+    row: Row, path_name: str, path: str, span: list[int] | None, time_name: str, mtime_ns: int, hash_name: str
+) -> bool:
     """Same file by its time stamp; by content where only the time stamp or the place differs."""
     if row[time_name] == mtime_ns and row[path_name] == path:
         return True
     if mtime_ns == 0 or not row[hash_name]:  # gone, or never read
         return False
-    return sha256_file(path) == row[hash_name]
+    return sha256_at(path, span) == row[hash_name]
+
+
+def known_hashes(folder: Path) -> dict[tuple[str, str, int, int], str]:
+    """SHA-256 of the sources of an earlier run, by name, path, bytes and mtime_ns; empty where there was none."""
+    columns = ["name", "path", "bytes", "mtime_ns", "sha256"]
+    try:
+        rows = pq.read_table(folder / "sources.parquet", columns=columns).to_pylist()
+    except (OSError, ValueError, pa.ArrowException):
+        return {}
+    return {(row["name"], row["path"], row["bytes"], row["mtime_ns"]): row["sha256"] for row in rows if row["sha256"]}
 
 
 def build(
@@ -221,8 +249,9 @@ SOURCE_SCHEMA = _schema(
     shots="int", encoded_shots="int", encoded_frames="int", source_frames="int", used_frames="int",
     decoded_frames="int", damaged_packets="int", decoder="str", decoder_reason="str", container="str", codec="str",
     pix_fmt="str", width="int", height="int", fps="float", variable_rate="bool", duration_s="float", rotation="int",
-    hdr="bool", interlaced="bool", audio="bool", bytes="int", mtime_ns="int", sha256="str", captions="str",
-    captions_mtime_ns="int", captions_sha256="str", vision_key="str", caption_key="str", encoder_key="str",
+    hdr="bool", interlaced="bool", audio="bool", mirrored="bool", truncated="str", colour="str",
+    bytes="int", mtime_ns="int", sha256="str", captions="str", captions_mtime_ns="int", captions_sha256="str",
+    frames_fps="float", fields="str", vision_key="str", caption_key="str", encoder_key="str",
 )  # fmt: skip
 SHOT_SCHEMA = _schema(
     video_id="str", source="str", scene_id="str", shot_id="str", index="int", key="str", shard="str", start_s="float",

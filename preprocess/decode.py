@@ -1,7 +1,9 @@
 """Decode once: every frame of a video, upright, at about training size, with its exact timestamp.
 
 decord where the probe shows a plain file (it scales inside its own decoder), PyAV for everything else; both give the
-same frames in the same order. Scaling happens on the decoder's planes, so full-size RGB never exists.
+same frames in the same order. Scaling happens on the decoder's planes, so full-size RGB never exists. What is
+interlaced, turned, mirrored, of other than square pixels, HDR or of wide colours comes out progressive, upright, square
+and as SDR BT.709.
 """
 
 from __future__ import annotations
@@ -9,14 +11,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from math import ceil
+from pathlib import Path
+from typing import Any
 
 import av.error
 import numpy as np
+from av.filter import Graph
 from PIL import Image
 
+from preprocess.colour import to_sdr
 from preprocess.outcome import Failed, short
 from preprocess.probe import VideoInfo, open_video
+from preprocess.stills import scaled_images
 
 SMALL_WIDTH, SMALL_HEIGHT = 48, 27  # the analysis stream
 _MAX_DAMAGED = 0.1  # share of packets that may be damaged before the file is set aside
@@ -75,7 +83,11 @@ def frames(
         Failed: nothing can be decoded, more than a tenth of the packets is damaged, or the time is over.
     """
     size = cover_size(info, height, width)
-    source = _decord(path, info, size, count) if info.decoder == "decord" else None
+    source: Iterator[tuple[int, np.ndarray]] | None = None
+    if info.decoder == "images":
+        source = _images(path, info, size, count)
+    elif info.decoder == "decord":
+        source = _decord(path, info, size, count)
     if source is None:
         source = _pyav(path, info, size, count)
     end = info.pts[0] + max_seconds / info.seconds_per_tick if max_seconds is not None else None
@@ -96,6 +108,15 @@ def frames(
         raise Failed("decode", f"no frame can be decoded ({count.damaged} damaged packets of {len(info.pts)})")
     if count.damaged > _MAX_DAMAGED * (count.decoded + count.damaged):
         raise Failed("decode", f"{count.damaged} of {count.decoded + count.damaged} packets are damaged")
+
+
+def _images(path: str, info: VideoInfo, size: tuple[int, int], count: DecodeCount) -> Iterator[tuple[int, np.ndarray]]:
+    count.decoder = "images"
+    for pts, image in scaled_images(Path(path), size, (info.height, info.width)):
+        if image is None:
+            count.damaged += 1
+        else:
+            yield pts, image
 
 
 def _decord(
@@ -132,23 +153,92 @@ def _rgb(image: np.ndarray) -> np.ndarray:
 
 def _pyav(path: str, info: VideoInfo, size: tuple[int, int], count: DecodeCount) -> Iterator[tuple[int, np.ndarray]]:
     count.decoder = "pyav"
-    turns = info.rotation // 90
-    height, width = size if turns % 2 == 0 else size[::-1]
-    last = info.pts[0] - info.frame_ticks
     with open_video(path) as (container, stream):
-        packets = container.demux(stream)
-        while True:
-            try:
-                packet = next(packets, None)
-                if packet is None:
-                    return
-                decoded = packet.decode()
-            except av.error.FFmpegError:
-                count.damaged += 1
-                if packet is None or count.damaged > len(info.pts):
-                    return
-                continue
-            for frame in decoded:
-                last = frame.pts if frame.pts is not None else last + info.frame_ticks
-                image = frame.reformat(width=width, height=height, format="rgb24", interpolation="BICUBIC").to_ndarray()
-                yield last, np.ascontiguousarray(np.rot90(image, turns)) if turns else image
+        decoded = _decoded(container, stream, info, count)
+        for frame in _progressive(decoded, Fraction(*info.time_base)) if info.interlaced else decoded:
+            yield frame.pts, _displayed(frame, info, size)
+
+
+def _decoded(container: Any, stream: Any, info: VideoInfo, count: DecodeCount) -> Iterator[Any]:
+    """Frames as they leave the decoder, each with a PTS; damaged packets are counted."""
+    last = info.pts[0] - info.frame_ticks
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+            if packet is None:
+                return
+            frames = packet.decode()
+        except av.error.FFmpegError:
+            count.damaged += 1
+            if packet is None or count.damaged > len(info.pts):
+                return
+            continue
+        for frame in frames:
+            if frame.pts is None:
+                frame.pts = last + info.frame_ticks
+            last = frame.pts
+            yield frame
+
+
+def _progressive(frames: Iterator[Any], base: Fraction) -> Iterator[Any]:
+    """Each frame as it was at its first field, by FFmpeg's bwdif; frames that are not interlaced pass as they are."""
+    graph: Graph | None = None
+    shape = None
+    for frame in frames:
+        before, shape = shape, (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range)
+        if graph is None or before != shape:
+            yield from _pulled(graph, base, end=True)
+            graph = _deinterlacer(*shape, base)
+        graph.vpush(frame)
+        yield from _pulled(graph, base)
+    yield from _pulled(graph, base, end=True)
+
+
+def _deinterlacer(width: int, height: int, pix_fmt: str, matrix: int, color_range: int, base: Fraction) -> Graph:
+    graph = Graph()
+    graph.threads = 1
+    source = graph.add(
+        "buffer",
+        video_size=f"{width}x{height}",
+        pix_fmt=pix_fmt,
+        time_base=f"{base.numerator}/{base.denominator}",
+        pixel_aspect="1/1",
+        colorspace=str(int(matrix)),
+        range=str(int(color_range)),
+    )
+    bwdif = graph.add("bwdif", "mode=send_frame:parity=auto:deint=interlaced")
+    graph.link_nodes(source, bwdif, graph.add("buffersink")).configure()
+    return graph
+
+
+def _pulled(graph: Graph | None, base: Fraction, end: bool = False) -> Iterator[Any]:
+    """What the filter has ready, with PTS in ticks of `base` again (bwdif halves the tick)."""
+    if graph is None:
+        return
+    if end:
+        graph.vpush(None)
+    while True:
+        try:
+            frame: Any = graph.vpull()
+        except (av.error.BlockingIOError, av.error.EOFError):
+            return
+        frame.pts = round(frame.pts * frame.time_base / base)
+        yield frame
+
+
+def _displayed(frame: Any, info: VideoInfo, size: tuple[int, int]) -> np.ndarray:
+    """uint8 RGB of a decoded frame, upright, `size` (height, width)."""
+    colour, turns = info.colour, info.rotation // 90
+    height, width = size if turns % 2 == 0 else size[::-1]
+    scaled = frame.reformat(
+        width=width,
+        height=height,
+        format="rgb24" if colour.plain else "rgb48le",
+        src_colorspace=colour.swscale_matrix,
+        interpolation="BICUBIC",
+        threads=1,
+    )
+    image = scaled.to_ndarray() if colour.plain else to_sdr(scaled.to_ndarray(), colour)
+    image = np.rot90(image, turns) if turns else image
+    return np.ascontiguousarray(image[:, ::-1] if info.mirrored else image)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
+import posixpath
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -11,10 +13,40 @@ from PIL import Image, ImageOps
 from models.scene import IMAGE_ROLES, Reference
 from preprocess.outcome import Failed, short
 from preprocess.probe import probe
+from preprocess.remote import beside, copy_here, is_direct
 from preprocess.settings import PrepareSettings
+from preprocess.sources import SourceFile
 from preprocess.spans import read_shots
+from preprocess.tars import find_member
 
 STILL_FRAMES = 17  # an image is encoded as a still clip of so many frames; a method takes the head it needs
+
+
+def reference_here(reference: Reference, file: SourceFile, folder: Path) -> tuple[Reference, Path]:
+    """A reference, and the local folder that its path is relative to.
+
+    One that a caption file in a tar or at an address names lies in the same tar or store, and is copied to `folder`.
+    Raises Failed naming it.
+    """
+    captions = file.captions or ""
+    if is_direct(captions, file.captions_span):
+        return reference, Path(captions).parent
+    copy = folder / PurePosixPath(reference.path).name
+    try:
+        path, span = captions, None
+        if file.captions_span is None:
+            path = beside(captions, reference.path)
+        else:
+            member = posixpath.normpath(posixpath.join(posixpath.dirname(file.member), reference.path))
+            span = find_member(captions, member)
+            if span is None:
+                raise ValueError(f"no file {member!r} in its tar")
+        copy_here(path, span, copy)
+    except ValueError as error:
+        raise Failed("encode", f"reference {reference.path}: {error}") from error
+    except Failed as error:
+        raise Failed("encode", f"reference {reference.path}: {error.reason}") from error
+    return replace(reference, path=copy.name), folder
 
 
 def read_reference(reference: Reference, folder: Path, settings: PrepareSettings) -> np.ndarray:

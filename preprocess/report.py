@@ -54,7 +54,7 @@ class PrepareReport:
             entry = self.stages.setdefault(name, StageReport())
             entry.items += 1
             entry.seconds += spent
-        if "probe" in seconds and stage != "probe":
+        if "probe" in seconds and stage not in ("probe", "sources"):
             self.stages.setdefault("filters", StageReport()).items += 1
         if stage:
             self.stages.setdefault(stage, StageReport()).set_aside += 1

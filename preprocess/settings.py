@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 CaptionBackend = Literal["sidecar", "describe", "sidecar_or_describe"]
+Ids = Literal["path", "content"]  # what a source's id is made of
 Cuts = Literal["detect", "captions"]
 StoreType = Literal["float32", "float16", "bfloat16"]
 
 # raise when a stage gives other results for the same settings, so that earlier work is done again
-STAGES_VERSION = 1
+STAGES_VERSION = 2
 _NOT_VISION = ("captions", "seconds_per_video", "states_key", "states_frames", "texts_apart")
 
 

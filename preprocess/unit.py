@@ -9,8 +9,8 @@ same functions with units as rows.
 
 from __future__ import annotations
 
-import errno
 import json
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +22,6 @@ import numpy as np
 from safetensors.torch import save
 from torch import Tensor
 
-from infra.storage import sha256_file
 from models.records import decode as from_json
 from models.scene import Scene, reference_tensor_key, shot_tensor_key
 from preprocess.captions import caption_scenes, template_hash
@@ -34,13 +33,13 @@ from preprocess.outcome import Failed, SetAside, short
 from preprocess.parts import Part, Row, read_part, shot_rows, write_part
 from preprocess.probe import VideoInfo, probe
 from preprocess.recall import recall_latents, recall_scenes, recalled_count
-from preprocess.references import read_reference
+from preprocess.references import read_reference, reference_here
+from preprocess.remote import NO_ROOM, copy_here, is_direct, sha256_at
 from preprocess.scenes import make_scenes
 from preprocess.settings import PrepareSettings
-from preprocess.sources import SourceFile, readable
+from preprocess.sources import SourceFile, fields_text, readable
 from preprocess.spans import RawShot, read_shots
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+from preprocess.stills import probe_images
 
 
 @dataclass
@@ -82,6 +81,37 @@ class Workplace:
     def scratch_file(self, unit: Unit) -> Path:
         return self.scratch / f"{unit.file.video_id}.frames"
 
+    def video(self, unit: Unit) -> str:
+        """The source as a local path; one in a tar or at an address is copied to scratch until it is decoded."""
+        return self._here(unit.file.path, unit.file.span, self._copies(unit)[0])
+
+    def captions(self, unit: Unit) -> str | None:
+        """The caption file as a local path, alike."""
+        file = unit.file
+        return self._here(file.captions, file.captions_span, self._copies(unit)[1]) if file.captions else None
+
+    def forget(self, unit: Unit) -> None:
+        """Drop all that lies in scratch for a source."""
+        for path in (self.scratch_file(unit), *self._copies(unit)):
+            path.unlink(missing_ok=True)
+
+    def forget_video(self, unit: Unit) -> None:
+        """Drop the copy that was made for the decode."""
+        self._copies(unit)[0].unlink(missing_ok=True)
+
+    def _copies(self, unit: Unit) -> tuple[Path, Path]:
+        # a name with the suffix: some demuxers go by it
+        suffix = re.search(r"(\.[A-Za-z0-9]{1,8})(~\d+)?$", unit.file.name)
+        stem = f"{unit.file.video_id}.source"
+        return self.scratch / f"{stem}{suffix[1] if suffix else ''}", self.scratch / f"{stem}.captions.json"
+
+    def _here(self, path: str, span: list[int] | None, copy: Path) -> str:
+        if is_direct(path, span):
+            return path
+        if not copy.exists():
+            copy_here(path, span, copy)
+        return str(copy)
+
     def keys(self) -> dict[str, str]:
         """What the results of this run depend on; equal keys and equal input mean equal results."""
         return {
@@ -112,18 +142,21 @@ def run_stage(name: str, stage: Callable[[Unit], None], unit: Unit) -> Unit:
 
 def probe_stage(unit: Unit, place: Workplace) -> None:
     """Container index and content hash; rules that need nothing else."""
-    path = Path(unit.file.path)
-    if not path.is_file():
+    if unit.file.error:
+        raise Failed("sources", unit.file.error)
+    path = Path(place.video(unit))
+    if not path.is_file() and not (unit.file.fps and path.is_dir()):
         raise Failed("probe", "no such file")
     try:
-        unit.sha256 = sha256_file(path)
+        unit.sha256 = sha256_at(str(path))
     except OSError as error:
         raise Failed("probe", f"cannot be read: {error.strerror}") from error
     if path.stat().st_size == 0:
         raise Failed("probe", "the file is empty (0 bytes)")
-    if unit.file.captions and Path(unit.file.captions).is_file():
-        unit.captions_sha256 = sha256_file(unit.file.captions)
-    unit.info = probe(unit.file.path)
+    captions = place.captions(unit)
+    if captions and Path(captions).is_file():
+        unit.captions_sha256 = sha256_at(captions)
+    unit.info = probe_images(path, unit.file.fps) if unit.file.fps else probe(str(path))
     check_video(unit.info, place.settings)
 
 
@@ -135,26 +168,32 @@ def decode_stage(unit: Unit, place: Workplace) -> None:
     recalled = recall_scenes(unit.recall, unit.info) if unit.recall and not anew else None
     if recalled is not None:
         unit.scenes, unit.shots = recalled
+        place.forget_video(unit)
         unit.count = recalled_count(unit.earlier, unit.info)
         return
     unit.recall = {}
-    cuts = caption_cuts(unit.file.captions) if place.settings.cuts == "captions" else None
+    cuts = caption_cuts(place.captions(unit)) if place.settings.cuts == "captions" else None
     deadline = time.monotonic() + place.settings.seconds_per_video
     place.scratch.mkdir(parents=True, exist_ok=True)
     with place.scratch_file(unit).open("wb") as file:
-        unit.shots, unit.count = read_shots(unit.file.path, unit.info, place.settings, file, deadline, cuts)
+        unit.shots, unit.count = read_shots(place.video(unit), unit.info, place.settings, file, deadline, cuts)
     check_shots(unit.shots, place.settings)
+    place.forget_video(unit)
     unit.scenes = make_scenes(unit.file, unit.sha256, unit.info, unit.shots, place.settings)
 
 
 def caption_stage(unit: Unit, place: Workplace) -> None:
     """Captions of all scenes; no pixels needed."""
     spans = [shot.span_frames for shot in unit.shots]
-    caption_scenes(unit.scenes, spans, unit.file.captions, place.settings.captions)
+    caption_scenes(unit.scenes, spans, place.captions(unit), place.settings.captions)
+    for scene in unit.scenes:
+        scene.extra.pop("fields", None)
+        scene.extra |= {"fields": unit.file.fields} if unit.file.fields else {}
 
 
 def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
     """Latents and text embeddings, scene by scene, straight into the part."""
+    place.scratch.mkdir(parents=True, exist_ok=True)
     written = [scene for scene in unit.scenes if any(shot.encoded for shot in scene.shots)]
     for scene in written:
         scene.latents = encoder.source(place.settings.dtype)
@@ -169,8 +208,10 @@ def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
                 encoder.predict_states(scene, spans, place.settings.states_frames)
 
     def references(scene: Scene) -> list[Tensor]:
-        folder = Path(unit.file.captions or "").parent
-        clips = [read_reference(one, folder, place.settings) for one in scene.references]
+        clips = []
+        for one in scene.references:
+            with tempfile.TemporaryDirectory(dir=place.scratch) as folder:
+                clips.append(read_reference(*reference_here(one, unit.file, Path(folder)), place.settings))
         return encoder.encode_references(clips, place.settings.dtype)
 
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -204,7 +245,7 @@ def close_stage(unit: Unit, place: Workplace) -> Unit:
     """Last step of every unit: a part for those set aside, and no scratch left."""
     if unit.status != "written":
         write_part(place.parts, Part(source_row(unit, place)), iter(()))
-    place.scratch_file(unit).unlink(missing_ok=True)
+    place.forget(unit)
     return unit
 
 
@@ -247,19 +288,23 @@ def source_row(unit: Unit, place: Workplace) -> Row:
         "decoder": count.decoder if count else "",
         "decoder_reason": info.decoder_reason if info else "",
         **({name: getattr(info, name) if info else default for name, default in _INFO.items()}),
+        "colour": str(info.colour) if info else "",
         "bytes": file.bytes,
         "mtime_ns": file.mtime_ns,
         "sha256": unit.sha256,
         "captions": readable(file.captions or ""),
         "captions_mtime_ns": file.captions_mtime_ns,
         "captions_sha256": unit.captions_sha256,
+        "frames_fps": file.fps or 0.0,
+        "fields": fields_text(file),
         **place.keys(),
     }
 
 
 _INFO: dict[str, Any] = {
     "container": "", "codec": "", "pix_fmt": "", "width": 0, "height": 0, "fps": 0.0, "variable_rate": False,
-    "duration_s": 0.0, "rotation": 0, "hdr": False, "interlaced": False, "audio": False,
+    "duration_s": 0.0, "rotation": 0, "hdr": False, "interlaced": False, "audio": False, "mirrored": False,
+    "truncated": "",
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import time
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from preprocess.decode import DecodeCount, Frame, cover_size, frames
 from preprocess.outcome import Failed
 from preprocess.probe import VideoInfo, probe
-from tests.preprocess.videos import moving_square, write
+from tests.preprocess.videos import moving_square, to_yuv, write, write_planes
 from toyworld.render import render_scene
 from toyworld.video import Footage, write_video
 from toyworld.world import sample_scene
@@ -21,8 +22,7 @@ from toyworld.world import sample_scene
 
 def read(path: Path, height: int = 64, width: int = 64, **options) -> tuple[list[Frame], DecodeCount, VideoInfo]:
     info = probe(str(path))
-    if "decoder" in options:
-        info = replace(info, decoder=options.pop("decoder"))
+    info = replace(info, **{name: options.pop(name) for name in ("decoder", "interlaced") if name in options})
     count = DecodeCount()
     return list(frames(str(path), info, height, width, count=count, **options)), count, info
 
@@ -47,7 +47,8 @@ def test_both_decoders_give_the_same_picture(tmp_path: Path, size: tuple[int, in
         assert np.abs(x.image.astype(int) - y.image).mean() < 2.0
 
 
-def test_decoders_agree_on_real_clips(shared_data: Path) -> None:
+@pytest.mark.parametrize("seconds", [0.25, pytest.param(None, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+def test_decoders_agree_on_real_clips(shared_data: Path, seconds: float | None) -> None:
     """Every clip that the probe gives to decord: same number of frames, same times, same pictures."""
     rows = [row for row in csv.DictReader((shared_data / "catalog.csv").open()) if row["kind"] != "broken"]
     shared, wrong = 0, []
@@ -55,8 +56,8 @@ def test_decoders_agree_on_real_clips(shared_data: Path) -> None:
         path = shared_data / row["file"]
         if probe(str(path)).decoder != "decord":
             continue
-        a, count, _ = read(path, 32, 32, max_seconds=0.25)
-        b, _, _ = read(path, 32, 32, max_seconds=0.25, decoder="pyav")
+        a, count, _ = read(path, 32, 32, max_seconds=seconds)
+        b, _, _ = read(path, 32, 32, max_seconds=seconds, decoder="pyav")
         shared += count.decoder == "decord"
         difference = max(np.abs(x.image.astype(int) - y.image).mean() for x, y in zip(a, b, strict=False))
         if [f.pts for f in a] != [f.pts for f in b] or difference > 4.0:
@@ -72,6 +73,93 @@ def test_rotated_files_stand_upright(tmp_path: Path, degrees: int) -> None:
     got, _, _ = read(files.video)
     for frame, true in zip(got, truth, strict=True):
         assert np.abs(frame.image.astype(int) - true).mean() < 6.0
+
+
+def marked(height: int = 48, width: int = 64) -> np.ndarray:
+    """A picture of which no turn or mirror image looks the same: its corners differ."""
+    image = np.full((height, width, 3), 120, np.uint8)
+    image[:12, :12] = (230, 30, 30)
+    image[:12, -12:] = (30, 220, 30)
+    image[-12:, :12] = (30, 30, 230)
+    image[-12:, -12:] = (230, 230, 30)
+    return image
+
+
+def write_still(path: Path, image: np.ndarray, **options) -> Path:
+    """Four frames of one picture in H.264, colours and all as stated."""
+    planes = [p[:: 1 + (i > 0), :: 1 + (i > 0)] for i, p in enumerate(to_yuv(image / 255, "bt601"))]
+    return write_planes(
+        path, planes, "yuv420p", "libx264", {"crf": "2", "preset": "ultrafast"}, matrix=6, color_range=1, **options
+    )
+
+
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_all_eight_orientations(tmp_path: Path, degrees: int, mirrored: bool) -> None:
+    """Stored as the display matrix will undo it: counter-clockwise by `degrees`, then left to right."""
+    upright = marked()
+    stored = np.rot90(upright[:, ::-1] if mirrored else upright, -degrees // 90)
+    path = write_still(tmp_path / "a.mp4", stored, orient={"degrees": degrees, "hflip": mirrored})
+    got, _, info = read(path, 48, 64)
+    assert (info.rotation, info.mirrored, info.width, info.height) == (degrees, mirrored, 64, 48)
+    assert got[0].image.shape == upright.shape
+    assert np.abs(got[0].image.astype(int) - upright).mean() < 4.0
+
+
+@pytest.mark.parametrize(("decoder", "degrees"), [("decord", 0), ("pyav", 0), ("pyav", 90)])
+def test_pixels_that_are_not_square(tmp_path: Path, decoder: str, degrees: int) -> None:
+    """Pixels twice as wide as high: 32 of them show 64. A turn comes after that."""
+    upright = marked(48, 64) if not degrees else marked(64, 48)
+    stored = np.rot90(upright, -degrees // 90)[:, ::2]
+    path = write_still(tmp_path / "a.mp4", stored, aspect=Fraction(2, 1), orient={"degrees": degrees})
+    got, count, info = read(path, *upright.shape[:2], decoder=decoder)
+    assert info.sample_aspect == [2, 1] and (info.height, info.width) == upright.shape[:2]
+    assert count.decoder == decoder and got[0].image.shape == upright.shape
+    assert np.abs(got[0].image.astype(int) - upright).mean() < 6.0
+
+
+def moving_bar(time: float, size: int = 96) -> np.ndarray:
+    image = np.full((size, size, 3), 30, np.uint8)
+    left = int(6 * time)
+    image[size // 4 : -size // 4, left : left + 20] = 220
+    return image
+
+
+def interlaced(count: int) -> list[np.ndarray]:
+    """Bottom field first, as the encoders mark it: odd rows at t, even rows half a frame later."""
+    frames = [moving_bar(t + 0.5) for t in range(count)]
+    for t, frame in enumerate(frames):
+        frame[1::2] = moving_bar(t)[1::2]
+    return frames
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("a.mp4", "libx264", {"crf": "4", "preset": "ultrafast", "flags": "+ilme+ildct", "x264-params": "threads=1"}),
+        ("a.mkv", "mpeg4", {"flags": "+ilme+ildct", "b": "8M"}),
+    ],
+)
+def test_interlaced_video_comes_out_progressive(tmp_path: Path, name: str, codec: str, options: dict) -> None:
+    """One frame per coded frame at its own time, without the comb; the times vary, and stay."""
+    times = [0, 40, 80, 160, 200, 240, 280, 400, 440, 480]
+    path = write(tmp_path / name, interlaced(10), fps=25, pts=times, codec=codec, options=options)
+    got, count, info = read(path, 96, 96)
+    assert info.interlaced and info.decoder == "pyav" and "interlaced" in info.decoder_reason
+    assert [f.pts for f in got] == info.pts and len(got) == count.decoded == 10
+    combed, _, _ = read(path, 96, 96, interlaced=False)
+    for t in range(1, 9):
+        true = moving_bar(t).astype(int)
+        error, before = (np.abs(one[t].image.astype(int) - true).mean() for one in (got, combed))
+        assert error < 0.25 * before, f"frame {t}: {error:.2f}, with comb {before:.2f}"
+
+
+def test_progressive_video_is_not_touched(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mp4", moving_square(8, (0, 0, 0), (255, 0, 0)))
+    plain, _, info = read(path, decoder="pyav")
+    filtered, _, _ = read(path, decoder="pyav", interlaced=True)
+    assert not info.interlaced
+    assert all((a.image == b.image).all() and a.pts == b.pts for a, b in zip(plain, filtered, strict=True))
 
 
 def test_wide_pictures_are_covered_and_cropped_in_the_middle(tmp_path: Path) -> None:

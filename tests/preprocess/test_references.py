@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import tarfile
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -67,6 +70,48 @@ def test_a_pair_becomes_a_scene_with_the_latents_of_its_references(task: str, tm
     assert sum(get_method("tic_ft").condition_frames(roles, lengths)) == 5, (
         "1 and 1 + 3 frames of two images, or a clip of 5"
     )
+
+
+@pytest.mark.parametrize("kind", ["tar", "address"])
+def test_references_in_a_tar_or_at_an_address_are_as_the_files(kind: str, tmp_path: Path, encoder: Encoder) -> None:
+    """And what lies outside of it is not reached."""
+    here = tmp_path / "here"
+    write_pair(sample_pair("multi_image", index=3), here, size=64)
+    _, true = sample_of(here / "videos", prepare(here / "videos", encoder))
+    files = {path.relative_to(here).as_posix(): path.read_bytes() for path in here.rglob("*") if path.suffix != ".tar"
+             and path.is_file()}  # fmt: skip
+    (captions,) = (
+        name for name in files if name.startswith("videos/") and name.endswith(".json") and "truth" not in name
+    )
+    for outside in (False, True):
+        if outside:
+            record = json.loads(files[captions])
+            record["references"][0]["path"] = (
+                f"../../../../../../..{here}/references/{next((here / 'references').iterdir()).name}"
+            )
+            files[captions] = json.dumps(record).encode()
+        source = tmp_path / f"{outside}.tar"
+        if kind == "tar":
+            with tarfile.open(source, "w") as tar:
+                for name, data in files.items():
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+        else:
+            fs = fsspec.filesystem("memory")
+            for name, data in files.items():
+                fs.pipe(f"/pairs{outside}/{name}", data)
+        (file,) = list_sources([source if kind == "tar" else f"memory://pairs{outside}/videos"]).files
+        parts = tmp_path / f"parts{outside}"
+        part = prepare_video(file, SETTINGS, encoder, parts)
+        if outside:
+            assert (part.source["status"], part.source["stage"]) == ("failed", "encode")
+            assert "no file" in part.source["reason"] or "no such file" in part.source["reason"]
+            continue
+        assert part.source["status"] == "written", part.source["reason"]
+        ((_, sample),) = part_samples(part_path(parts, file.video_id))
+        got = load(sample["safetensors"])
+        assert got.keys() == true.keys() and all(torch.equal(got[name], true[name]) for name in true)
 
 
 def test_other_references_make_other_latents_though_the_pictures_stay(tmp_path: Path, encoder: Encoder) -> None:

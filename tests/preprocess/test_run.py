@@ -19,6 +19,7 @@ from models.scene import Scene
 from models.states import StatePredictor
 from models.tiny import build_tiny_folder
 from preprocess import run, unit
+from preprocess.dataset import known_hashes
 from preprocess.encode import Encoder
 from preprocess.rows import EncodeRow, caption_row, decode_row, probe_row
 from preprocess.run import Work, plan_work
@@ -244,6 +245,57 @@ def test_a_lost_shard_is_made_again(videos: Path, tmp_path: Path, model: Path) -
 def test_failed_sources_are_tried_again_where_asked(videos: Path, tmp_path: Path, model: Path) -> None:
     run_here(videos, tmp_path / "out", model)
     assert run_here(videos, tmp_path / "out", model, retry_failed=True)[1] == 1
+
+
+def test_bad_rows_of_a_list_are_accounted_for(videos: Path, tmp_path: Path, model: Path, calls: Counter[str]) -> None:
+    """Set aside by line, field and value; the rest is written, and a corrected list costs only its corrections."""
+    listing = videos / "list.csv"
+    listing.write_text("path,place\ntoy0.mp4,meadow\n,\n../up.mp4,\ntoy9.mp4,\n")
+    run_here(listing, tmp_path / "out", model)
+    rows = {row["name"]: row for row in pq.read_table(tmp_path / "out" / "sources.parquet").to_pylist()}
+    assert {name: (row["status"], row["stage"]) for name, row in rows.items()} == {
+        "toy0.mp4": ("written", ""), "list.csv:3": ("failed", "sources"), "list.csv:4": ("failed", "sources"),
+        "toy9.mp4": ("failed", "probe"),
+    }  # fmt: skip
+    assert (
+        "field 'path' is '../up.mp4'" in rows["list.csv:4"]["reason"] and rows["toy9.mp4"]["reason"] == "no such file"
+    )
+    (scene, _) = next(iter(records(tmp_path / "out").values()))
+    assert scene.extra["fields"] == {"place": "meadow"}
+    calls.clear()
+    assert run_here(listing, tmp_path / "out", model)[1] == 0
+    listing.write_text("path,place\ntoy0.mp4,desert\n,\n../up.mp4,\ntoy1.mp4,\n")
+    calls.clear()
+    assert run_here(listing, tmp_path / "out", model)[1] == 2
+    assert calls["read_shots"] == 1  # of toy1; another field of toy0 costs no decode
+    found = {scene.source.path: scene for scene, _ in records(tmp_path / "out").values()}
+    assert found["toy0.mp4"].extra["fields"] == {"place": "desert"} and "fields" not in found["toy1.mp4"].extra
+
+
+def test_ids_of_the_content_keep_what_is_done(videos: Path, tmp_path: Path, model: Path, calls: Counter[str]) -> None:
+    """A run that goes on hashes nothing again; a renamed file is done again, under the same id and so the same keys."""
+
+    def prepare(known: dict | None = None) -> int:
+        files = list_sources([videos], ids="content", known=known).files
+        work = plan_work(files, tmp_path / "out", SETTINGS, model)
+        todo = len(work.todo)
+        encode = EncodeRow(work.place, str(model), "cpu", 1)
+        for manifest in work.rounds():
+            for row in pq.read_table(manifest).to_pylist():
+                for stage in (probe_row, decode_row, caption_row):
+                    row = stage(row, work.place)
+                encode(row)
+        work.compact(SHARD)
+        return todo
+
+    assert prepare() == 3
+    keys = set(records(tmp_path / "out"))
+    known = known_hashes(tmp_path / "out")
+    here = {(f.name, f.path, f.bytes, f.mtime_ns) for f in list_sources([videos]).files}
+    assert set(known) == here  # the empty file has a hash, too
+    assert prepare(known) == 0
+    (videos / "toy0.mp4").rename(videos / "new.mp4"), (videos / "toy0.json").rename(videos / "new.json")
+    assert prepare(known) == 1 and set(records(tmp_path / "out")) == keys
 
 
 def test_a_full_disk_stops_the_run_and_keeps_what_is_done(

@@ -19,22 +19,26 @@ def write(
     pts: Sequence[int] | None = None,
     codec: str = "libx264",
     pix_fmt: str = "yuv420p",
+    options: dict[str, str] | None = None,
+    container: dict[str, str] | None = None,
 ) -> Path:
     """Frames uint8 [h,w,3] at `pts` (milliseconds; default: even at `fps`)."""
     pts = pts if pts is not None else [round(1000 * i / fps) for i in range(len(frames))]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
+    with av.open(str(path), "w", options=container or {}) as output:
+        stream = output.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = pix_fmt
         stream.time_base = stream.codec_context.time_base = TIME_BASE
-        if codec == "libx264":
+        if options or codec != "libx264":
+            stream.options = options or {}
+        else:
             stream.options = {"crf": "12", "preset": "ultrafast", "x264-params": "threads=1:log-level=none"}
         for image, at in zip(frames, pts, strict=True):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             frame.pts, frame.time_base = at, TIME_BASE
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+            output.mux(stream.encode(frame))
+        output.mux(stream.encode())
     return path
 
 
@@ -66,3 +70,61 @@ def three_shots(count: int = 17, size: int = 96) -> list[np.ndarray]:
         *moving_square(count, (200, 190, 120), (40, 60, 200), size, y=0.1),
         *moving_square(count, (40, 40, 90), (230, 200, 40), size, y=0.6),
     ]
+
+
+LUMA = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722), "bt2020": (0.2627, 0.0593)}  # Kr, Kb of ITU-T H.273
+CODES = {"bt601": 6, "bt709": 1, "bt2020": 9}
+
+
+def to_yuv(image: np.ndarray, matrix: str, full_range: bool = False, bits: int = 8) -> list[np.ndarray]:
+    """4:4:4 planes of coded RGB in [0, 1], float [h,w,3], by the formulas of H.273; uint8 or little-endian uint16."""
+    kr, kb = LUMA[matrix]
+    r, g, b = np.moveaxis(image, -1, 0)
+    y = kr * r + (1 - kr - kb) * g + kb * b
+    cb, cr = (b - y) / (2 * (1 - kb)), (r - y) / (2 * (1 - kr))
+    scale, most = 2 ** (bits - 8), 2**bits - 1
+    if full_range:
+        planes = [most * y, 2 ** (bits - 1) + most * cb, 2 ** (bits - 1) + most * cr]
+    else:
+        planes = [scale * (16 + 219 * y), scale * (128 + 224 * cb), scale * (128 + 224 * cr)]
+    return [np.clip(np.rint(plane), 0, most).astype("u1" if bits == 8 else "<u2") for plane in planes]
+
+
+def write_planes(
+    path: Path,
+    planes: Sequence[np.ndarray],
+    pix_fmt: str,
+    codec: str = "ffv1",
+    options: dict[str, str] | None = None,
+    matrix: int = 2,
+    primaries: int = 2,
+    transfer: int = 2,
+    color_range: int = 0,
+    count: int = 4,
+    aspect: Fraction | None = None,
+    orient: dict[str, bool | float] | None = None,
+) -> Path:
+    """The same planes in `count` frames, bit for bit with FFV1, under the given H.273 code points (2: not stated)."""
+    height, width = planes[0].shape
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=24, options=options or {})
+        stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
+        context = stream.codec_context
+        context.colorspace, context.color_primaries, context.color_trc = matrix, primaries, transfer
+        context.color_range = color_range
+        if aspect:
+            context.sample_aspect_ratio = aspect
+        if orient:
+            stream.set_display_rotation(**orient)
+        for index in range(count):
+            frame = av.VideoFrame(width, height, pix_fmt)
+            for target, plane in zip(frame.planes, planes, strict=True):
+                rows = np.zeros((plane.shape[0], target.line_size // plane.itemsize), plane.dtype)
+                rows[:, : plane.shape[1]] = plane
+                target.update(rows.tobytes())
+            frame.pts, frame.time_base = index, Fraction(1, 24)
+            frame.colorspace, frame.color_primaries, frame.color_trc = matrix, primaries, transfer
+            frame.color_range = color_range
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
