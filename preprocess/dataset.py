@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.storage import atomic_path, atomic_write_json, sha256_file
+from preprocess.duplicates import is_duplicate
+from preprocess.filters import SCORES, judge
 from preprocess.parts import Part, Row, part_path, part_samples, read_part
 from preprocess.shards import ShardReader, ShardWriter
 from preprocess.sources import SourceFile
 
+Sample = dict[str, bytes]  # {extension: bytes}
 FORMAT = "shotloom-dataset-1"
 _FILES = ("manifest.parquet", "sources.parquet", "dataset.json")
 _ORDER = ("shards", *_FILES)
@@ -65,20 +68,25 @@ class Earlier:
         """Whether all samples of a part are still in the shards."""
         return all(self.reader.whole(row["shard"], row["key"]) for row in part.shots if row["key"])
 
-    def samples(self, part: Part) -> Iterator[tuple[str, dict[str, bytes]]]:
+    def samples(self, part: Part) -> Iterator[tuple[str, Sample]]:
         for key, shard in {row["key"]: row["shard"] for row in part.shots if row["key"]}.items():
             yield key, self.reader.sample(shard, key)
 
 
 def find_finished(
-    file: SourceFile, keys: dict[str, str], parts: Path, earlier: Earlier, retry_failed: bool
+    file: SourceFile,
+    keys: dict[str, str],
+    parts: Path,
+    earlier: Earlier,
+    retry_failed: bool,
+    limits: dict[str, float | None],
 ) -> Finished | None:
     """The finished work on a source that still holds: same settings, same file. None: it has to be done."""
     part = read_part(part_path(parts, file.video_id))
-    if part is not None and _still_holds(part, file, keys, retry_failed):
+    if part is not None and _still_holds(part, file, keys, retry_failed, limits):
         return Finished(part, part_path(parts, file.video_id))
     part = earlier.parts.get(file.video_id)
-    if part is not None and _still_holds(part, file, keys, retry_failed) and earlier.whole(part):
+    if part is not None and _still_holds(part, file, keys, retry_failed, limits) and earlier.whole(part):
         return Finished(part, None)
     return None
 
@@ -92,7 +100,9 @@ _DEPENDS = {
 }
 
 
-def _still_holds(part: Part, file: SourceFile, keys: dict[str, str], retry_failed: bool) -> bool:
+def _still_holds(
+    part: Part, file: SourceFile, keys: dict[str, str], retry_failed: bool, limits: dict[str, float | None]
+) -> bool:
     row = part.source
     if row["name"] != file.name or row["bytes"] != file.bytes or (retry_failed and row["status"] == "failed"):
         return False
@@ -101,12 +111,23 @@ def _still_holds(part: Part, file: SourceFile, keys: dict[str, str], retry_faile
         return False
     if not _same_content(row, "path", file.path, "mtime_ns", file.mtime_ns, "sha256"):
         return False
+    if not _same_verdicts(part, limits):
+        return False
     return "caption_key" not in depends or _same_content(
         row, "captions", file.captions or "", "captions_mtime_ns", file.captions_mtime_ns, "captions_sha256"
     )
 
 
-def find_pictures(file: SourceFile, keys: dict[str, str], parts: Path, earlier: Earlier) -> tuple[Row, dict[str, str]]:
+def _same_verdicts(part: Part, limits: dict[str, float | None]) -> bool:
+    """Whether the filters say of the recorded scores what they said when the shots were decoded."""
+    return all(
+        judge(json.loads(row["scores"]), limits) == ("" if is_duplicate(row) else row["filtered"]) for row in part.shots
+    )
+
+
+def find_pictures(
+    file: SourceFile, keys: dict[str, str], parts: Path, earlier: Earlier, limits: dict[str, float | None]
+) -> tuple[Row, dict[str, str]]:
     """Where only captions changed: the earlier row, and key -> tar of its samples; empty where pictures changed too."""
     part = read_part(part_path(parts, file.video_id))
     places = dict.fromkeys(part.keys, str(part_path(parts, file.video_id))) if part is not None else {}
@@ -114,6 +135,8 @@ def find_pictures(file: SourceFile, keys: dict[str, str], parts: Path, earlier: 
         places = {row["key"]: str(earlier.reader.folder / row["shard"]) for row in part.shots if row["key"]}
     if part is None or part.source["status"] != "written" or not all(row["key"] for row in part.shots):
         return {}, {}
+    if not _same_verdicts(part, limits) or any(row["duplicate_of"] for row in part.shots):
+        return {}, {}  # of a shot that was left out the latents are gone
     row = part.source
     same = row["name"] == file.name and row["bytes"] == file.bytes
     same = same and all(row[name] == keys[name] for name in ("vision_key", "encoder_key"))
@@ -132,9 +155,16 @@ def _same_content(row: Row, path_name: str, path: str, time_name: str, mtime_ns:
 
 
 def build(
-    folder: Path, finished: Sequence[Finished], earlier: Earlier, shard_bytes: int, facts: dict[str, Any]
+    folder: Path,
+    finished: Sequence[Finished],
+    earlier: Earlier,
+    shard_bytes: int,
+    facts: dict[str, Any],
+    clean: Callable[[str, Sample], Sample | None] = lambda key, files: files,
 ) -> dict[str, Any]:
     """Write the whole dataset into `folder`/next and check it against the parts; returns dataset.json.
+
+    `clean` gives what is written of a sample, None for nothing; the parts say the same.
 
     Raises ReconcileError where a scene would be lost, doubled or unaccounted for.
     """
@@ -147,7 +177,9 @@ def build(
             for key, files in part_samples(one.path) if one.path else earlier.samples(one.part):
                 if key in places:
                     raise ReconcileError(f"scene {key} would be written twice; remove {folder} and prepare again")
-                places[key] = writer.write(key, files)
+                cleaned = clean(key, files)
+                if cleaned is not None:
+                    places[key] = writer.write(key, cleaned)
     (staging / "shards").mkdir(exist_ok=True)
     sources = [one.part.source for one in finished]
     shots = [row | {"shard": places.get(row["key"], "")} for one in finished for row in one.part.shots]
@@ -228,7 +260,8 @@ SHOT_SCHEMA = _schema(
     video_id="str", source="str", scene_id="str", shot_id="str", index="int", key="str", shard="str", start_s="float",
     duration_s="float", start_pts="int", end_pts="int", time_base_num="int", time_base_den="int", start_frame="int",
     end_frame="int", transition="str", confidence="float", encoded_frames="int", encoded_start_frame="int",
-    prompt="str", sentence="str", camera="str", captions="str", scores="str",
+    prompt="str", sentence="str", camera="str", captions="str", scores="str", filtered="str", duplicate_of="str",
+    signature="str", **{f"score_{name}": "float" for name in SCORES},
 )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from preprocess.decode import DecodeCount
 from preprocess.encode import Encoder, scene_texts
 from preprocess.filters import check_shots, check_video
 from preprocess.known_cuts import caption_cuts
+from preprocess.letterbox import NO_BARS, find_bars
 from preprocess.outcome import Failed, SetAside, short
 from preprocess.parts import Part, Row, read_part, shot_rows, write_part
 from preprocess.probe import VideoInfo, probe
@@ -140,11 +141,15 @@ def decode_stage(unit: Unit, place: Workplace) -> None:
     unit.recall = {}
     cuts = caption_cuts(unit.file.captions) if place.settings.cuts == "captions" else None
     deadline = time.monotonic() + place.settings.seconds_per_video
+    bars = NO_BARS
+    if place.settings.crop_bars:
+        bars, looked_at = find_bars(unit.file.path, unit.info)
+        unit.info.probe_frames += looked_at
     place.scratch.mkdir(parents=True, exist_ok=True)
     with place.scratch_file(unit).open("wb") as file:
-        unit.shots, unit.count = read_shots(unit.file.path, unit.info, place.settings, file, deadline, cuts)
-    check_shots(unit.shots, place.settings)
+        unit.shots, unit.count = read_shots(unit.file.path, unit.info, place.settings, file, deadline, cuts, bars)
     unit.scenes = make_scenes(unit.file, unit.sha256, unit.info, unit.shots, place.settings)
+    check_shots(unit.shots, place.settings)
 
 
 def caption_stage(unit: Unit, place: Workplace) -> None:
@@ -203,7 +208,9 @@ def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
 def close_stage(unit: Unit, place: Workplace) -> Unit:
     """Last step of every unit: a part for those set aside, and no scratch left."""
     if unit.status != "written":
-        write_part(place.parts, Part(source_row(unit, place)), iter(()))
+        # what was measured is kept, so that other thresholds can be tried on it
+        rows = [row for scene in unit.scenes for row in shot_rows(scene, written=False)]
+        write_part(place.parts, Part(source_row(unit, place), rows), iter(()))
     place.scratch_file(unit).unlink(missing_ok=True)
     return unit
 
