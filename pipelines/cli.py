@@ -39,7 +39,7 @@ JOBS = (
         "prepare",
         "pipelines.prepare",
         "PrepareConfig",
-        "prepare",
+        "run_prepare",
         "Turn videos into a dataset of scenes: shots, captions, latents, in WebDataset shards.",
         "shotloom prepare sources=my_videos output=runs/dataset model=toyworld/weights/wan-small",
     ),

@@ -26,10 +26,10 @@ class FilterSettings:
     """Thresholds of the rules on shots; null switches a rule off. Defaults keep ordinary footage and ToyWorld."""
 
     max_black: float | None = knob(0.25, "share of black frames; of all filters: null = off")
-    max_frozen: float | None = knob(0.8, "share of the shot that its longest stretch of equal frames takes")
+    max_frozen: float | None = knob(0.6, "share of the shot that its longest stretch of equal frames takes")
     min_movement: float | None = knob(0.25, "grey levels by which the liveliest places change in half a second")
     max_shake: float | None = knob(5.0, "percent of the width by which the camera's path jumps per encoded frame")
-    max_blur: float | None = knob(0.78, "blur effect of Crete et al., 0 sharp to 1, at training size")
+    max_blur: float | None = knob(0.72, "blur effect of Crete et al., 0 sharp to 1, at training size")
     min_brightness: float | None = knob(0.025, "mean luma, 0 to 1: darker is out")
     max_brightness: float | None = knob(0.97, "mean luma, 0 to 1: brighter is out")
     max_clipped: float | None = knob(0.9, "share of pixels without detail, black or white")
@@ -81,8 +81,8 @@ AESTHETIC = Rule("aesthetic", "aesthetic", "min_aesthetic", "min", "aesthetic sc
 RULES = (
     TOO_SHORT,
     Rule("black", "black", "max_black", "max", "share of black frames"),
-    Rule("frozen", "frozen", "max_frozen", "max", "share of frozen frames"),
     Rule("static", "movement", "min_movement", "min", "movement"),
+    Rule("frozen", "frozen", "max_frozen", "max", "share of frozen frames"),
     Rule("shaky", "shake", "max_shake", "max", "shake"),
     Rule("dark", "brightness", "min_brightness", "min", "brightness"),
     Rule("bright", "brightness", "max_brightness", "max", "brightness"),

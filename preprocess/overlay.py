@@ -19,6 +19,7 @@ _DENSITY = 0.1  # share of a window's pixels that step up, and as many down
 _ONE_COLOUR = 14.0  # grey levels by which strokes of one text may differ (standard deviation)
 _LENGTH = 2  # windows: shorter runs are no text
 _SMALLEST = 48  # pixels: a picture smaller than that holds no letters
+_LARGEST = 360  # pixels: where there are more, the finest scale is left out, and text under a fortieth of the side
 _CELL = 8  # pixels of the finest scale: the grid on which scales are joined
 
 
@@ -27,6 +28,8 @@ def text_share(luma: Sequence[np.ndarray]) -> float:
     frames = np.stack(luma)  # [n,H,W]
     found = np.zeros([-(-size // _CELL) for size in frames.shape[1:]], bool)
     scale = 1
+    while min(frames.shape[1:]) > _LARGEST:
+        frames, scale = _half(frames), scale * 2
     while min(frames.shape[1:]) >= _SMALLEST:
         ys, xs = np.nonzero(_text_windows(frames))
         for y, x in zip(ys, xs, strict=True):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from preprocess.measure import difference
 from preprocess.overlay import text_share
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
@@ -18,8 +19,8 @@ _TOP = 0.05  # share of blocks that move most; one moving mouth is movement
 _STILL = 0.4  # grey levels of the block that changes most: below it two frames are the same
 _BLACK_LUMA, _BLACK_SHARE = 28, 0.98  # a black frame has this share of its pixels under this luma
 _CLIPPED = (5, 250)  # grey levels outside of which all three channels are without detail
-_PEAK = 0.08  # of a phase correlation: below it the frames do not differ by a shift
-_DETAIL = 5  # frames looked at in training size
+_EXPLAINED = 0.8  # a shift counts if it leaves less than this share of the difference
+_DETAIL = 3  # frames looked at in training size
 _BLUR_WIDTH = 9  # pixels of the low-pass filter, as Crete et al.
 
 
@@ -122,12 +123,14 @@ def phase_shift(a: np.ndarray, b: np.ndarray) -> tuple[float, float] | None:
     # not whitened below a hundredth of the largest: there is only noise
     surface = np.fft.irfft2(cross / (size + 0.01 * size.max()), s=a.shape)
     y, x = np.unravel_index(int(surface.argmax()), surface.shape)
-    if surface[y, x] < _PEAK:
-        return None
     rows = _refine(surface[(y - 1) % height, x], surface[y, x], surface[(y + 1) % height, x])
     columns = _refine(surface[y, (x - 1) % width], surface[y, x], surface[y, (x + 1) % width])
     dy, dx = y + rows, x + columns
-    return float(dy - height if dy > height / 2 else dy), float(dx - width if dx > width / 2 else dx)
+    shift = float(dy - height if dy > height / 2 else dy), float(dx - width if dx > width / 2 else dx)
+    whole = round(shift[0]), round(shift[1])
+    if whole != (0, 0) and difference(a, b, *whole) > _EXPLAINED * difference(a, b, 0, 0):
+        return None
+    return shift
 
 
 def _refine(before: float, peak: float, after: float) -> float:

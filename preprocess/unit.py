@@ -25,10 +25,11 @@ from torch import Tensor
 from infra.storage import sha256_file
 from models.records import decode as from_json
 from models.scene import Scene, reference_tensor_key, shot_tensor_key
+from preprocess.aesthetic import AestheticScorer
 from preprocess.captions import caption_scenes, template_hash
 from preprocess.decode import DecodeCount
 from preprocess.encode import Encoder, scene_texts
-from preprocess.filters import check_shots, check_video
+from preprocess.filters import AESTHETIC, check_shots, check_video, judge, thresholds
 from preprocess.known_cuts import caption_cuts
 from preprocess.letterbox import NO_BARS, find_bars
 from preprocess.outcome import Failed, SetAside, short
@@ -160,6 +161,8 @@ def caption_stage(unit: Unit, place: Workplace) -> None:
 
 def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
     """Latents and text embeddings, scene by scene, straight into the part."""
+    if encoder.aesthetic is not None:
+        _score_aesthetics(unit, place, encoder.aesthetic)
     written = [scene for scene in unit.scenes if any(shot.encoded for shot in scene.shots)]
     for scene in written:
         scene.latents = encoder.source(place.settings.dtype)
@@ -203,6 +206,23 @@ def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
     except BaseException:
         unit.status = ""
         raise
+
+
+def _score_aesthetics(unit: Unit, place: Workplace, scorer: AestheticScorer) -> None:
+    """Score the shots that are about to be encoded, and leave out those under the threshold. Raises Filtered."""
+    limits = thresholds(place.settings)
+    shots = [shot for scene in unit.scenes for shot in scene.shots]
+    for raw, shot in zip(unit.shots, shots, strict=True):
+        if not raw.span_pts or AESTHETIC.score in raw.scores:  # a recalled shot has its score
+            continue
+        (span,) = _read_spans(place.scratch_file(unit), [raw], place.settings)
+        assert span is not None
+        score = scorer([span[k] for k in sorted({0, len(span) // 2, len(span) - 1})])
+        raw.scores[AESTHETIC.score] = shot.scores[AESTHETIC.score] = score
+        if reason := judge(raw.scores, limits, [AESTHETIC]):
+            raw.filtered = shot.filtered = reason
+            raw.span_frames, raw.span_pts, shot.encoded, shot.states = [], [], None, []
+    check_shots(unit.shots, place.settings)
 
 
 def close_stage(unit: Unit, place: Workplace) -> Unit:
