@@ -9,7 +9,7 @@ from safetensors.torch import load, save
 from models.scene import SHOT_TENSORS, Scene, shot_tensor_key
 from preprocess.dataset import Finished, Sample
 from preprocess.duplicates import Verdict
-from preprocess.filters import summary
+from preprocess.filters import DATASET_RULES, summary
 from preprocess.parts import Part
 
 _LATENTS = [name for name in SHOT_TENSORS if name.startswith(("latent_", "first_", "last_"))]
@@ -21,10 +21,12 @@ def without_duplicates(finished: Finished, verdicts: dict[str, Verdict]) -> Fini
     rows = []
     for row in part.shots:
         verdict = verdicts.get(row["shot_id"])
+        if not row["duplicate_of"]:  # what an earlier run compared it with may be gone
+            row = row | {f"score_{rule.score}": None for rule in DATASET_RULES}
         if verdict is None:
             rows.append(row)
             continue
-        row = row | {f"score_{name}": value for name, value in verdict.scores.items()}
+        row |= {f"score_{name}": value for name, value in verdict.scores.items()}
         if verdict.reason:
             row |= {"filtered": verdict.reason, "duplicate_of": verdict.of}
             row |= {"encoded_frames": 0, "encoded_start_frame": -1}

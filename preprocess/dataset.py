@@ -1,6 +1,6 @@
 """The finished dataset folder: what an earlier run left in it, and how a new run takes its place in one step.
 
-    shards/scenes-000000.tar ...   manifest.parquet   sources.parquet   dataset.json
+    shards/scenes-000000.tar ...   index.parquet   manifest.parquet   sources.parquet   dataset.json
 
 Parts are compacted in the order of the source list, never by arrival, so equal input gives equal shards. A new dataset
 is built whole in `next/` and moved over the old one; a run killed in between is completed by the next.
@@ -22,13 +22,14 @@ import pyarrow.parquet as pq
 from infra.storage import atomic_path, atomic_write_json, sha256_file
 from preprocess.duplicates import is_duplicate
 from preprocess.filters import SCORES, judge
+from preprocess.index import INDEX, index_rows
 from preprocess.parts import Part, Row, part_path, part_samples, read_part
 from preprocess.shards import ShardReader, ShardWriter
 from preprocess.sources import SourceFile
 
 Sample = dict[str, bytes]  # {extension: bytes}
 FORMAT = "shotloom-dataset-1"
-_FILES = ("manifest.parquet", "sources.parquet", "dataset.json")
+_FILES = (INDEX, "manifest.parquet", "sources.parquet", "dataset.json")
 _ORDER = ("shards", *_FILES)
 
 
@@ -184,6 +185,8 @@ def build(
     sources = [one.part.source for one in finished]
     shots = [row | {"shard": places.get(row["key"], "")} for one in finished for row in one.part.shots]
     totals = reconcile([one.part for one in finished], places)
+    index = [row for name in writer.names for row in index_rows(staging / "shards" / name)]
+    _write_table(staging / INDEX, index, INDEX_SCHEMA)
     _write_table(staging / "sources.parquet", sources, SOURCE_SCHEMA)
     _write_table(staging / "manifest.parquet", shots, SHOT_SCHEMA)
     record = {"format": FORMAT, **facts, "totals": totals, "shards": writer.names, "shard_bytes": shard_bytes}
@@ -248,6 +251,7 @@ def _schema(**columns: str) -> pa.Schema:
     return pa.schema([(name, kinds[kind]) for name, kind in columns.items()])
 
 
+INDEX_SCHEMA = _schema(key="str", shard="str", offset="int", length="int", sha256="str")
 SOURCE_SCHEMA = _schema(
     video_id="str", name="str", path="str", status="str", stage="str", reason="str", attempts="int", scenes="int",
     shots="int", encoded_shots="int", encoded_frames="int", source_frames="int", used_frames="int",
