@@ -121,7 +121,7 @@ def _bar_rows(steps: Sequence[Step], shots: int) -> list[tuple[Step, float]]:
 
 
 def histogram(name: str, rows: Sequence[Row], limits: dict[str, float | None]) -> Histogram | None:
-    """An SVG histogram of a score, kept and taken shots stacked, with the thresholds; None where nothing was measured."""
+    """An SVG histogram of a score, kept and taken shots stacked, with its thresholds; None where none was measured."""
     pairs = [(row[f"score_{name}"], not row["filtered"]) for row in rows if row[f"score_{name}"] is not None]
     if not pairs:
         return None
@@ -142,10 +142,8 @@ def histogram(name: str, rows: Sequence[Row], limits: dict[str, float | None]) -
         for count, colour in ((counts[0][i], "after"), (counts[1][i], "bad")):
             if count:
                 size = max(1.0, height * count / top)
-                x, w = width * i / _BINS, width / _BINS - 1
-                shapes.append(
-                    f'<rect x="{x:.1f}" y="{base - size:.1f}" width="{w:.1f}" height="{size:.1f}" fill="var(--{colour})"/>'
-                )
+                place = f'x="{width * i / _BINS:.1f}" y="{base - size:.1f}" width="{width / _BINS - 1:.1f}"'
+                shapes.append(f'<rect {place} height="{size:.1f}" fill="var(--{colour})"/>')
                 base -= size
     for mark in marks:
         x = width * (mark - low) / (high - low)

@@ -35,7 +35,7 @@ class FilterSettings:
     max_clipped: float | None = knob(0.9, "share of pixels without detail, black or white")
     max_text: float | None = knob(0.08, "share of the picture under overlaid text; needs 100 pixels of height or more")
     min_aesthetic: float | None = knob(4.0, "aesthetic score, about 1 to 10, where aesthetic.* gives a model")
-    max_similarity: float | None = knob(0.99, "to a shot of an earlier video (cosine): a near-duplicate is out")
+    max_similarity: float | None = knob(0.993, "to a shot of an earlier video (cosine): a near-duplicate is out")
     min_hash_distance: int | None = knob(5, "of 189 bits of a perceptual hash, to a shot of an earlier video")
     same_file: bool = knob(True, "take a file with the very bytes of an earlier one out")
 
