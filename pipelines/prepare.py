@@ -122,6 +122,7 @@ def prepare(config: PrepareConfig) -> PrepareReport:
             with report.timed("shards"):
                 record = work.compact(shard_bytes)
         report.count_rows([work.finished[file.video_id].part.source for file in work.files], todo)
+        report.count_shots(row for file in work.files for row in work.finished[file.video_id].part.shots)
         report.count_totals(record)
         report.seconds = time.monotonic() - began
         atomic_write_json(output / "report.json", report.to_dict())

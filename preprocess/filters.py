@@ -35,8 +35,8 @@ class FilterSettings:
     max_clipped: float | None = knob(0.9, "share of pixels without detail, black or white")
     max_text: float | None = knob(0.08, "share of the picture under overlaid text; needs 100 pixels of height or more")
     min_aesthetic: float | None = knob(4.0, "aesthetic score, about 1 to 10, where aesthetic.* gives a model")
-    max_similarity: float | None = knob(0.993, "to a shot of an earlier video (cosine): a near-duplicate is out")
-    min_hash_distance: int | None = knob(5, "of 189 bits of a perceptual hash, to a shot of an earlier video")
+    max_similarity: float | None = knob(0.998, "cosine to a shot of an earlier video: a near-duplicate is out")
+    min_hash_distance: int | None = knob(1, "bits of 189 that differ from an earlier video's hash; 1 = equal")
     same_file: bool = knob(True, "take a file with the very bytes of an earlier one out")
 
     def __post_init__(self) -> None:
@@ -102,6 +102,8 @@ SCORES = tuple(dict.fromkeys(rule.score for rule in RULES)) + ("bars",)
 def thresholds(settings: PrepareSettings) -> dict[str, float | None]:
     """Threshold of every rule by its name in the settings."""
     named = {rule.threshold: getattr(settings.filters, rule.threshold) for rule in RULES if rule is not TOO_SHORT}
+    if not settings.aesthetic_key:
+        named[AESTHETIC.threshold] = None  # no model, no scores
     return {"min_shot_frames": settings.min_shot_frames, **named}
 
 

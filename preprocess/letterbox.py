@@ -7,6 +7,7 @@ begins behind it with a step. A dark room is not flat, and a night sky fades in.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -73,9 +74,12 @@ class Bars:
 NO_BARS = Bars()
 
 
-def find_bars(path: str, info: VideoInfo) -> tuple[Bars, int]:
-    """The bars of a probed video, and how many frames were decoded to find them."""
-    frames = list(_key_frames(path, info))
+def find_bars(path: str, info: VideoInfo, max_seconds: float | None = None) -> tuple[Bars, int]:
+    """The bars of a probed video, or of its first seconds, and how many frames were decoded to find them."""
+    end = len(info.pts)
+    if max_seconds is not None:
+        end = max(1, bisect_left(info.pts, info.pts[0] + max_seconds / info.seconds_per_tick))
+    frames = list(_key_frames(path, info, end))
     return bars_of(frames), len(frames)
 
 
@@ -113,12 +117,12 @@ def _bar(luma: np.ndarray, size: int, straight: float) -> float:
     return size / rows + max(_INSET, 1 / rows)
 
 
-def _key_frames(path: str, info: VideoInfo) -> Iterator[np.ndarray]:
-    """Upright luma of a few key frames; fewer where the file cannot be searched."""
-    count = max(1, min(_SAMPLES, info.key_frames, int(_SHARE * len(info.pts))))
+def _key_frames(path: str, info: VideoInfo, end: int) -> Iterator[np.ndarray]:
+    """Upright luma of a few key frames before frame `end`; fewer where the file cannot be searched."""
+    count = max(1, min(_SAMPLES, info.key_frames, int(_SHARE * end)))
     turns = info.rotation // 90
     # the first frame is often black: with several, each from the middle of its part
-    places = [len(info.pts) * (2 * k + 1) // (2 * count) for k in range(count)] if count > 1 else [0]
+    places = [end * (2 * k + 1) // (2 * count) for k in range(count)] if count > 1 else [0]
     seen: set[int] = set()
     with open_video(path) as (container, stream):
         stream.codec_context.skip_frame = "NONKEY"

@@ -33,7 +33,7 @@ def read_reference(reference: Reference, folder: Path, settings: PrepareSettings
     scratch = io.BytesIO()
     # what a shot refers to is given, not chosen: no filter but its length
     info = probe(str(path))
-    bars = find_bars(str(path), info)[0] if settings.crop_bars else NO_BARS
+    bars = find_bars(str(path), info, settings.max_seconds)[0] if settings.crop_bars else NO_BARS
     shots, _ = read_shots(str(path), info, replace(settings, filters=NO_FILTERS), scratch, bars=bars)
     encoded = [shot for shot in shots if shot.span_pts]
     if len(encoded) != 1:

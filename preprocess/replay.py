@@ -10,7 +10,7 @@ from typing import Any
 
 from preprocess.dataset import Earlier
 from preprocess.duplicates import find_duplicates
-from preprocess.filters import DATASET_RULES, RULES, SAME_FILE, first_broken, rule_of, thresholds
+from preprocess.filters import AESTHETIC, DATASET_RULES, RULES, SAME_FILE, first_broken, rule_of, thresholds
 from preprocess.parts import Part, Row
 from preprocess.settings import PrepareSettings
 
@@ -138,6 +138,8 @@ def recorded_waterfall(parts: Sequence[Part], settings: dict[str, Any]) -> list[
     left, seconds = len(rows), sum(row["duration_s"] for row in rows)
     steps = []
     limits = {"min_shot_frames": settings["min_shot_frames"], **settings["filters"]}
+    if not settings["aesthetic_key"]:
+        limits[AESTHETIC.threshold] = None
     named = [(rule.name, limits[rule.threshold]) for rule in RULES]
     named.insert(len(RULES) - len(DATASET_RULES), (SAME_FILE, None if not limits[SAME_FILE] else 0))
     for name, threshold in named:

@@ -144,7 +144,7 @@ def decode_stage(unit: Unit, place: Workplace) -> None:
     deadline = time.monotonic() + place.settings.seconds_per_video
     bars = NO_BARS
     if place.settings.crop_bars:
-        bars, looked_at = find_bars(unit.file.path, unit.info)
+        bars, looked_at = find_bars(unit.file.path, unit.info, place.settings.max_seconds)
         unit.info.probe_frames += looked_at
     place.scratch.mkdir(parents=True, exist_ok=True)
     with place.scratch_file(unit).open("wb") as file:

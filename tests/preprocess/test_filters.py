@@ -247,6 +247,7 @@ def test_bars_of_real_clips(shared_data: Path) -> None:
         for side, size in (("top", info.height), ("bottom", info.height), ("left", info.width), ("right", info.width)):
             assert -1 <= getattr(bars, side) * size - sides[side] <= 0.01 * size + 1, (name, side)
         assert looked_at <= max(1, 0.05 * len(info.pts))
+        assert find_bars(str(shared_data / name), info, max_seconds=2.0)[1] <= max(1, 0.05 * 2.0 * info.fps + 1)
         checked += 1
     assert checked >= 5
     for name in truth["dark_content_not_borders"]:
