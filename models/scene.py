@@ -81,6 +81,8 @@ class Shot:
     confidence: float = 1.0
     encoded: EncodedSpan | None = None
     scores: dict[str, float] = field(default_factory=dict)
+    filtered: str = ""  # why it is not encoded, "rule: value"; "" for a shot that is
+    signature: str = ""  # what it looks like, to find others like it (`preprocess.signature`)
     prompt: str = ""
     sentence: str = ""  # the shot told alone, with no reference to the story; "" when there is none
     camera: str = ""

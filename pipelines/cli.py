@@ -39,7 +39,7 @@ JOBS = (
         "prepare",
         "pipelines.prepare",
         "PrepareConfig",
-        "prepare",
+        "run_prepare",
         "Turn videos into a dataset of scenes: shots, captions, latents, in WebDataset shards.",
         "shotloom prepare sources=my_videos output=runs/dataset model=toyworld/weights/wan-small",
     ),
@@ -210,6 +210,34 @@ def plan(method: str, task: str, overrides: tuple[str, ...], plot: Path | None) 
         click.echo(run_plan(method, task, load_config(PlanConfig, None, overrides), plot))
     except ConfigError as error:
         _fail(error, 2)
+    except (ValueError, OSError) as error:
+        _fail(error, 1)
+
+
+@main.command(short_help="Check every hash and count of a dataset; exits 1 naming each fault.")
+@click.argument("folder", type=click.Path(path_type=Path))
+def verify(folder: Path) -> None:
+    """Check the dataset in FOLDER: every hash of its index, every record, and the counts of frames, latents, captions.
+
+    Prints each fault on a line of its own and exits 1 where there is one.
+    """
+    from preprocess.verify import verify as check
+
+    verdict = check(folder)
+    click.echo(verdict.summary())
+    sys.exit(verdict.exit_code)
+
+
+@main.command(short_help="Write the dataset card of a dataset: one HTML file to look through.")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="The file; default FOLDER/card.html.")
+@click.option("--scenes", default=60, show_default=True, help="Scenes to show at most, evenly over the dataset.")
+def inspect(folder: Path, out: Path | None, scenes: int) -> None:
+    """Write an HTML card of the dataset in FOLDER: contact sheets, score histograms, what filters took, failures."""
+    from pipelines.dataset_card import write_card
+
+    try:
+        click.echo(write_card(folder, out or folder / "card.html", scenes))
     except (ValueError, OSError) as error:
         _fail(error, 1)
 

@@ -20,12 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.knobs import knob, required
+from pipelines.aesthetic import AestheticConfig, make_scorer, scorer_key
 from pipelines.states import StatesConfig, make_predictor, predictor_key
+from preprocess.filters import FilterSettings
 from preprocess.report import PrepareReport
 from preprocess.settings import CaptionBackend, Cuts, Ids, PrepareSettings, StoreType
 from preprocess.watch import MAX_ATTEMPTS
 
 if TYPE_CHECKING:
+    from preprocess.replay import Waterfall
     from preprocess.unit import Workplace
 
 
@@ -53,6 +56,10 @@ class PrepareConfig:
     max_seconds_per_video: float | None = knob(None, "take this much of each video; null = all")
     min_side: int = knob(32, "filter: pixels of the shorter side")
     min_rate: float = knob(0.5, "filter: source frames per encoded frame")
+    filters: FilterSettings = knob(FilterSettings, "thresholds of the filters on shots")
+    aesthetic: AestheticConfig = knob(AestheticConfig, "model of the aesthetic filter")
+    crop_bars: bool = knob(True, "leave black bars around the picture out")
+    what_if: bool = knob(False, "only print what the filters would take, from the scores of the dataset in output")
     states: StatesConfig = knob(StatesConfig, "for method aid: predict the states of every shot")
     texts_apart: bool = knob(
         False, "CogVideoX, for method lct with global_prompt=group: also encode story and prompts each alone"
@@ -73,6 +80,15 @@ class PrepareConfig:
             raise ValueError(f"frames_fps={self.frames_fps} must lie above 0 and at most at 1000 frames per second")
         if self.shard_mb <= 0 or self.encoders < 1:
             raise ValueError("shard_mb must be positive and encoders at least 1")
+
+
+def run_prepare(config: PrepareConfig) -> PrepareReport | Waterfall:
+    """What the command does: prepare, or with `what_if` read the recorded scores and say what filters would take."""
+    if config.what_if:
+        from preprocess.replay import replay
+
+        return replay(config.output.resolve(), make_settings(config))
+    return prepare(config)
 
 
 def prepare(config: PrepareConfig) -> PrepareReport:
@@ -122,6 +138,7 @@ def prepare(config: PrepareConfig) -> PrepareReport:
             with report.timed("shards"):
                 record = work.compact(shard_bytes)
         report.count_rows([work.finished[file.video_id].part.source for file in work.files], todo)
+        report.count_shots(row for file in work.files for row in work.finished[file.video_id].part.shots)
         report.count_totals(record)
         report.seconds = time.monotonic() - began
         atomic_write_json(output / "report.json", report.to_dict())
@@ -156,6 +173,7 @@ def run_stages(config: PrepareConfig, place: Workplace, manifest: Path) -> Itera
                     "device": "cuda" if config.encoder_gpus else "cpu",
                     "threads": max(1, int(config.encoder_cpus)),
                     "make_states": partial(make_predictor, config.states),
+                    "make_aesthetic": partial(make_scorer, config.aesthetic, bool(config.encoder_gpus)),
                 },
                 compute=ActorPoolStrategy(size=config.encoders),
                 num_cpus=config.encoder_cpus,
@@ -212,6 +230,9 @@ def make_settings(config: PrepareConfig) -> PrepareSettings:
         max_seconds=config.max_seconds_per_video,
         min_side=config.min_side,
         min_rate=config.min_rate,
+        crop_bars=config.crop_bars,
+        filters=config.filters,
+        aesthetic_key=scorer_key(config.aesthetic),
         cuts=config.cuts,
         captions=config.captions,
         dtype=config.dtype,

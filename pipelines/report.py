@@ -134,10 +134,15 @@ class Report:
 
 def write_report(path: Path, report: Report) -> Path:
     """Render the page to `path` in one step; the file is whole or absent."""
+    return write_page(path, "report.html.j2", report=report)
+
+
+def write_page(path: Path, template: str, **values: Any) -> Path:
+    """Render a template to `path` in one step; text in `values` is escaped."""
     pages = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    atomic_write_text(path, pages.get_template("report.html.j2").render(report=report))
+    atomic_write_text(path, pages.get_template(template).render(**values))
     return path
 
 

@@ -50,7 +50,7 @@ def scene_sheet(scene: Scene, source: Path, max_shots: int = 9) -> SceneSheet:
     """
     shots = [shot for shot in scene.shots if shot.encoded is not None][:max_shots]
     wanted = [_key_pts(shot) for shot in shots]
-    pictures = _frames_at(source, sorted({pts for row in wanted for pts in row}))
+    pictures = frames_at(source, sorted({pts for row in wanted for pts in row}))
     return SceneSheet(
         source.name,
         scene.story,
@@ -77,7 +77,7 @@ def _spread(begin: int, end: int) -> list[int]:
     return sorted({begin, (begin + end - 1) // 2, end - 1})
 
 
-def _frames_at(source: Path, wanted: list[int]) -> dict[int, np.ndarray]:
+def frames_at(source: Path, wanted: list[int]) -> dict[int, np.ndarray]:
     """Frames of a video by PTS, upright, at least KEY_SIZE on each side."""
     from preprocess.decode import DecodeCount, frames
     from preprocess.outcome import SetAside

@@ -1,6 +1,6 @@
 """The finished dataset folder: what an earlier run left in it, and how a new run takes its place in one step.
 
-    shards/scenes-000000.tar ...   manifest.parquet   sources.parquet   dataset.json
+    shards/scenes-000000.tar ...   index.parquet   manifest.parquet   sources.parquet   dataset.json
 
 Parts are compacted in the order of the source list, never by arrival, so equal input gives equal shards. A new dataset
 is built whole in `next/` and moved over the old one; a run killed in between is completed by the next.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.storage import atomic_path, atomic_write_json
+from preprocess.duplicates import is_duplicate
+from preprocess.filters import SCORES, judge
+from preprocess.index import INDEX, index_rows
 from preprocess.parts import Part, Row, part_path, part_samples, read_part
 from preprocess.remote import sha256_at
 from preprocess.shards import ShardReader, ShardWriter
 from preprocess.sources import SourceFile, fields_text
 
+Sample = dict[str, bytes]  # {extension: bytes}
 FORMAT = "shotloom-dataset-1"
-_FILES = ("manifest.parquet", "sources.parquet", "dataset.json")
+_FILES = (INDEX, "manifest.parquet", "sources.parquet", "dataset.json")
 _ORDER = ("shards", *_FILES)
 
 
@@ -66,20 +70,25 @@ class Earlier:
         """Whether all samples of a part are still in the shards."""
         return all(self.reader.whole(row["shard"], row["key"]) for row in part.shots if row["key"])
 
-    def samples(self, part: Part) -> Iterator[tuple[str, dict[str, bytes]]]:
+    def samples(self, part: Part) -> Iterator[tuple[str, Sample]]:
         for key, shard in {row["key"]: row["shard"] for row in part.shots if row["key"]}.items():
             yield key, self.reader.sample(shard, key)
 
 
 def find_finished(
-    file: SourceFile, keys: dict[str, str], parts: Path, earlier: Earlier, retry_failed: bool
+    file: SourceFile,
+    keys: dict[str, str],
+    parts: Path,
+    earlier: Earlier,
+    retry_failed: bool,
+    limits: dict[str, float | None],
 ) -> Finished | None:
     """The finished work on a source that still holds: same settings, same file. None: it has to be done."""
     part = read_part(part_path(parts, file.video_id))
-    if part is not None and _still_holds(part, file, keys, retry_failed):
+    if part is not None and _still_holds(part, file, keys, retry_failed, limits):
         return Finished(part, part_path(parts, file.video_id))
     part = earlier.parts.get(file.video_id)
-    if part is not None and _still_holds(part, file, keys, retry_failed) and earlier.whole(part):
+    if part is not None and _still_holds(part, file, keys, retry_failed, limits) and earlier.whole(part):
         return Finished(part, None)
     return None
 
@@ -93,7 +102,9 @@ _DEPENDS = {
 }
 
 
-def _still_holds(part: Part, file: SourceFile, keys: dict[str, str], retry_failed: bool) -> bool:
+def _still_holds(
+    part: Part, file: SourceFile, keys: dict[str, str], retry_failed: bool, limits: dict[str, float | None]
+) -> bool:
     row = part.source
     if row["name"] != file.name or (retry_failed and row["status"] == "failed"):
         return False
@@ -105,10 +116,21 @@ def _still_holds(part: Part, file: SourceFile, keys: dict[str, str], retry_faile
         return row["reason"] == file.error
     if file.error or not _same_video(row, file):
         return False
+    if not _same_verdicts(part, limits):
+        return False
     return "caption_key" not in depends or _same_words(row, file)
 
 
-def find_pictures(file: SourceFile, keys: dict[str, str], parts: Path, earlier: Earlier) -> tuple[Row, dict[str, str]]:
+def _same_verdicts(part: Part, limits: dict[str, float | None]) -> bool:
+    """Whether the filters say of the recorded scores what they said when the shots were decoded."""
+    return all(
+        judge(json.loads(row["scores"]), limits) == ("" if is_duplicate(row) else row["filtered"]) for row in part.shots
+    )
+
+
+def find_pictures(
+    file: SourceFile, keys: dict[str, str], parts: Path, earlier: Earlier, limits: dict[str, float | None]
+) -> tuple[Row, dict[str, str]]:
     """Where only captions changed: the earlier row, and key -> tar of its samples; empty where pictures changed too."""
     part = read_part(part_path(parts, file.video_id))
     places = dict.fromkeys(part.keys, str(part_path(parts, file.video_id))) if part is not None else {}
@@ -116,6 +138,8 @@ def find_pictures(file: SourceFile, keys: dict[str, str], parts: Path, earlier: 
         places = {row["key"]: str(earlier.reader.folder / row["shard"]) for row in part.shots if row["key"]}
     if part is None or part.source["status"] != "written" or not all(row["key"] for row in part.shots):
         return {}, {}
+    if not _same_verdicts(part, limits) or any(row["duplicate_of"] for row in part.shots):
+        return {}, {}  # of a shot that was left out the latents are gone
     row = part.source
     same = row["name"] == file.name and not file.error
     same = same and all(row[name] == keys[name] for name in ("vision_key", "encoder_key"))
@@ -160,9 +184,16 @@ def known_hashes(folder: Path) -> dict[tuple[str, str, int, int], str]:
 
 
 def build(
-    folder: Path, finished: Sequence[Finished], earlier: Earlier, shard_bytes: int, facts: dict[str, Any]
+    folder: Path,
+    finished: Sequence[Finished],
+    earlier: Earlier,
+    shard_bytes: int,
+    facts: dict[str, Any],
+    clean: Callable[[str, Sample], Sample | None] = lambda key, files: files,
 ) -> dict[str, Any]:
     """Write the whole dataset into `folder`/next and check it against the parts; returns dataset.json.
+
+    `clean` gives what is written of a sample, None for nothing; the parts say the same.
 
     Raises ReconcileError where a scene would be lost, doubled or unaccounted for.
     """
@@ -175,11 +206,15 @@ def build(
             for key, files in part_samples(one.path) if one.path else earlier.samples(one.part):
                 if key in places:
                     raise ReconcileError(f"scene {key} would be written twice; remove {folder} and prepare again")
-                places[key] = writer.write(key, files)
+                cleaned = clean(key, files)
+                if cleaned is not None:
+                    places[key] = writer.write(key, cleaned)
     (staging / "shards").mkdir(exist_ok=True)
     sources = [one.part.source for one in finished]
     shots = [row | {"shard": places.get(row["key"], "")} for one in finished for row in one.part.shots]
     totals = reconcile([one.part for one in finished], places)
+    index = [row for name in writer.names for row in index_rows(staging / "shards" / name)]
+    _write_table(staging / INDEX, index, INDEX_SCHEMA)
     _write_table(staging / "sources.parquet", sources, SOURCE_SCHEMA)
     _write_table(staging / "manifest.parquet", shots, SHOT_SCHEMA)
     record = {"format": FORMAT, **facts, "totals": totals, "shards": writer.names, "shard_bytes": shard_bytes}
@@ -244,6 +279,7 @@ def _schema(**columns: str) -> pa.Schema:
     return pa.schema([(name, kinds[kind]) for name, kind in columns.items()])
 
 
+INDEX_SCHEMA = _schema(key="str", shard="str", offset="int", length="int", sha256="str")
 SOURCE_SCHEMA = _schema(
     video_id="str", name="str", path="str", status="str", stage="str", reason="str", attempts="int", scenes="int",
     shots="int", encoded_shots="int", encoded_frames="int", source_frames="int", used_frames="int",
@@ -257,8 +293,8 @@ SHOT_SCHEMA = _schema(
     video_id="str", source="str", scene_id="str", shot_id="str", index="int", key="str", shard="str", start_s="float",
     duration_s="float", start_pts="int", end_pts="int", time_base_num="int", time_base_den="int", start_frame="int",
     end_frame="int", transition="str", confidence="float", encoded_frames="int", encoded_start_frame="int",
-    prompt="str", sentence="str", camera="str", label="int", captions="str",
-    scores="str",
+    prompt="str", sentence="str", camera="str", label="int", captions="str", scores="str", filtered="str",
+    duplicate_of="str", signature="str", **{f"score_{name}": "float" for name in SCORES},
 )  # fmt: skip
 
 

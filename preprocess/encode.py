@@ -21,6 +21,7 @@ from models.folder import load_model, load_settings, part_folders
 from models.scene import STORY_TEXT, LatentSource, Scene, Shot, State, shot_tensor_key
 from models.states import StatePredictor, encode_states, instruction_of
 from models.text import TextEncoder
+from preprocess.aesthetic import AestheticScorer
 from preprocess.outcome import Failed, short
 from preprocess.settings import StoreType
 
@@ -37,14 +38,19 @@ class Encoder:
     text_length: int  # tokens that the model reads per shot
     threads: int = 1
     states: StatePredictor | None = None  # None: states are not predicted
+    aesthetic: AestheticScorer | None = None  # None: not scored
 
     @staticmethod
     def from_folder(
-        path: Path | str, device: str = "cpu", threads: int = 1, states: StatePredictor | None = None
+        path: Path | str,
+        device: str = "cpu",
+        threads: int = 1,
+        states: StatePredictor | None = None,
+        aesthetic: AestheticScorer | None = None,
     ) -> Encoder:
         """Reads vae/, text_encoder/, tokenizer/ and the text length of a model folder."""
         model = load_model(path, ("codec", "text"), device)
-        return Encoder(model.codec, model.text, model.settings.text_length, threads, states)
+        return Encoder(model.codec, model.text, model.settings.text_length, threads, states, aesthetic)
 
     def encode_shots(self, spans: Sequence[np.ndarray | None], dtype: StoreType) -> list[dict[str, Tensor]]:
         """Posterior of each span uint8 [n,H,W,3], and of its first and last frame, each frame encoded alone.

@@ -61,16 +61,16 @@ def _camera(luma: np.ndarray) -> dict[str, float]:
     """Global move of the picture, from the best shift or zoom between neighbouring frames, luma [n,27,48]."""
     rows = columns = zoom = 0.0
     for a, b in zip(luma, luma[1:], strict=False):
-        still = _difference(a, b, 0, 0)
+        still = difference(a, b, 0, 0)
         if still < 0.004 or _moving_share(a, b) < _WIDESPREAD:
             continue  # nothing moves, or only something in the picture
         shifts = {
-            (dy, dx): _difference(a, b, dy, dx)
+            (dy, dx): difference(a, b, dy, dx)
             for dy in range(-_MAX_SHIFT[0], _MAX_SHIFT[0] + 1)
             for dx in range(-_MAX_SHIFT[1], _MAX_SHIFT[1] + 1)
         }
         (dy, dx), shifted = min(shifts.items(), key=lambda item: item[1])
-        zooms = {1: _difference(_zoomed(a), b, 0, 0), -1: _difference(a, _zoomed(b), 0, 0)}
+        zooms = {1: difference(_zoomed(a), b, 0, 0), -1: difference(a, _zoomed(b), 0, 0)}
         direction, zoomed = min(zooms.items(), key=lambda item: item[1])
         if min(shifted, zoomed) > _MATCH * still:
             continue
@@ -95,7 +95,7 @@ def _zoomed(picture: np.ndarray) -> np.ndarray:
     return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box=(x, y, width - x, height - y)))
 
 
-def _difference(a: np.ndarray, b: np.ndarray, dy: int, dx: int) -> float:
+def difference(a: np.ndarray, b: np.ndarray, dy: int, dx: int) -> float:
     """Mean difference where `a` moved by (dy, dx) overlaps `b`."""
     height, width = a.shape
     part_a = a[max(0, -dy) : height - max(0, dy), max(0, -dx) : width - max(0, dx)]

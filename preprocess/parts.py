@@ -15,6 +15,7 @@ from typing import Any
 
 from infra.storage import atomic_path
 from models.scene import Scene
+from preprocess.filters import SCORES
 from preprocess.shards import add_member, first_json, new_tar, read_samples
 
 Row = dict[str, Any]
@@ -82,14 +83,18 @@ def shot_rows(scene: Scene, written: bool) -> list[Row]:
             "end_frame": shot.end_frame,
             "transition": shot.transition,
             "confidence": shot.confidence,
-            "encoded_frames": shot.encoded.num_frames if shot.encoded else 0,
-            "encoded_start_frame": shot.encoded.start_frame if shot.encoded else -1,
+            "encoded_frames": shot.encoded.num_frames if written and shot.encoded else 0,
+            "encoded_start_frame": shot.encoded.start_frame if written and shot.encoded else -1,
             "prompt": shot.prompt,
             "sentence": shot.sentence,
             "camera": shot.camera,
             "label": shot.label,
             "captions": scene.captions.backend if scene.captions else "",
             "scores": json.dumps(shot.scores, sort_keys=True),
+            "filtered": shot.filtered,
+            "duplicate_of": "",
+            "signature": shot.signature,
+            **{f"score_{name}": shot.scores.get(name) for name in SCORES},
         }
         for shot in scene.shots
     ]

@@ -54,6 +54,8 @@ def recall_scenes(places: dict[str, str], info: VideoInfo) -> tuple[list[Scene],
                     span_frames=frames,
                     span_pts=list(pts),
                     scores=dict(shot.scores),
+                    filtered=shot.filtered,
+                    signature=shot.signature,
                 )
             )
     return scenes, shots

@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from models.scene import IMAGE_ROLES, Reference
+from preprocess.filters import NO_FILTERS
+from preprocess.letterbox import NO_BARS, find_bars
 from preprocess.outcome import Failed, short
 from preprocess.probe import probe
 from preprocess.remote import beside, copy_here, is_direct
@@ -60,7 +62,10 @@ def read_reference(reference: Reference, folder: Path, settings: PrepareSettings
     if reference.role in IMAGE_ROLES:
         return np.repeat(_read_image(path, reference, settings)[None], STILL_FRAMES, axis=0)
     scratch = io.BytesIO()
-    shots, _ = read_shots(str(path), probe(str(path)), settings, scratch)
+    # what a shot refers to is given, not chosen: no filter but its length
+    info = probe(str(path))
+    bars = find_bars(str(path), info, settings.max_seconds)[0] if settings.crop_bars else NO_BARS
+    shots, _ = read_shots(str(path), info, replace(settings, filters=NO_FILTERS), scratch, bars=bars)
     encoded = [shot for shot in shots if shot.span_pts]
     if len(encoded) != 1:
         raise Failed("encode", f"reference {reference.path} has {len(encoded)} shots that can be encoded, needs one")

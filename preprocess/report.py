@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from infra.log import duration
+from preprocess.filters import rule_of
 from preprocess.parts import Row
 
 
@@ -42,6 +43,7 @@ class PrepareReport:
     source_frames: int = 0  # frames of this run's videos that lie in the part that was taken
     decoded_frames: int = 0
     set_aside: list[Row] = field(default_factory=list)  # name, status, stage, reason, attempts
+    filtered_shots: dict[str, int] = field(default_factory=dict)  # by the filter that took them
 
     @property
     def decodes_per_frame(self) -> float:
@@ -72,6 +74,10 @@ class PrepareReport:
                 self.source_frames += row["used_frames"]
                 self.decoded_frames += row["decoded_frames"] if row["used_frames"] else 0
 
+    def count_shots(self, rows: Iterable[Row]) -> None:
+        """Take from the rows of manifest.parquet which filter left out how many shots."""
+        self.filtered_shots = dict(Counter(rule_of(row["filtered"]) for row in rows if row["filtered"]))
+
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Count the seconds of a block that runs once, on the driver."""
@@ -100,6 +106,9 @@ class PrepareReport:
             f"{self.scenes} scenes, {self.shots} shots, {self.encoded_shots} of them encoded, in {self.shards} shards: "
             f"{self.output}",
         ]
+        if self.filtered_shots:
+            taken = ", ".join(f"{count} {name}" for name, count in self.filtered_shots.items())
+            lines.append(f"filters left out {sum(self.filtered_shots.values())} shots: {taken}")
         if self.repeated:
             lines.append(f"{len(self.repeated)} entries name a file already listed: {', '.join(self.repeated[:3])}")
         for row in self.set_aside:

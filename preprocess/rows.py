@@ -26,6 +26,7 @@ from preprocess.watch import MAX_ATTEMPTS, Attempts
 
 if TYPE_CHECKING:
     from models.states import StatePredictor
+    from preprocess.aesthetic import AestheticScorer
 
 Row = dict[str, str]
 
@@ -52,11 +53,12 @@ class EncodeRow:
         device: str,
         threads: int,
         make_states: Callable[[], StatePredictor | None] = lambda: None,
+        make_aesthetic: Callable[[], AestheticScorer | None] = lambda: None,
     ) -> None:
         from preprocess.encode import Encoder
 
         self.place = place
-        self.encoder = Encoder.from_folder(Path(model), device, threads, make_states())
+        self.encoder = Encoder.from_folder(Path(model), device, threads, make_states(), make_aesthetic())
 
     def __call__(self, row: Row) -> Row:
         """Returns only what the driver reports: id, status, stage, seconds."""

@@ -7,6 +7,7 @@ import fcntl
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ import pyarrow.parquet as pq
 
 from infra.storage import atomic_path, atomic_write_bytes
 from preprocess import dataset
+from preprocess.compaction import cleaned_sample, gone_by_scene, without_duplicates
 from preprocess.dataset import Earlier, Finished, find_finished, find_pictures
+from preprocess.duplicates import find_duplicates
 from preprocess.encode import encoder_key
+from preprocess.filters import thresholds
 from preprocess.parts import Part, part_path, read_part, write_part
 from preprocess.settings import PrepareSettings
 from preprocess.sources import SourceFile
@@ -87,7 +91,8 @@ class Work:
             ) from error
 
     def _unit(self, file: SourceFile) -> Unit:
-        row, places = find_pictures(file, self.place.keys(), self.place.parts, self.earlier)
+        limits = thresholds(self.place.settings)
+        row, places = find_pictures(file, self.place.keys(), self.place.parts, self.earlier, limits)
         return Unit(file, recall=places, earlier=row)
 
     def _give_up(self, file: SourceFile, stage: str, attempts: int) -> Part:
@@ -103,17 +108,27 @@ class Work:
         return (
             list(self.earlier.parts) == here
             and self.earlier.facts.get("shard_bytes") == shard_bytes
+            and self.same_filters()
             and all(one.path is None for one in self.finished.values())
         )
 
     def compact(self, shard_bytes: int) -> dict[str, Any]:
         """Write all parts into shards and put the new dataset in place of the old; returns dataset.json."""
+        parts = [self.finished[file.video_id].part for file in self.files]
+        verdicts = find_duplicates(parts, self.place.settings.filters)
+        for file in self.files:
+            self.finished[file.video_id] = without_duplicates(self.finished[file.video_id], verdicts)
         finished = [self.finished[file.video_id] for file in self.files]
+        clean = partial(cleaned_sample, scenes=gone_by_scene(verdicts))
         settings = {k: v for k, v in asdict(self.place.settings).items() if k != "seconds_per_video"}
         facts = {"settings": settings, **self.place.keys()}
-        record = dataset.build(self.output, finished, self.earlier, shard_bytes, facts)
+        record = dataset.build(self.output, finished, self.earlier, shard_bytes, facts, clean)
         dataset.commit(self.output)
         return record
+
+    def same_filters(self) -> bool:
+        """Whether the dataset in the folder was made with the thresholds of this run."""
+        return bool(self.earlier.facts.get("settings", {}).get("filters") == asdict(self.place.settings.filters))
 
     def clean(self) -> None:
         shutil.rmtree(self.place.parts, ignore_errors=True)
@@ -130,9 +145,18 @@ def plan_work(
     place = Workplace(settings, parts, parts / "scratch", encoder_key(model))
     work = Work(output, place, list(files), Earlier(output))
     keys = place.keys()
+    originals: set[str] = set()  # shots and videos, kept by the earlier dataset, that later ones may double
     for file in files:
-        finished = find_finished(file, keys, parts, work.earlier, retry_failed)
-        if finished is not None:
+        finished = find_finished(file, keys, parts, work.earlier, retry_failed, thresholds(settings))
+        if finished is None:
+            continue
+        rows = finished.part.shots if finished.path is None else []
+        doubled = {row["duplicate_of"] for row in rows if row["duplicate_of"]}
+        # the latents of a duplicate are gone: where it is none any more, they have to be made again
+        if not doubled or (doubled <= originals and work.same_filters()):
+            originals |= {
+                name for row in rows if row["key"] and not row["filtered"] for name in (row["shot_id"], row["video_id"])
+            }
             work.finished[file.video_id] = finished
     return work
 

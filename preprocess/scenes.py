@@ -72,4 +72,6 @@ def _shot(raw: RawShot, info: VideoInfo, settings: PrepareSettings) -> Shot:
         confidence=raw.confidence,
         encoded=span,
         scores=dict(raw.scores),
+        filtered=raw.filtered,
+        signature=raw.signature,
     )

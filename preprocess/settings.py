@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+from preprocess.filters import FilterSettings
 
 CaptionBackend = Literal["sidecar", "describe", "sidecar_or_describe"]
 Ids = Literal["path", "content"]  # what a source's id is made of
@@ -14,7 +16,8 @@ StoreType = Literal["float32", "float16", "bfloat16"]
 
 # raise when a stage gives other results for the same settings, so that earlier work is done again
 STAGES_VERSION = 2
-_NOT_VISION = ("captions", "seconds_per_video", "states_key", "states_frames", "texts_apart")
+# thresholds of shots are not in the key: what they would change is seen in the recorded scores (`preprocess.dataset`)
+_NOT_VISION = ("captions", "seconds_per_video", "states_key", "states_frames", "texts_apart", "filters")
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,9 @@ class PrepareSettings:
     max_seconds: float | None = None  # of each video
     min_side: int = 32  # pixels of the shorter side
     min_rate: float = 0.5  # source frames per encoded frame; below it most encoded frames would be repeats
+    crop_bars: bool = True  # leave black bars around the picture out
+    filters: FilterSettings = field(default_factory=FilterSettings)  # of shots
+    aesthetic_key: str = ""  # of the aesthetic scorer; "" = not scored
     cuts: Cuts = "detect"
     captions: CaptionBackend = "sidecar_or_describe"
     dtype: StoreType = "float16"  # of latents and text embeddings

@@ -16,10 +16,14 @@ import numpy as np
 
 from models.scene import Transition
 from preprocess.decode import DecodeCount, Frame, frames
+from preprocess.filters import judge, thresholds
+from preprocess.letterbox import NO_BARS, Bars
 from preprocess.measure import measure_shot
 from preprocess.probe import VideoInfo
+from preprocess.quality import measure_quality
 from preprocess.settings import PrepareSettings
 from preprocess.shots import Boundary, ShotDetector
+from preprocess.signature import make_signature
 
 if TYPE_CHECKING:
     from preprocess.known_cuts import KnownCuts
@@ -39,6 +43,8 @@ class RawShot:
     span_pts: list[int] = field(default_factory=list)  # its PTS
     offset: int = 0  # encoded frames before this span in the scratch file
     scores: dict[str, float] = field(default_factory=dict)
+    filtered: str = ""  # why it has no span; "" for a shot that has one
+    signature: str = ""
 
 
 def read_shots(
@@ -48,14 +54,17 @@ def read_shots(
     scratch: BinaryIO,
     deadline: float | None = None,
     cuts: KnownCuts | None = None,
+    bars: Bars = NO_BARS,
 ) -> tuple[list[RawShot], DecodeCount]:
     """Decode once; find the shots, or take `cuts`; write the encoded spans, one after another, to `scratch`.
 
-    A span is uint8 [n,H,W,3]. Shots are gap-free and cover what was read. Raises Failed where decoding fails.
+    A span is uint8 [n,H,W,3], of the picture inside of `bars`. A shot that a filter takes has no span.
+    Shots are gap-free and cover what was read. Raises Failed where decoding fails.
     """
     count = DecodeCount()
+    size = bars.decode_size(info, settings.height, settings.width)
     detector = cuts or ShotDetector()
-    shots = _ShotBuilder(info, settings, scratch)
+    shots = _ShotBuilder(info, settings, scratch, bars)
     window: deque[tuple[Frame, np.ndarray, float]] = deque()
     boundaries: deque[Boundary] = deque()
 
@@ -64,10 +73,8 @@ def read_shots(
         while window and window[0][0].index < detector.settled:
             shots.add(*window.popleft(), boundaries)
 
-    source = frames(
-        path, info, settings.height, settings.width, count=count, max_seconds=settings.max_seconds, deadline=deadline
-    )
-    for frame in source:
+    for frame in frames(path, info, *size, count=count, max_seconds=settings.max_seconds, deadline=deadline):
+        frame.image = bars.inside(frame.image)
         small = frame.small()
         change = detector.push(small)
         frame.image = frame.cropped(settings.height, settings.width).copy()  # the rest of the picture can go
@@ -81,8 +88,9 @@ def read_shots(
 class _ShotBuilder:
     """Receives settled frames in order; cuts them into shots and samples each at the training rate."""
 
-    def __init__(self, info: VideoInfo, settings: PrepareSettings, scratch: BinaryIO) -> None:
-        self.info, self.settings, self.scratch = info, settings, scratch
+    def __init__(self, info: VideoInfo, settings: PrepareSettings, scratch: BinaryIO, bars: Bars) -> None:
+        self.info, self.settings, self.scratch, self.bars = info, settings, scratch, bars
+        self.limits = thresholds(settings)
         self.shots: list[RawShot] = []
         self.written = 0
         self.step = Fraction(info.time_base[1], info.time_base[0]) / Fraction(settings.fps).limit_denominator(1000)
@@ -128,17 +136,30 @@ class _ShotBuilder:
         keep = (len(chosen) - 1) // step * step + 1 if chosen else 0
         if keep >= self.settings.min_shot_frames:
             chosen = chosen[:keep]
+        shot.scores = self._scores(chosen, self.changes) | {"frames": float(keep)}
+        shot.signature = make_signature([small for _, small in chosen])
+        shot.filtered = judge(shot.scores, self.limits)
+        if not shot.filtered:
             shot.span_frames = [frame.index for frame, _ in chosen]
             shot.span_pts = [frame.pts for frame, _ in chosen]
             shot.offset = self.written
             self.written += keep
             for frame, _ in chosen:
                 self.scratch.write(np.ascontiguousarray(frame.image).tobytes())
-        shot.scores = measure_shot([small for _, small in chosen], self.settings.fps)
-        rate = self.info.fps * (float(np.mean(self.changes)) if self.changes else 0.0)
-        shot.scores["motion"] = round(rate, 3)  # grey levels per second, over every frame
         self.shots.append(shot)
         self.start = self.last = self.span = None
+
+    def _scores(self, chosen: list[tuple[Frame, np.ndarray]], changes: list[float]) -> dict[str, float]:
+        """All that is measured of a shot, from the frames that would be encoded and the changes of all frames."""
+        small = [one for _, one in chosen]
+        images, source = [frame.image for frame, _ in chosen], [frame.index for frame, _ in chosen]
+        rate = self.info.fps * (float(np.mean(changes)) if changes else 0.0)
+        return {
+            **measure_shot(small, self.settings.fps),
+            **measure_quality(images, small, source, self.settings.fps),
+            "motion": round(rate, 3),  # grey levels per second, over every frame
+            "bars": round(self.bars.area, 4),
+        }
 
 
 class _Span:

@@ -24,11 +24,13 @@ from torch import Tensor
 
 from models.records import decode as from_json
 from models.scene import Scene, reference_tensor_key, shot_tensor_key
+from preprocess.aesthetic import AestheticScorer
 from preprocess.captions import caption_scenes, template_hash
 from preprocess.decode import DecodeCount
 from preprocess.encode import Encoder, scene_texts
-from preprocess.filters import check_shots, check_video
+from preprocess.filters import AESTHETIC, check_shots, check_video, judge, thresholds
 from preprocess.known_cuts import caption_cuts
+from preprocess.letterbox import NO_BARS, find_bars
 from preprocess.outcome import Failed, SetAside, short
 from preprocess.parts import Part, Row, read_part, shot_rows, write_part
 from preprocess.probe import VideoInfo, probe
@@ -174,12 +176,16 @@ def decode_stage(unit: Unit, place: Workplace) -> None:
     unit.recall = {}
     cuts = caption_cuts(place.captions(unit)) if place.settings.cuts == "captions" else None
     deadline = time.monotonic() + place.settings.seconds_per_video
+    bars = NO_BARS
+    if place.settings.crop_bars:
+        bars, looked_at = find_bars(place.video(unit), unit.info, place.settings.max_seconds)
+        unit.info.probe_frames += looked_at
     place.scratch.mkdir(parents=True, exist_ok=True)
     with place.scratch_file(unit).open("wb") as file:
-        unit.shots, unit.count = read_shots(place.video(unit), unit.info, place.settings, file, deadline, cuts)
-    check_shots(unit.shots, place.settings)
+        unit.shots, unit.count = read_shots(place.video(unit), unit.info, place.settings, file, deadline, cuts, bars)
     place.forget_video(unit)
     unit.scenes = make_scenes(unit.file, unit.sha256, unit.info, unit.shots, place.settings)
+    check_shots(unit.shots, place.settings)
 
 
 def caption_stage(unit: Unit, place: Workplace) -> None:
@@ -194,6 +200,8 @@ def caption_stage(unit: Unit, place: Workplace) -> None:
 def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
     """Latents and text embeddings, scene by scene, straight into the part."""
     place.scratch.mkdir(parents=True, exist_ok=True)
+    if encoder.aesthetic is not None:
+        _score_aesthetics(unit, place, encoder.aesthetic)
     written = [scene for scene in unit.scenes if any(shot.encoded for shot in scene.shots)]
     for scene in written:
         scene.latents = encoder.source(place.settings.dtype)
@@ -241,10 +249,29 @@ def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
         raise
 
 
+def _score_aesthetics(unit: Unit, place: Workplace, scorer: AestheticScorer) -> None:
+    """Score the shots that are about to be encoded, and leave out those under the threshold. Raises Filtered."""
+    limits = thresholds(place.settings)
+    shots = [shot for scene in unit.scenes for shot in scene.shots]
+    for raw, shot in zip(unit.shots, shots, strict=True):
+        if not raw.span_pts or AESTHETIC.score in raw.scores:  # a recalled shot has its score
+            continue
+        (span,) = _read_spans(place.scratch_file(unit), [raw], place.settings)
+        assert span is not None
+        score = scorer([span[k] for k in sorted({0, len(span) // 2, len(span) - 1})])
+        raw.scores[AESTHETIC.score] = shot.scores[AESTHETIC.score] = score
+        if reason := judge(raw.scores, limits, [AESTHETIC]):
+            raw.filtered = shot.filtered = reason
+            raw.span_frames, raw.span_pts, shot.encoded, shot.states = [], [], None, []
+    check_shots(unit.shots, place.settings)
+
+
 def close_stage(unit: Unit, place: Workplace) -> Unit:
     """Last step of every unit: a part for those set aside, and no scratch left."""
     if unit.status != "written":
-        write_part(place.parts, Part(source_row(unit, place)), iter(()))
+        # what was measured is kept, so that other thresholds can be tried on it
+        rows = [row for scene in unit.scenes for row in shot_rows(scene, written=False)]
+        write_part(place.parts, Part(source_row(unit, place), rows), iter(()))
     place.forget(unit)
     return unit
 

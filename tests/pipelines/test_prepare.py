@@ -86,7 +86,15 @@ def test_every_source_ends_and_the_totals_reconcile(first: tuple[PrepareConfig, 
     assert report.stages["decode"].items == 3 and report.stages["probe"].set_aside == 2
     assert "empty.mp4" in report.summary() and "0 bytes" in report.summary()
     left = {path.name for path in config.output.iterdir()}
-    assert left == {"shards", "manifest.parquet", "sources.parquet", "dataset.json", "report.json", ".lock"}
+    assert left == {
+        "shards",
+        "index.parquet",
+        "manifest.parquet",
+        "sources.parquet",
+        "dataset.json",
+        "report.json",
+        ".lock",
+    }
 
 
 def test_shards_open_with_plain_webdataset(first: tuple[PrepareConfig, PrepareReport]) -> None:

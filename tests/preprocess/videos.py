@@ -128,3 +128,21 @@ def write_planes(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def texture(seed: int, size: int = 128, margin: int = 96) -> np.ndarray:
+    """A picture with detail of all sizes, as photographs have: uint8 [size+margin,size+margin,3]."""
+    rng = np.random.default_rng(seed)
+    whole = size + margin
+    v, u = np.fft.fftfreq(whole)[:, None], np.fft.fftfreq(whole)[None]
+    falls = 1.0 / np.maximum(np.hypot(u, v), 1.0 / whole)
+    layers = [np.fft.ifft2(falls * np.fft.fft2(rng.normal(size=(whole, whole)))).real for _ in range(4)]
+    shared = layers.pop()
+    mixed = np.stack([2 * shared + one for one in layers], -1)
+    return np.clip(128 + 45 * mixed / mixed.std(), 8, 247).astype(np.uint8)
+
+
+def pan(seed: int = 0, count: int = 17, size: int = 128, step: float = 2.0) -> list[np.ndarray]:
+    """A camera that moves right over a `texture` at a constant speed, pixels per frame."""
+    picture = texture(seed, size)
+    return [picture[20 : 20 + size, (left := int(step * i)) : left + size] for i in range(count)]

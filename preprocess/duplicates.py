@@ -1,0 +1,87 @@
+"""Duplicates over the whole dataset, found when all shots are known: same file, same perceptual hash, same embedding.
+
+A shot is compared with the kept shots of the videos before it, in the order of the sources, so the first one stays. The
+shots of one video are not compared with each other: a conversation goes back and forth between two pictures. The
+comparison is exact and quadratic: 200,000 shots take about two minutes on two cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from preprocess.filters import DATASET_RULES, SAME_FILE, FilterSettings, judge, rule_of
+from preprocess.parts import Part, Row
+from preprocess.signature import HASH_BITS, hash_signs, read_signatures
+
+_CHUNK = 512  # shots compared at once
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found out about one shot: its scores, and why it goes ("" if it stays)."""
+
+    scores: dict[str, float]
+    reason: str = ""
+    of: str = ""  # id of the shot (for a file: the video) that it doubles
+
+
+def is_duplicate(row: Row) -> bool:
+    """Whether a rule of this module took the shot of a manifest row."""
+    return rule_of(row["filtered"]) in {SAME_FILE, *(rule.name for rule in DATASET_RULES)}
+
+
+def find_duplicates(parts: Sequence[Part], settings: FilterSettings) -> dict[str, Verdict]:
+    """Verdicts by shot id, for all shots of `parts` that no other filter took. Parts lie in the order of the sources.
+
+    A shot that an earlier run took as a duplicate stays what it was: its latents are gone.
+    """
+    verdicts: dict[str, Verdict] = {}
+    files: dict[str, str] = {}
+    vectors, owners, first = [], [], []  # of shots to compare: signature, row, position at which its video begins
+    for part in parts:
+        rows = [row for row in part.shots if not row["filtered"]]
+        known = files.setdefault(part.source["sha256"], part.source["video_id"]) if rows else ""
+        if known and known != part.source["video_id"] and settings.same_file:
+            reason = f"{SAME_FILE}: the file has the bytes of {known}"
+            verdicts |= {row["shot_id"]: Verdict({}, reason, known) for row in rows}
+            continue
+        begin = len(owners)
+        for row in rows:
+            if row["signature"]:
+                vectors.append(row["signature"])
+                owners.append(row)
+                first.append(begin)
+    if not owners or (settings.max_similarity is None and settings.min_hash_distance is None):
+        return verdicts
+    return verdicts | _compare(read_signatures(vectors), owners, first, settings)
+
+
+def _compare(vectors: np.ndarray, rows: list[Row], first: list[int], settings: FilterSettings) -> dict[str, Verdict]:
+    """Sequential: a shot that went is no reason for another to go."""
+    signs = hash_signs(vectors)
+    limits = {rule.threshold: getattr(settings, rule.threshold) for rule in DATASET_RULES}
+    stays = np.ones(len(rows), bool)
+    found: dict[str, Verdict] = {}
+    for begin in range(0, len(rows), _CHUNK):
+        chunk = slice(begin, min(begin + _CHUNK, len(rows)))
+        similar = vectors[chunk] @ vectors[: chunk.stop].T  # [c,N]
+        distant = (HASH_BITS - signs[chunk] @ signs[: chunk.stop].T) / 2
+        for i in range(chunk.start, chunk.stop):
+            kept = np.flatnonzero(stays[: first[i]])
+            if not len(kept):
+                continue
+            similarities, distances = similar[i - begin, kept], distant[i - begin, kept]
+            nearest, closest = int(similarities.argmax()), int(distances.argmin())
+            scores = {
+                "similarity": round(float(similarities[nearest]), 4),
+                "hash_distance": float(distances[closest]),
+            }
+            reason = judge(scores, limits, DATASET_RULES)
+            by_hash = rule_of(reason) == DATASET_RULES[0].name
+            of = rows[kept[closest if by_hash else nearest]]["shot_id"] if reason else ""
+            stays[i] = not reason
+            found[rows[i]["shot_id"]] = Verdict(scores, f"{reason}, as {of}" if reason else "", of)
+    return found

@@ -1,0 +1,113 @@
+"""The dataset card shows what the tables say, escapes what comes from outside, and loads nothing from elsewhere."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from models.tiny import build_tiny_folder
+from pipelines.cli import main
+from pipelines.dataset_card import histogram, write_card
+from preprocess.settings import PrepareSettings
+from tests.preprocess.test_run import run_here
+from tests.preprocess.videos import pan, write
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("card")
+    build_tiny_folder(folder / "model")
+    write(folder / "videos" / "good.mp4", [*pan(1), *pan(2)])
+    write(folder / "videos" / "<b>still & grey.mp4", [pan(3)[0]] * 17)
+    write(folder / "videos" / "mixed.mp4", [*pan(4), *[pan(5)[0]] * 17])
+    (folder / "videos" / "empty.mp4").touch()
+    run_here(folder / "videos", folder / "out", folder / "model", PrepareSettings(height=32, width=32))
+    return folder / "out"
+
+
+class Page(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.images, self.links = 0, []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.images += tag == "img"
+        self.links += [value for name, value in attrs if name in ("src", "href") and value]
+        if tag not in ("meta", "link", "img", "br", "rect", "line"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("rect", "line"):
+            assert self.open.pop() == tag
+
+
+def test_the_card_holds_what_the_tables_say(dataset: Path, tmp_path: Path) -> None:
+    text = write_card(dataset, tmp_path / "card.html").read_text()
+    page = Page(text)
+    assert not page.open and all(link.startswith("data:") for link in page.links)
+    assert "<script" not in text and "@import" not in text and "url(" not in text
+    rows = pq.read_table(dataset / "manifest.parquet").to_pylist()
+    shown = sum(3 if row["encoded_frames"] else 1 for row in rows)
+    assert len(rows) == 5 and page.images == shown
+    for row in rows:
+        if row["filtered"]:
+            assert row["filtered"] in text
+        else:
+            assert row["prompt"] in text
+    assert "the file is empty (0 bytes)" in text and "&lt;b&gt;still &amp; grey.mp4" in text and "<b>still" not in text
+    taken = re.search(r"<td>static</td><td class=\"n\">0.25</td><td class=\"n\">(\d)</td>", text)
+    assert taken is not None and taken[1] == "2"
+    assert text.count("<svg") >= 9
+
+
+def test_sources_that_are_gone_leave_their_pictures_out(dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(dataset, tmp_path / "out")
+    moved = dataset.parent / "videos"
+    moved.rename(dataset.parent / "elsewhere")
+    try:
+        page = Page(write_card(tmp_path / "out", tmp_path / "card.html", max_scenes=2).read_text())
+    finally:
+        (dataset.parent / "elsewhere").rename(moved)
+    assert page.images == 0
+
+
+def test_histograms_count_every_shot() -> None:
+    rows = [{"score_blur": value, "filtered": "" if value < 0.7 else "blurred: 1"} for value in (0.1, 0.1, 0.2, 0.9)]
+    chart = histogram("blur", [*rows, {"score_blur": None, "filtered": ""}], {"max_blur": 0.72})
+    assert chart is not None and "4 shots from 0.1 to 0.9" in chart.svg
+    heights = [float(h) for h in re.findall(r'height="([\d.]+)" fill="var\(--(?:after|bad)\)"', chart.svg)]
+    assert heights == [90.0, 45.0, 45.0] and chart.svg.count("--bad") == 1 and "stroke-dasharray" in chart.svg
+    assert histogram("blur", [{"score_blur": None, "filtered": ""}], {}) is None
+
+
+def test_the_commands(dataset: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "out"
+    shutil.copytree(dataset, copy)
+    run = CliRunner().invoke
+    result = run(main, ["inspect", str(copy)])
+    assert result.exit_code == 0 and (copy / "card.html").is_file() and "card.html" in result.output
+    assert run(main, ["verify", str(copy)]).exit_code == 0
+    shard = copy / "shards" / "scenes-000000.tar"
+    data = bytearray(shard.read_bytes())
+    data[600] ^= 255
+    shard.write_bytes(data)
+    result = run(main, ["verify", str(copy)])
+    assert result.exit_code == 1 and "scenes-000000.tar" in result.output
+    assert run(main, ["inspect", str(tmp_path / "nothing")]).exit_code == 1
+    keys = [f"sources={dataset.parent / 'videos'}", f"output={dataset}", f"model={dataset.parent / 'model'}"]
+    size = ["height=32", "width=32", "fps=8", "shot_frames=17", "what_if=true"]
+    before = {path: path.stat().st_mtime_ns for path in dataset.rglob("*")}
+    result = run(main, ["prepare", *keys, *size, "filters.min_movement=null", "filters.max_frozen=null"])
+    assert result.exit_code == 0, result.output
+    assert re.search(r"static +off +0 ", result.output) and "5 of 5 shots would be encoded" in result.output
+    assert {path: path.stat().st_mtime_ns for path in dataset.rglob("*")} == before
+    result = run(main, ["prepare", *keys, *size, "height=64"])
+    assert result.exit_code == 1 and "height=64, but the scores" in result.output
