@@ -27,6 +27,7 @@ from preprocess.settings import PrepareSettings
 from preprocess.sources import list_sources
 from preprocess.unit import Part, prepare_video
 from sample.video_io import fit_frames, read_image
+from tests.preprocess.videos import pan, write
 from toyworld.pairs import render_reference, sample_pair, write_pair
 
 SETTINGS = PrepareSettings(height=32, width=32, dtype="float32")
@@ -145,6 +146,11 @@ def test_images_cover_the_training_size_and_clips_are_one_shot(tmp_path: Path) -
     ):
         with pytest.raises(Failed, match=message):
             read_reference(Reference(role, name), tmp_path, SETTINGS)  # type: ignore[arg-type]
+
+
+def test_a_reference_is_given_so_no_filter_takes_it(tmp_path: Path) -> None:
+    write(tmp_path / "still.mp4", [pan()[0]] * 17)
+    assert read_reference(Reference("source", "still.mp4"), tmp_path, SETTINGS).shape == (17, 32, 32, 3)
 
 
 def test_a_reference_that_is_missing_sets_the_video_aside_by_name(tmp_path: Path, encoder: Encoder) -> None:
