@@ -10,15 +10,21 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from preprocess.duplicates import find_duplicates
 from preprocess.filters import NO_FILTERS, RULES, SCORES, FilterSettings, check_shots, judge, rule_of, thresholds
 from preprocess.letterbox import bars_of, find_bars
 from preprocess.outcome import Filtered
 from preprocess.overlay import text_share
+from preprocess.parts import Part
 from preprocess.probe import probe
 from preprocess.quality import blur_effect, phase_shift
 from preprocess.settings import PrepareSettings
+from preprocess.signature import make_signature
+from preprocess.sources import list_sources
 from preprocess.spans import RawShot, read_shots
+from preprocess.unit import Unit, Workplace, decode_stage, probe_stage, run_stage
 from tests.preprocess.videos import pan, texture, write
+from toyworld.render import render_shot
 from toyworld.video import write_video
 from toyworld.world import sample_scene
 
@@ -135,6 +141,19 @@ def test_defaults_keep_toyworld(tmp_path: Path) -> None:
         assert shots and not any(shot.filtered for shot in shots)
 
 
+def test_shots_of_other_toyworld_scenes_are_no_duplicates() -> None:
+    parts = []
+    for i in range(40):
+        scene = sample_scene("small", seed=12, index=i, num_shots=1)
+        small = [
+            np.asarray(Image.fromarray(one).resize((48, 27), Image.Resampling.BOX)) for one in render_shot(scene, 0)
+        ]
+        row = {"filtered": "", "shot_id": f"v{i}-0000/s000", "signature": make_signature(small[:17])}
+        parts.append(Part({"sha256": str(i), "video_id": f"v{i}"}, [row]))
+    found = find_duplicates(parts, FilterSettings())
+    assert len(found) == 39 and not any(verdict.reason for verdict in found.values())
+
+
 def test_a_subtitle_is_measured_but_kept(tmp_path: Path) -> None:
     shots, _ = shots_of(write(tmp_path / "a.mp4", titled(height=10)))
     assert 0.01 < shots[0].scores["text"] < 0.08 and shots[0].filtered == ""
@@ -219,6 +238,18 @@ def test_bars_are_cropped_not_dropped(tmp_path: Path, rows: int, columns: int) -
     # inside, it is the same picture at nearly the same scale
     seen, expected = (one.reshape(-1, 8, 16, 8, 16, 3).mean((2, 4)) for one in (frames, plain))
     assert np.abs(seen - expected).mean() < 5 < np.abs(expected[0] - expected[-1]).mean()
+
+
+@pytest.mark.parametrize("crop", [True, False])
+def test_the_stage_crops_and_counts_the_frames_it_looked_at(tmp_path: Path, crop: bool) -> None:
+    place = Workplace(replace(SETTINGS, crop_bars=crop), tmp_path / "parts", tmp_path / "scratch", "key")
+    unit = Unit(list_sources([write(tmp_path / "a.mp4", barred(24, 0))]).files[0])
+    run_stage("probe", lambda one: probe_stage(one, place), unit)
+    assert unit.info is not None
+    before = unit.info.probe_frames
+    run_stage("decode", lambda one: decode_stage(one, place), unit)
+    assert unit.status == "", unit.reason
+    assert (unit.shots[0].scores["bars"] > 0.2) == crop and unit.info.probe_frames - before == int(crop)
 
 
 def test_dark_pictures_have_no_bars() -> None:
