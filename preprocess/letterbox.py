@@ -10,11 +10,15 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import av.error
 import numpy as np
+from PIL import Image
 
+from preprocess.outcome import Failed
 from preprocess.probe import VideoInfo, open_video
+from preprocess.stills import open_image, read_images
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _SAMPLES = 8  # key frames looked at, at most
@@ -120,13 +124,18 @@ def _bar(luma: np.ndarray, size: int, straight: float) -> float:
 def _key_frames(path: str, info: VideoInfo, end: int) -> Iterator[np.ndarray]:
     """Upright luma of a few key frames before frame `end`; fewer where the file cannot be searched."""
     count = max(1, min(_SAMPLES, info.key_frames, int(_SHARE * end)))
-    turns = info.rotation // 90
     # the first frame is often black: with several, each from the middle of its part
     places = [end * (2 * k + 1) // (2 * count) for k in range(count)] if count > 1 else [0]
+    for image in _stills(path, places) if info.decoder == "images" else _searched(path, info, places):
+        luma = np.rot90(image.astype(np.float32) @ LUMA, info.rotation // 90)
+        yield luma[:, ::-1] if info.mirrored else luma
+
+
+def _searched(path: str, info: VideoInfo, places: list[int]) -> Iterator[np.ndarray]:
+    """The key frames before `places`, each once, as small RGB."""
     seen: set[int] = set()
     with open_video(path) as (container, stream):
         stream.codec_context.skip_frame = "NONKEY"
-        scale = min(1.0, _WIDTH / max(stream.codec_context.width, stream.codec_context.height, 1))
         for place in places:
             try:
                 container.seek(info.pts[place], stream=stream)
@@ -136,6 +145,22 @@ def _key_frames(path: str, info: VideoInfo, end: int) -> Iterator[np.ndarray]:
             if frame is None or frame.pts in seen:
                 continue
             seen.add(frame.pts)
-            size = [max(16, round(scale * side)) for side in (frame.height, frame.width)]
-            image = frame.reformat(width=size[1], height=size[0], format="rgb24", interpolation="AREA").to_ndarray()
-            yield np.rot90(image.astype(np.float32) @ LUMA, turns)
+            height, width = _small(frame.height, frame.width)
+            yield frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA").to_ndarray()
+
+
+def _stills(folder: str, places: list[int]) -> Iterator[np.ndarray]:
+    """The images at `places` of a folder of images; those that are damaged are left out."""
+    images = read_images(Path(folder))
+    for place in places:
+        try:
+            image = open_image(images[place][1])
+        except Failed:
+            continue
+        height, width = _small(image.height, image.width)
+        yield np.asarray(image.resize((width, height), Image.Resampling.BOX))
+
+
+def _small(height: int, width: int) -> tuple[int, int]:
+    scale = min(1.0, _WIDTH / max(height, width, 1))
+    return max(16, round(scale * height)), max(16, round(scale * width))

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from preprocess.decode import DecodeCount, Frame, cover_size, frames
+from preprocess.letterbox import find_bars
 from preprocess.outcome import Failed
 from preprocess.probe import VideoInfo, probe
+from preprocess.stills import probe_images
 from tests.preprocess.videos import moving_square, to_yuv, write, write_planes
 from toyworld.render import render_scene
 from toyworld.video import Footage, write_video
@@ -104,6 +107,24 @@ def test_all_eight_orientations(tmp_path: Path, degrees: int, mirrored: bool) ->
     assert (info.rotation, info.mirrored, info.width, info.height) == (degrees, mirrored, 64, 48)
     assert got[0].image.shape == upright.shape
     assert np.abs(got[0].image.astype(int) - upright).mean() < 4.0
+
+
+@pytest.mark.parametrize("degrees", [0, 90])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_bar_is_where_it_is_seen(tmp_path: Path, degrees: int, mirrored: bool) -> None:
+    """One bar, at the left of the upright picture; the same from a folder of images."""
+    upright = np.full((96, 160, 3), 180, np.uint8)
+    upright[:, :40] = 0
+    stored = np.rot90(upright[:, ::-1] if mirrored else upright, -degrees // 90)
+    path = write_still(tmp_path / "a.mp4", stored, orient={"degrees": degrees, "hflip": mirrored})
+    bars, looked_at = find_bars(str(path), probe(str(path)))
+    assert looked_at == 1 and bars.left == pytest.approx(0.25, abs=0.02)
+    assert (bars.top, bars.bottom, bars.right) == (0.0, 0.0, 0.0)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(4):
+        Image.fromarray(upright).save(folder / f"{number}.png")
+    assert find_bars(str(folder), probe_images(folder, 8))[0].left == pytest.approx(bars.left, abs=0.01)
 
 
 @pytest.mark.parametrize(("decoder", "degrees"), [("decord", 0), ("pyav", 0), ("pyav", 90)])
