@@ -49,15 +49,43 @@ def build_toy_models(config: ToyModelsConfig) -> Path:
     earlier = load_model(config.start, parts=()).settings.train.get("runs", []) if config.start else []
     run_dir.mkdir(parents=True, exist_ok=True)
     backbone, codec, encoder = _start(config, log.info) if config.start else _fresh(config, log.info)
-    latents = partial(
-        build_cache, run_dir / f"latents-{config.level}", codec, encoder, level=config.level, say=log.info
-    )
+    sampling = small.sampling()
+    settings = ModelSettings(
+        method=sampling.name, method_params=sampling.config(), backbone=config.backbone, text_length=small.text_length,
+        level_shift=small.level_shift, frames_per_shot=SHOT_FRAMES, height=SIZE, width=SIZE, fps=FPS,
+        train={"world": {"level": config.level, "seed": config.seed}},
+    )  # fmt: skip
+    if config.steps:
+        _train_transformer(config, backbone, codec, encoder, settings, log.info)
+    model = Model(backbone.eval().requires_grad_(False), codec, encoder, settings, small.scheduler)
+    if config.decoder_steps:
+        train_decoder(
+            codec.vae, denoised_source(model, config.level, config.seed),
+            DecoderSettings(steps=config.decoder_steps, seed=config.seed), run_dir / "decoder", log.info,
+        )  # fmt: skip
+    if config.save_half:
+        _round_to_half(model)
+    scores = held_out_scores(model, level=config.level, seed=config.seed, prompts=config.prompts)
+    settings.train |= {"runs": [*earlier, run_record(config)], "scores": scores}
+    save_model(config.out, model, settings, dtype=torch.float16 if config.save_half else None)
+    atomic_write_text(config.out / "README.md", model_card(config, scores, settings.train["runs"]))
+    log.info(f"wrote {config.out}")
+    return config.out
+
+
+def _train_transformer(
+    config: ToyModelsConfig, backbone: Backbone, codec: VideoCodec, encoder: TextEncoder | ImageEncoder,
+    settings: ModelSettings, say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Train `backbone` in place on cached latents; it ends with its averaged weights."""
+    small, run_dir = SMALL[config.backbone], config.folder
+    latents = partial(build_cache, run_dir / f"latents-{config.level}", codec, encoder, level=config.level, say=say)
     caches = {
         "train": latents(split="train", seed=config.seed, clips=config.clips)
         + latents(split="train", seed=config.seed + 3, clips=config.patterned, patterned=True),
         "test": latents(split="test", seed=config.seed + 1, clips=96),
     }
-    method, sampling = small.training(), small.sampling()
+    method = small.training()
     images = isinstance(encoder, ImageEncoder)
     null = torch.zeros(1, IMAGE_WIDTH) if images else null_text(encoder, small.text_length)
 
@@ -67,11 +95,6 @@ def build_toy_models(config: ToyModelsConfig) -> Path:
             layout_for=method.layout_for_training, text_drop_prob=drop, seed=config.seed,
         )  # fmt: skip
 
-    settings = ModelSettings(
-        method=sampling.name, method_params=sampling.config(), backbone=config.backbone, text_length=small.text_length,
-        level_shift=small.level_shift, frames_per_shot=SHOT_FRAMES, height=SIZE, width=SIZE, fps=FPS,
-        train={"world": {"level": config.level, "seed": config.seed}},
-    )  # fmt: skip
     held_out = HeldOutLoss(source("test", 0.0), method)
 
     @torch.compiler.set_stance("force_eager")  # compiling for the few shapes of an evaluation would not pay
@@ -91,26 +114,12 @@ def build_toy_models(config: ToyModelsConfig) -> Path:
     prepare(backbone, Parallel(), compile_blocks=config.compile)
     result = run_loop(
         backbone, method, PackedClips(source("train", 0.1), small.packs), loop, run_dir / "transformer",
-        evaluate=evaluate, on_log=lambda line: log.info(_words(line)),
+        evaluate=evaluate, on_log=lambda line: say(_words(line)),
     )  # fmt: skip
     with torch.no_grad():
         for name, parameter in backbone.named_parameters():
             if name in result.average:
                 parameter.copy_(result.average[name])
-    model = Model(backbone.eval().requires_grad_(False), codec, encoder, settings, small.scheduler)
-    if config.decoder_steps:
-        train_decoder(
-            codec.vae, denoised_source(model, config.level, config.seed),
-            DecoderSettings(steps=config.decoder_steps, seed=config.seed), run_dir / "decoder", log.info,
-        )  # fmt: skip
-    if config.save_half:
-        _round_to_half(model)
-    scores = held_out_scores(model, level=config.level, seed=config.seed, prompts=config.prompts)
-    settings.train |= {"runs": [*earlier, run_record(config)], "scores": scores}
-    save_model(config.out, model, settings, dtype=torch.float16 if config.save_half else None)
-    atomic_write_text(config.out / "README.md", model_card(config, scores, settings.train["runs"]))
-    log.info(f"wrote {config.out}")
-    return config.out
 
 
 def _words(figures: dict[str, Any]) -> str:

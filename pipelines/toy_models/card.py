@@ -20,16 +20,16 @@ def run_record(config: ToyModelsConfig) -> dict[str, Any]:
     stages = {stage: _figures(config.folder / stage / "metrics.jsonl") for stage in STAGES}
     record = {"command": command(config), "stages": {stage: found for stage, found in stages.items() if found}}
     packs = SMALL[config.backbone].packs
-    return record | ({"packs": list(packs)} if max(packs) > 1 else {})
+    return record | ({"packs": list(packs)} if config.steps and max(packs) > 1 else {})
 
 
 def command(config: ToyModelsConfig) -> str:
     """The command line that this config stands for: what differs from the defaults, and the number of steps."""
-    plain = type(config)(steps=config.steps, backbone=config.backbone)
+    plain = type(config)(backbone=config.backbone, start=config.start)
     given = [f"backbone={config.backbone}"] * (config.backbone != "wan") + [
         f"{key}={str(value).lower() if isinstance(value, bool) else value}"
         for key, value in vars(config).items()
-        if value != getattr(plain, key) and key != "out"
+        if (value != getattr(plain, key) or key == "start" and value) and key not in ("out", "steps")
     ]
     return " ".join(["python -m pipelines.toy_models", f"steps={config.steps}", *given])
 

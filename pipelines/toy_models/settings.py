@@ -31,7 +31,7 @@ class ToyModelsConfig:
     text_from: Path | None = knob(None, "model folder whose text encoder is taken; null = wan-small, for wan none")
     clips: int = knob(10_000, "training clips, each with three texts")
     patterned: int = knob(10_000, "further clips, whose characters also have the patterns that the level lacks")
-    steps: int = knob(19_000, "steps of the transformer")
+    steps: int = knob(19_000, "steps of the transformer; 0, with `start`: it stays as it is")
     batch_size: int = knob(16, "clips per step of the transformer")
     decoder_steps: int = knob(900, "steps of the decoder on latents that the transformer has denoised")
     learning_rate: float = knob(1e-3, "peak learning rate of the transformer; cosine to a tenth")
@@ -46,6 +46,8 @@ class ToyModelsConfig:
         wan = self.backbone == "wan"
         self.run_dir = self.run_dir or Path("runs/toy-models" if wan else f"runs/toy-{self.backbone}")
         self.out = self.out or WEIGHTS / f"{self.backbone}-small"
+        if self.steps < 1 and self.start is None:
+            raise ValueError(f"steps={self.steps} trains no transformer: give start=FOLDER, whose transformer is kept")
         if self.text_steps is None:
             self.text_steps = 0 if self.start else 5_000
         self.save_half = not wan if self.save_half is None else self.save_half

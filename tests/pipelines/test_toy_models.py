@@ -160,6 +160,34 @@ def test_the_whole_run_in_miniature(tmp_path: Path) -> None:
     assert before.hash == onward_text.hash != after.hash, "text_steps trains an earlier model's text encoder on"
     assert (tmp_path / "reader-model" / "README.md").read_text().count("| text_encoder | step") == 2
 
+    polished = ToyModelsConfig(
+        run_dir=tmp_path / "polished", out=tmp_path / "polished-model", start=tmp_path / "model", steps=0,
+        decoder_steps=1, prompts=2,
+    )  # fmt: skip
+    build_toy_models(polished)
+    assert not list((tmp_path / "polished").glob("latents*")), "no clips are encoded for a decoder"
+    one, two = (load_model(tmp_path / name) for name in ("model", "polished-model"))
+    for name, value in one.backbone.state_dict().items():
+        assert torch.equal(value, two.backbone.state_dict()[name]), name
+    changed = {
+        name.partition(".")[0] for name, value in one.codec.vae.state_dict().items()
+        if not torch.equal(value, two.codec.vae.state_dict()[name])
+    }  # fmt: skip
+    assert changed <= {"decoder", "post_quant_conv"} and changed
+
+
+def test_the_card_says_how_a_run_was_started(tmp_path: Path) -> None:
+    from pipelines.toy_models.card import command
+    from pipelines.toy_models.settings import ToyModelsConfig
+
+    assert command(ToyModelsConfig(steps=5)) == "python -m pipelines.toy_models steps=5"
+    onward = ToyModelsConfig(steps=0, start=tmp_path, run_dir=Path("runs/b"), compile=True, decoder_steps=30)
+    assert command(onward) == (
+        f"python -m pipelines.toy_models steps=0 run_dir=runs/b start={tmp_path} decoder_steps=30 compile=true"
+    )
+    with pytest.raises(ValueError, match="steps=0 trains no transformer: give start=FOLDER"):
+        ToyModelsConfig(steps=0)
+
 
 @pytest.mark.parametrize("backbone", ["cogvideox", "latte", "svd"])
 def test_the_shipped_sizes_are_small(backbone) -> None:
