@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from preprocess.report import PrepareReport
     from preprocess.settings import Cuts
     from sample.storyboard import Storyboard
+    from toyworld.world import ToyScene
 
 LEVEL: Literal["small"] = "small"  # what the shipped model knows
 HELD_OUT_SEED = 1  # scenes to generate are drawn here, in split "test"
@@ -176,15 +177,18 @@ def storyboards(config: DemoConfig, scenes: Sequence[Scene], notes: list[str]) -
     return boards
 
 
-def held_out_storyboards(count: int, seed: int) -> list[Storyboard]:
+def held_out_scenes(count: int, seed: int) -> list[ToyScene]:
     """Scenes whose every shot shows an identity, or an identity doing what, training never shows."""
-    from pipelines.evaluate import toy_storyboard
     from toyworld.world import sample_scene
 
-    return [
-        toy_storyboard(sample_scene(LEVEL, seed=seed, index=index, split="test", num_shots=SHOTS))
-        for index in range(count)
-    ]
+    return [sample_scene(LEVEL, seed=seed, index=index, split="test", num_shots=SHOTS) for index in range(count)]
+
+
+def held_out_storyboards(count: int, seed: int) -> list[Storyboard]:
+    """`held_out_scenes` as they are asked for."""
+    from pipelines.evaluate import toy_storyboard
+
+    return [toy_storyboard(scene) for scene in held_out_scenes(count, seed)]
 
 
 def footage_storyboards(scenes: Sequence[Scene], frames_per_shot: int) -> list[Storyboard]:

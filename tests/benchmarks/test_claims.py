@@ -78,5 +78,6 @@ def test_whole_claim_with_tiny_models(tmp_path: Path, capsys: pytest.CaptureFixt
     assert record["pairs"] == 3 and record["trained"]["method"] == "lct"
     assert set(record["against_other_sides"]) == {"single-shot, sentences", "LCT, shots alone"}
     assert record["metrics"]["identity_unsaid"]["before"] == 1.0
+    assert set(record["drawn_through_the_vae"]) == set(record["metrics"])
     assert json.loads((tmp_path / "results" / "lct_demo.json").read_text())["metrics"] == record["metrics"]
     assert "| identity_said" in (tmp_path / "results" / "lct_demo.md").read_text()
