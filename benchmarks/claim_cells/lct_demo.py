@@ -224,7 +224,7 @@ def _text(record: dict[str, Any]) -> str:
 
 {how}
 identity_unsaid is better when lower (1 = no memory of other shots), all others when higher. "drawn": the scenes as
-ToyWorld draws them, encoded and decoded by the model's VAE, which bounds what a model behind it can reach.
+ToyWorld draws them, encoded and decoded by the model's VAE: about what a model behind it can reach.
 
 {main}
 
