@@ -32,10 +32,8 @@ IMAGE_ROLES: tuple[ImageRole, ...] = get_args(ImageRole)
 STORY_TEXT = "text.story"
 CUT_MARKER = "[SHOT CUT]"  # begins the prompt of a shot that a cut leads to (LCT); a shot that goes on has none
 MAX_HISTORY = 8  # earlier shots that one shot is made to see (LCT, whose training scenes have up to nine shots)
-SHOT_TENSORS = (
-    "latent_mean", "latent_logvar", "first_mean", "first_logvar", "last_mean", "last_logvar", "text", "sentence_text",
-    "states_text", "prompt_text",
-)  # fmt: skip
+LATENT_TENSORS = ("latent_mean", "latent_logvar", "first_mean", "first_logvar", "last_mean", "last_logvar")
+SHOT_TENSORS = (*LATENT_TENSORS, "text", "sentence_text", "states_text", "prompt_text")
 
 
 class SceneError(RecordError):

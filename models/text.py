@@ -14,7 +14,7 @@ import html
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -179,28 +179,36 @@ class TextEncoder:
         With a padded style L_i is `max_length` and the rows are those of the padding, too. Texts of more than
         `max_length` tokens are cut, counted in `truncated`, and warned about.
         """
-        device = next(self.model.parameters()).device
-        done: dict[str, Tensor] = {}
-        cut = 0
-        for text in texts:
-            if text in done:
-                continue
-            ids = self.tokenizer(self._clean(text), return_tensors="pt", verbose=False).input_ids
-            if ids.shape[1] > self.max_length:
-                cut += 1
-                ids = torch.cat([ids[:, : self.max_length - 1], ids[:, -1:]], dim=1)  # the end token stays
-            if self.style.padded:
-                missing = self.max_length - ids.shape[1]
-                ids = torch.nn.functional.pad(ids, (0, missing), value=self.tokenizer.pad_token_id)
-            done[text] = self.model(ids.to(device)).last_hidden_state[0].float().cpu()
+        done, cut = encode_distinct(texts, self._encode_one, self.max_length)
+        self.truncated += cut
+        return done
+
+    def _encode_one(self, text: str) -> tuple[Tensor, bool]:
+        """The embedding of a text, and whether it was cut."""
+        ids = self.tokenizer(self._clean(text), return_tensors="pt", verbose=False).input_ids
+        cut = ids.shape[1] > self.max_length
         if cut:
-            self.truncated += cut
-            warnings.warn(f"{cut} of {len(done)} texts have over {self.max_length} tokens and were cut", stacklevel=2)
-        return [done[text] for text in texts]
+            ids = torch.cat([ids[:, : self.max_length - 1], ids[:, -1:]], dim=1)  # the end token stays
+        if self.style.padded:
+            missing = self.max_length - ids.shape[1]
+            ids = torch.nn.functional.pad(ids, (0, missing), value=self.tokenizer.pad_token_id)
+        device = next(self.model.parameters()).device
+        return self.model(ids.to(device)).last_hidden_state[0].float().cpu(), cut
 
     def _clean(self, text: str) -> str:
         text = clean_prompt(text)
         return text.lower() if self.style.lowercase else text
+
+
+def encode_distinct(
+    texts: Sequence[str], encode_one: Callable[[str], tuple[Tensor, bool]], max_length: int
+) -> tuple[list[Tensor], int]:
+    """One embedding per text, each distinct one made once, and how many of these were cut, with a warning."""
+    done = {text: encode_one(text) for text in dict.fromkeys(texts)}
+    cut = sum(was_cut for _, was_cut in done.values())
+    if cut:
+        warnings.warn(f"{cut} of {len(done)} texts have over {max_length} tokens and were cut", stacklevel=3)
+    return [done[text][0] for text in texts], cut
 
 
 def null_text(encoder: TextEncoder, length: int) -> Tensor:

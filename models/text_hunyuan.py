@@ -6,7 +6,6 @@ L text tokens, D width of the LLaMA, P width of the CLIP.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from torch import Tensor, nn
 
-from models.text import TextEncoder, TextStyle, stored_weights, weights_hash
+from models.text import TextEncoder, TextStyle, encode_distinct, stored_weights, weights_hash
 
 TEMPLATE = str(DEFAULT_PROMPT_TEMPLATE["template"])
 CROP = int(str(DEFAULT_PROMPT_TEMPLATE["crop_start"]))  # tokens of the template before the text, which are not read
@@ -101,25 +100,21 @@ class HunyuanTextEncoder(TextEncoder):
 
         Texts of more than `max_length` rows are cut, counted in `truncated`, and warned about.
         """
+        done, cut = encode_distinct(texts, self._encode_one, self.max_length)
+        self.truncated += cut
+        return done
+
+    def _encode_one(self, text: str) -> tuple[Tensor, bool]:
+        """The embedding of a text, and whether it was cut."""
         device = next(self.model.parameters()).device
-        done: dict[str, Tensor] = {}
-        cut = 0
-        for text in texts:
-            if text in done:
-                continue
-            ids, most = self._ids(text), self.max_length - 1 + CROP
-            cut += len(ids) > most
-            features = self.model(torch.tensor([ids[:most]], device=device), output_hidden_states=True)
-            tokens = features.hidden_states[-(LAYERS_SKIPPED + 1)][0, CROP:].float().cpu()
-            words = self.tokenizer_2(
-                text, padding="max_length", max_length=CLIP_TOKENS, truncation=True, return_tensors="pt"
-            )
-            pooled = self.model_2(words.input_ids.to(device)).pooler_output.float().cpu()
-            done[text] = torch.cat([torch.nn.functional.pad(pooled, (0, self.dim - self.pooled_dim)), tokens])
-        if cut:
-            self.truncated += cut
-            warnings.warn(f"{cut} of {len(done)} texts have over {self.max_length} tokens and were cut", stacklevel=2)
-        return [done[text] for text in texts]
+        ids, most = self._ids(text), self.max_length - 1 + CROP
+        features = self.model(torch.tensor([ids[:most]], device=device), output_hidden_states=True)
+        tokens = features.hidden_states[-(LAYERS_SKIPPED + 1)][0, CROP:].float().cpu()
+        words = self.tokenizer_2(
+            text, padding="max_length", max_length=CLIP_TOKENS, truncation=True, return_tensors="pt"
+        )
+        pooled = self.model_2(words.input_ids.to(device)).pooler_output.float().cpu()
+        return torch.cat([torch.nn.functional.pad(pooled, (0, self.dim - self.pooled_dim)), tokens]), len(ids) > most
 
     def _ids(self, text: str) -> list[int]:
         """Tokens of the template with the text in it."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from infra.log import progress
+from pipelines.shipped import SHOT_GAP
 
 if TYPE_CHECKING:
     from models.scene import Scene
@@ -25,7 +26,7 @@ HELD_OUT_SEED = 1  # scenes to generate are drawn here, in split "test"
 SCENES, SHOTS = 2, 3  # generated before and after
 SERVE_TIMEOUT_S = 300.0
 # Levels and gap as the shipped model was trained. Half of the samples have one level, as sampling has.
-LCT_PARAMS = {"density": "uniform", "position_gap": 24, "shared_prob": 0.5}
+LCT_PARAMS = {"density": "uniform", "position_gap": SHOT_GAP, "shared_prob": 0.5}
 LCT_SILENT = 0.25  # share of scenes in which some shots have no text: who is in them only the others tell
 
 

@@ -6,13 +6,11 @@ from dataclasses import replace
 
 from safetensors.torch import load, save
 
-from models.scene import SHOT_TENSORS, Scene, shot_tensor_key
+from models.scene import LATENT_TENSORS, Scene, shot_tensor_key
 from preprocess.dataset import Finished, Sample
 from preprocess.duplicates import Verdict
 from preprocess.filters import DATASET_RULES, summary
 from preprocess.parts import Part
-
-_LATENTS = [name for name in SHOT_TENSORS if name.startswith(("latent_", "first_", "last_"))]
 
 
 def without_duplicates(finished: Finished, verdicts: dict[str, Verdict]) -> Finished:
@@ -68,7 +66,7 @@ def cleaned_sample(key: str, files: Sample, scenes: dict[str, dict[str, str]]) -
         if shot.shot_id in gone:
             shot.encoded, shot.filtered = None, gone[shot.shot_id]
             shot.states, shot.predicted_states = [], []
-            for name in (*_LATENTS, "states_text"):
+            for name in (*LATENT_TENSORS, "states_text"):
                 tensors.pop(shot_tensor_key(shot.index, name), None)
     if not any(shot.encoded for shot in scene.shots):
         return None

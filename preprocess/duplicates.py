@@ -2,7 +2,7 @@
 
 A shot is compared with the kept shots of the videos before it, in the order of the sources, so the first one stays. The
 shots of one video are not compared with each other: a conversation goes back and forth between two pictures. The
-comparison is exact and quadratic: 200,000 shots take about two minutes on two cores.
+comparison is exact and quadratic in the number of shots.
 """
 
 from __future__ import annotations

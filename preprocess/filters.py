@@ -8,9 +8,9 @@ after these, when all shots are known.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from infra.knobs import knob
 from preprocess.outcome import Filtered
@@ -124,21 +124,61 @@ def judge(scores: Mapping[str, float], limits: Mapping[str, float | None], rules
     return rule.reason(scores, limit)
 
 
-def check_video(info: VideoInfo, settings: PrepareSettings) -> None:
-    """Rules on what the index shows, before anything is decoded. Raises Filtered."""
-    side = min(info.width, info.height)
-    if side < settings.min_side:
-        raise Filtered("filters", f"too small: {info.width}x{info.height}, shorter side under {settings.min_side}")
+class VideoShape(NamedTuple):
+    """What the container index shows of a video, as displayed."""
+
+    width: int
+    height: int
+    fps: float
+    frames: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class VideoRule:
+    """A rule on a video before anything is decoded; `reason` says why it takes one, "" where it does not."""
+
+    name: str
+    threshold: float
+    reason: Callable[[VideoShape], str]
+
+
+def video_rules(settings: PrepareSettings) -> list[VideoRule]:
+    """In the order in which they are asked."""
     needed = settings.min_rate * settings.fps
-    if len(info.pts) > 1 and info.fps < needed:
-        raise Filtered("filters", f"frame rate too low: {info.fps:.2f} frames/s, under {needed:g}")
     shortest = (settings.min_shot_frames - 1) / settings.fps
-    if info.duration_s <= shortest or len(info.pts) < 2:
-        raise Filtered(
-            "filters",
-            f"too short: {info.duration_s:.2f} s, {len(info.pts)} frames; a shot needs {settings.min_shot_frames} "
-            f"frames at {settings.fps:g} frames/s",
+
+    def resolution(video: VideoShape) -> str:
+        if min(video.width, video.height) >= settings.min_side:
+            return ""
+        return f"too small: {video.width}x{video.height}, shorter side under {settings.min_side}"
+
+    def frame_rate(video: VideoShape) -> str:
+        if video.frames <= 1 or video.fps >= needed:
+            return ""
+        return f"frame rate too low: {video.fps:.2f} frames/s, under {needed:g}"
+
+    def duration(video: VideoShape) -> str:
+        if video.seconds > shortest and video.frames >= 2:
+            return ""
+        return (
+            f"too short: {video.seconds:.2f} s, {video.frames} frames; a shot needs {settings.min_shot_frames} frames "
+            f"at {settings.fps:g} frames/s"
         )
+
+    return [
+        VideoRule("resolution", settings.min_side, resolution),
+        VideoRule("frame_rate", needed, frame_rate),
+        VideoRule("duration", shortest, duration),
+    ]
+
+
+def check_video(info: VideoInfo, settings: PrepareSettings) -> None:
+    """End a source that a rule on videos takes. Raises Filtered."""
+    shape = VideoShape(info.width, info.height, info.fps, len(info.pts), info.duration_s)
+    for rule in video_rules(settings):
+        if reason := rule.reason(shape):
+            raise Filtered("filters", reason)
 
 
 def check_shots(shots: Sequence[RawShot], settings: PrepareSettings) -> None:

@@ -17,10 +17,10 @@ import numpy as np
 from PIL import Image
 
 from preprocess.outcome import Failed
+from preprocess.pixels import LUMA
 from preprocess.probe import VideoInfo, open_video
 from preprocess.stills import open_image, read_images
 
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _SAMPLES = 8  # key frames looked at, at most
 _SHARE = 0.05  # of the frames, at most: they are decoded besides the one decode
 _WIDTH = 480  # pixels of the longer side, at most

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+from preprocess.pixels import LUMA
+
 # representative sRGB values of the basic colour terms (Berlin and Kay)
 COLOURS = {
     "black": (15, 15, 15), "grey": (128, 128, 128), "white": (245, 245, 245), "red": (200, 30, 35),
@@ -26,7 +28,7 @@ def measure_shot(small: list[np.ndarray], fps: float) -> dict[str, float]:
     if not small:
         return {}
     pictures = np.stack(small).astype(np.float32) / 255.0  # [n,27,48,3]
-    luma = pictures @ np.array([0.299, 0.587, 0.114], np.float32)  # [n,27,48]
+    luma = pictures @ LUMA  # [n,27,48]
     high, low = pictures.max(-1), pictures.min(-1)
     scores = {
         "brightness": float(luma.mean()),

@@ -12,8 +12,8 @@ import numpy as np
 
 from preprocess.measure import difference
 from preprocess.overlay import text_share
+from preprocess.pixels import LUMA
 
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _BLOCK = 3  # pixels at 48x27: averages out the noise of sensor and codec
 _TOP = 0.05  # share of blocks that move most; one moving mouth is movement
 _STILL = 0.4  # grey levels of the block that changes most: below it two frames are the same

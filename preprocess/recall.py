@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tarfile
 from bisect import bisect_left
 from pathlib import Path
@@ -10,13 +9,11 @@ from pathlib import Path
 from safetensors.torch import load
 from torch import Tensor
 
-from models.scene import Scene, SceneError
+from models.scene import LATENT_TENSORS, Scene, SceneError
 from preprocess.decode import DecodeCount
 from preprocess.probe import VideoInfo
 from preprocess.shards import ShardReader
 from preprocess.spans import RawShot
-
-_LATENTS = re.compile(r"s\d+\.(latent|first|last)_")  # of the shots: what does not depend on captions
 
 
 def read_sample(path: str, key: str) -> dict[str, bytes]:
@@ -64,7 +61,8 @@ def recall_scenes(places: dict[str, str], info: VideoInfo) -> tuple[list[Scene],
 def recall_latents(path: str, key: str) -> dict[str, Tensor]:
     """The tensors of an earlier sample that do not depend on captions, by their full names."""
     tensors = load(read_sample(path, key)["safetensors"])
-    return {name: value for name, value in tensors.items() if _LATENTS.match(name)}
+    shots = {name: value for name, value in tensors.items() if name.startswith("s")}  # references are read anew
+    return {name: value for name, value in shots.items() if name.partition(".")[2] in LATENT_TENSORS}
 
 
 def recalled_count(row: dict[str, object], info: VideoInfo) -> DecodeCount:

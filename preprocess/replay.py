@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from preprocess.dataset import Earlier
 from preprocess.duplicates import find_duplicates
-from preprocess.filters import AESTHETIC, DATASET_RULES, RULES, SAME_FILE, first_broken, rule_of, thresholds
+from preprocess.filters import (
+    AESTHETIC,
+    DATASET_RULES,
+    RULES,
+    SAME_FILE,
+    VideoShape,
+    first_broken,
+    rule_of,
+    thresholds,
+    video_rules,
+)
 from preprocess.parts import Part, Row
 from preprocess.settings import PrepareSettings
 
@@ -91,12 +101,12 @@ def make_waterfall(parts: Sequence[Part], settings: PrepareSettings) -> Waterfal
     """What each filter takes of the recorded shots, in the order in which they are asked."""
     found = Waterfall(failed=sum(part.source["status"] == "failed" for part in parts))
     found.kept_now = sum(row["encoded_frames"] > 0 for part in parts for row in part.shots)
-    known = []
+    known, on_videos = [], video_rules(settings)
     for part in parts:
         if part.shots and part.source["status"] != "failed":
             known.append(part)
         elif part.source["status"] == "filtered":
-            if any(breaks(part.source) for _, _, breaks in _video_rules(settings)):
+            if any(rule.reason(_shape(part.source)) for rule in on_videos):
                 found.taken += 1
             else:
                 found.undecoded, found.undecoded_seconds = (
@@ -112,8 +122,8 @@ def make_waterfall(parts: Sequence[Part], settings: PrepareSettings) -> Waterfal
         found.steps.append(Step(name, words, before[0] - after[0], before[1] - after[1], *after))
         left = kept
 
-    for name, threshold, breaks in _video_rules(settings):
-        step(name, threshold, [part for part in left if not breaks(part.source)])
+    for video_rule in on_videos:
+        step(video_rule.name, video_rule.threshold, [p for p in left if not video_rule.reason(_shape(p.source))])
     limits = thresholds(settings)
     for rule in RULES:
         if rule not in DATASET_RULES:
@@ -159,12 +169,6 @@ def _size(parts: Sequence[Part]) -> tuple[int, float]:
     return sum(len(part.shots) for part in parts), sum(row["duration_s"] for part in parts for row in part.shots)
 
 
-def _video_rules(settings: PrepareSettings) -> list[tuple[str, float, Callable[[Row], bool]]]:
-    """Name, threshold and test of the rules on what the container index shows (`filters.check_video`)."""
-    shortest = (settings.min_shot_frames - 1) / settings.fps
-    needed = settings.min_rate * settings.fps
-    return [
-        ("resolution", settings.min_side, lambda row: min(row["width"], row["height"]) < settings.min_side),
-        ("frame_rate", needed, lambda row: row["source_frames"] > 1 and row["fps"] < needed),
-        ("duration", shortest, lambda row: row["duration_s"] <= shortest or row["source_frames"] < 2),
-    ]
+def _shape(row: Row) -> VideoShape:
+    """What the rules on videos ask of a source."""
+    return VideoShape(row["width"], row["height"], row["fps"], row["source_frames"], row["duration_s"])

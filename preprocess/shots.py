@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from models.scene import Transition
+from preprocess.pixels import TO_YCC
 
 # chosen on ToyWorld and on annotated real clips, hard cuts at zero frames tolerance
 SIDE = 5  # frames on each side that say how much change is normal
@@ -34,7 +35,6 @@ FADE_SIDE = 16  # frames within which a fade reaches its dip
 DARK = 40.0  # mean luma of a dip
 LOOKAHEAD = max(max(DISSOLVES) + SIDE, 2 * FADE_SIDE) + 3
 
-_TO_YCC = np.array([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]], np.float32)
 _SHIFTS = [
     (dy, dx) for dy in range(-REACH, REACH + 1) for dx in range(-REACH, REACH + 1) if abs(dy) + abs(dx) <= REACH + 1
 ]
@@ -42,7 +42,7 @@ _SHIFTS = [
 
 def to_picture(small: np.ndarray) -> np.ndarray:
     """Luma and two colour axes, int16 [3,27,48], of a frame uint8 [27,48,3]."""
-    return np.rint(np.moveaxis(small.astype(np.float32) @ _TO_YCC.T, -1, 0)).astype(np.int16)
+    return np.rint(np.moveaxis(small.astype(np.float32) @ TO_YCC.T, -1, 0)).astype(np.int16)
 
 
 def change_between(before: np.ndarray, after: np.ndarray) -> float:

@@ -15,13 +15,14 @@ from functools import cache
 
 import numpy as np
 
+from preprocess.pixels import TO_YCC
+
 MOMENTS = 3
 _LUMA, _COLOUR = (8, 8), (3, 4)  # frequencies kept: rows, columns
 HASH_BITS = MOMENTS * (_LUMA[0] * _LUMA[1] - 1)
 DIM = HASH_BITS + MOMENTS * 2 * _COLOUR[0] * _COLOUR[1]
 _COLOUR_WEIGHT = 0.5  # of the length of the luma's part where the picture is as colourful as it is contrasted
 _FLAT = 0.5  # grey levels: a weaker picture has no pattern of its own
-_TO_YCC = np.array([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]], np.float32)
 
 
 def make_signature(small: Sequence[np.ndarray]) -> str:
@@ -31,7 +32,7 @@ def make_signature(small: Sequence[np.ndarray]) -> str:
     moments = [small[k] for k in (0, (len(small) - 1) // 2, len(small) - 1)]
     luma, colour = [], []
     for picture in moments:
-        axes = np.moveaxis(picture.astype(np.float32) @ _TO_YCC.T, -1, 0)  # [3,27,48]
+        axes = np.moveaxis(picture.astype(np.float32) @ TO_YCC.T, -1, 0)  # [3,27,48]
         luma.append(_low_frequencies(axes[0], _LUMA).ravel()[1:])
         colour.append(np.stack([_low_frequencies(axis, _COLOUR) for axis in axes[1:]]).ravel())
     size = max(float(np.linalg.norm(np.concatenate(luma))), _FLAT)

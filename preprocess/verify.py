@@ -20,14 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from models.scene import STORY_TEXT, Scene, SceneError, Shot, reference_tensor_key, shot_tensor_key
+from models.scene import LATENT_TENSORS, STORY_TEXT, Scene, SceneError, Shot, reference_tensor_key, shot_tensor_key
 from preprocess.dataset import FORMAT
 from preprocess.encode import scene_texts
 from preprocess.index import INDEX, sample_places, sha256_of
 from preprocess.shards import ShardReader
 
 Row = dict[str, Any]
-_LATENTS = ("latent_mean", "latent_logvar", "first_mean", "first_logvar", "last_mean", "last_logvar")
 
 
 @dataclass
@@ -206,7 +205,7 @@ class _Samples:
                 yield f"reference {i} has no latents"
         for shot in scene.shots:
             if shot.encoded is not None:
-                expected |= {shot_tensor_key(shot.index, name) for name in _LATENTS}
+                expected |= {shot_tensor_key(shot.index, name) for name in LATENT_TENSORS}
                 yield from self._latents(shot, tensors)
             if shot.predicted_states:
                 name = shot_tensor_key(shot.index, "states_text")
@@ -233,7 +232,7 @@ class _Samples:
     def _latents(self, shot: Shot, tensors: dict[str, Tensor]) -> Iterator[str]:
         """Latent frames fit the encoded frames: n frames give 1 + (n - 1) / stride, the same stride in all shots."""
         assert shot.encoded is not None
-        named = {name: tensors.get(shot_tensor_key(shot.index, name)) for name in _LATENTS}
+        named = {name: tensors.get(shot_tensor_key(shot.index, name)) for name in LATENT_TENSORS}
         for name, tensor in named.items():
             if tensor is None:
                 yield f"{shot_tensor_key(shot.index, name)} is missing"

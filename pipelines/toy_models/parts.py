@@ -24,6 +24,7 @@ from models.families import FAMILIES, FamilyName
 from models.image_encoder import ImageEncoder
 from models.methods import Method, get_method
 from models.schedules import process_of_scheduler
+from pipelines.shipped import SHOT_GAP
 from pipelines.toy_models.data import SIZE, TEXT_LENGTH
 from toyworld.vocabulary import FPS, SHOT_FRAMES
 from train.vae import scale_latents
@@ -32,7 +33,6 @@ LATENT_CHANNELS = 8
 TEXT_WIDTH = 96
 IMAGE_WIDTH = 32
 LATENT_SIZE = SIZE // 8
-PACK_GAP = 24  # empty time steps between the clips of a sequence
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Small:
         """The method that it is pretrained with: where sequences hold several clips, each is at a level of its own."""
         if max(self.packs) == 1:
             return self.sampling()
-        return get_method("lct", shift=self.level_shift, density="uniform", shared_prob=0.0, position_gap=PACK_GAP)
+        return get_method("lct", shift=self.level_shift, density="uniform", shared_prob=0.0, position_gap=SHOT_GAP)
 
 
 def wan_vae(mean: list[float] | None = None, std: list[float] | None = None) -> AutoencoderKLWan:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from models.folder import Model
 from models.methods import get_method
@@ -18,7 +17,8 @@ from pipelines.storyboards import load_storyboards
 from sample import generate
 from sample.generate import GenerateSettings, generate_scene
 from sample.storyboard import FRAME_TASKS, Storyboard, StoryboardError, StoryboardShot
-from sample.video_io import fit_frames, read_image, read_video, write_video
+from sample.video_io import fit_frames, read_image, read_video
+from tests.sample.film import write_film
 
 METHOD, SETTINGS = get_method("fvdm"), GenerateSettings(steps=3, guidance=1.0)
 
@@ -30,11 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 @pytest.fixture(scope="module")
 def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-    path = tmp_path_factory.mktemp("film") / "film.mp4"
-    write_video(np.stack([np.roll(pixels, 4 * t, axis=1) for t in range(7)]), path, 8)
-    Image.fromarray(pixels).save(path.with_suffix(".png"))
-    return path
+    return write_film(tmp_path_factory.mktemp("film"), frames=7)
 
 
 def board(task: str | None, film: Path | None, **options: Any) -> Storyboard:

@@ -24,8 +24,8 @@ from sample.generate import GenerateSettings, generate_scene, shot_generators
 from sample.sampler import draw_noise
 from sample.shot import GivenFrames
 from sample.storyboard import Storyboard, StoryboardError, StoryboardShot
-from sample.video_io import write_video
 from tests.models import cogvideox_reference as reference
+from tests.sample.film import write_film
 
 SIZE, STEPS = (4, 4), 4  # latent; the pipeline rounds its times, but not those of 4 steps
 SETTINGS = GenerateSettings(steps=STEPS, guidance=1.0)
@@ -45,11 +45,7 @@ def model(folder: Path) -> Model:
 
 @pytest.fixture(scope="module")
 def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-    path = tmp_path_factory.mktemp("film") / "film.mp4"
-    write_video(np.stack([np.roll(pixels, 4 * t, axis=1) for t in range(17)]), path, 8)
-    Image.fromarray(pixels).save(path.with_suffix(".png"))
-    return path
+    return write_film(tmp_path_factory.mktemp("film"), frames=17)
 
 
 @pytest.fixture
