@@ -20,7 +20,7 @@ from markupsafe import Markup
 from infra.log import duration
 from models.scene import Scene, SceneError
 from pipelines.report import Entry, write_page
-from pipelines.report_media import frames_at, image_uri
+from pipelines.report_media import frames_at, image_uri, source_here
 from preprocess.dataset import Earlier
 from preprocess.filters import RULES, SCORES, rule_of
 from preprocess.parts import Part, Row
@@ -179,17 +179,20 @@ def _scenes(parts: Sequence[Part]) -> list[tuple[Part, list[Row]]]:
 def _sheets(shown: Sequence[tuple[Part, list[Row]]], earlier: Earlier) -> list[CardScene]:
     """Contact sheets; each source is decoded once, as far as its last picture."""
     records: dict[str, Scene] = {}
+    sources: dict[str, Row] = {}
     wanted: dict[str, set[int]] = defaultdict(set)
     for part, rows in shown:
         scene = _record(rows, earlier)
         if scene is not None:
             records[scene.scene_id] = scene
-        wanted[part.source["path"]] |= {pts for row in rows for pts in _pts(row, scene)}
-    pictures = {path: frames_at(Path(path), sorted(pts)) for path, pts in wanted.items()}
+        name = part.source["name"]  # a path may hold many: a tar does
+        sources[name] = part.source
+        wanted[name] |= {pts for row in rows for pts in _pts(row, scene)}
+    pictures = {name: _frames(sources[name], sorted(pts)) for name, pts in wanted.items()}
     sheets = []
     for part, rows in shown:
         scene = records.get(rows[0]["scene_id"])
-        there = pictures[part.source["path"]]
+        there = pictures[part.source["name"]]
         shots = [
             CardShot(
                 row["transition"],
@@ -202,6 +205,11 @@ def _sheets(shown: Sequence[tuple[Part, list[Row]]], earlier: Earlier) -> list[C
         ]
         sheets.append(CardScene(part.source["name"], rows[0]["scene_id"], scene.story if scene else "", shots))
     return sheets
+
+
+def _frames(source: Row, pts: list[int]) -> dict[int, np.ndarray]:
+    with source_here(source) as path:
+        return {} if path is None else frames_at(path, pts, source["frames_fps"] or None)
 
 
 def _record(rows: Sequence[Row], earlier: Earlier) -> Scene | None:

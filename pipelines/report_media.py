@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from PIL import Image
 
 from models.scene import Scene, Shot
 from pipelines.report import SceneSheet, ShotSheet, Take
+from preprocess.parts import Row
 
 KEY_SIZE = 96  # pixels of the longer side of a picture
 
@@ -77,15 +81,16 @@ def _spread(begin: int, end: int) -> list[int]:
     return sorted({begin, (begin + end - 1) // 2, end - 1})
 
 
-def frames_at(source: Path, wanted: list[int]) -> dict[int, np.ndarray]:
-    """Frames of a video by PTS, upright, at least KEY_SIZE on each side."""
+def frames_at(source: Path, wanted: list[int], fps: float | None = None) -> dict[int, np.ndarray]:
+    """Frames of a video by PTS, upright, at least KEY_SIZE on each side; with `fps` of a folder of numbered images."""
     from preprocess.decode import DecodeCount, frames
     from preprocess.outcome import SetAside
     from preprocess.probe import probe
+    from preprocess.stills import probe_images
 
     found: dict[int, np.ndarray] = {}
     try:
-        info = probe(str(source))
+        info = probe_images(source, fps) if fps else probe(str(source))
         for frame in frames(str(source), info, KEY_SIZE, KEY_SIZE, count=DecodeCount()):
             if frame.pts in wanted:
                 found[frame.pts] = frame.image
@@ -94,3 +99,29 @@ def frames_at(source: Path, wanted: list[int]) -> dict[int, np.ndarray]:
     except SetAside:
         pass  # a contact sheet without pictures is better than no report
     return found
+
+
+@contextmanager
+def source_here(row: Row) -> Iterator[Path | None]:
+    """The source of a row of sources.parquet as a local path, a member of a tar as a temporary copy.
+
+    None where it is gone, is of another size by now, or lies at an address: nothing is fetched for a page.
+    """
+    from preprocess.remote import copy_here, is_address
+    from preprocess.tars import find_member
+
+    path, size = Path(row["path"]), row["bytes"]
+    if is_address(row["path"]) or not path.exists():
+        yield None
+    elif path.suffix.lower() == ".tar":
+        name = row["name"].rpartition(f"{path.name}/")[2]
+        span = find_member(str(path), name)
+        if span is None or span[1] != size:
+            yield None
+            return
+        with TemporaryDirectory() as folder:
+            copy = Path(folder) / f"source{Path(name).suffix}"
+            copy_here(str(path), span, copy)
+            yield copy
+    else:
+        yield path if path.is_dir() or path.stat().st_size == size else None

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import re
 import shutil
+import tarfile
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from models.tiny import build_tiny_folder
 from pipelines.cli import main
 from pipelines.dataset_card import histogram, write_card
+from pipelines.report_media import frames_at, source_here
 from preprocess.settings import PrepareSettings
 from tests.preprocess.test_run import run_here
 from tests.preprocess.videos import pan, write
@@ -66,6 +70,39 @@ def test_the_card_holds_what_the_tables_say(dataset: Path, tmp_path: Path) -> No
     taken = re.search(r"<td>static</td><td class=\"n\">0.25</td><td class=\"n\">(\d)</td>", text)
     assert taken is not None and taken[1] == "2"
     assert text.count("<svg") >= 9
+
+
+def test_each_video_of_a_tar_and_a_folder_of_images_show_their_own_pictures(tmp_path: Path) -> None:
+    videos = tmp_path / "videos"
+    build_tiny_folder(tmp_path / "model")
+    for seed in (1, 2):
+        write(tmp_path / f"{seed}.mp4", pan(seed))
+    videos.mkdir()
+    with tarfile.open(videos / "two.tar", "w") as tar:
+        for seed in (1, 2):
+            tar.add(tmp_path / f"{seed}.mp4", f"in/{seed}.mp4")
+    for number, frame in enumerate(pan(3)):
+        (videos / "images").mkdir(exist_ok=True)
+        Image.fromarray(frame).save(videos / "images" / f"{number:04d}.png")
+    settings = PrepareSettings(height=32, width=32)
+    run_here(videos, tmp_path / "out", tmp_path / "model", settings, frames_fps=8.0)
+    sources = {row["name"]: row for row in pq.read_table(tmp_path / "out" / "sources.parquet").to_pylist()}
+    assert sorted(sources) == ["images", "two.tar/in/1.mp4", "two.tar/in/2.mp4"]
+    for (_, row), seed in zip(sorted(sources.items()), (3, 1, 2), strict=True):
+        with source_here(row) as path:
+            assert path is not None
+            (picture,) = frames_at(path, [0], row["frames_fps"] or None).values()
+        true = np.asarray(Image.fromarray(pan(seed)[0]).resize(picture.shape[1::-1]), float)
+        assert np.abs(picture - true).mean() < 8
+    assert Page(write_card(tmp_path / "out", tmp_path / "card.html").read_text()).images == 9
+
+
+def test_a_source_of_another_size_or_at_an_address_shows_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "a.mp4", pan(1))
+    row = {"name": "a.mp4", "path": str(tmp_path / "a.mp4"), "bytes": 5}
+    for one in (row, row | {"path": "memory://a.mp4"}, row | {"path": str(tmp_path / "gone.mp4")}):
+        with source_here(one) as path:
+            assert path is None
 
 
 def test_sources_that_are_gone_leave_their_pictures_out(dataset: Path, tmp_path: Path) -> None:

@@ -73,9 +73,10 @@ def run_here(
     settings: PrepareSettings = SETTINGS,
     retry_failed: bool = False,
     states: StatePredictor | None = None,
+    frames_fps: float | None = None,
 ) -> tuple[Work, int]:
     """The chain of `pipelines.prepare.run_stages` in this process; returns the work and how many videos it did."""
-    work = plan_work(list_sources([videos]).files, output, settings, model, retry_failed)
+    work = plan_work(list_sources([videos], frames_fps=frames_fps).files, output, settings, model, retry_failed)
     todo = len(work.todo)
     encode = EncodeRow(work.place, str(model), "cpu", 1, lambda: states)
     for manifest in work.rounds():
