@@ -38,16 +38,20 @@ class KeyDoc:
     help: str
 
 
-def describe(cls: type, prefix: str = "") -> list[KeyDoc]:
-    """Every key of a config class in the order of declaration; keys of nested classes dotted, of list items `[]`."""
+def describe(cls: type, prefix: str = "", base: Any = None) -> list[KeyDoc]:
+    """Every key of a config class in the order of declaration; keys of nested classes dotted, of list items `[]`.
+
+    `base` is an object of the class whose values are the defaults.
+    """
     rows = []
     for field, hint in fields(cls):
         key, help = prefix + field.name, field.metadata.get("help", "")
+        default = getattr(base, field.name) if isinstance(base, cls) else default_of(field)
         nested, many = _nested(hint)
         if nested is not None and not many:
-            rows += describe(nested, key + ".")
+            rows += describe(nested, key + ".", default)
             continue
-        rows.append(KeyDoc(key, type_words(hint), _default_words(field), help))
+        rows.append(KeyDoc(key, type_words(hint), _default_words(default), help))
         if nested is not None:
             rows += describe(nested, key + "[].")
     return rows
@@ -108,8 +112,7 @@ def type_words(hint: Any) -> str:
     return "mapping" if origin is dict or hint is dict or dataclasses.is_dataclass(hint) else "list"
 
 
-def _default_words(field: dataclasses.Field[Any]) -> str:
-    value = default_of(field)
+def _default_words(value: Any) -> str:
     if value is MISSING:
         return "required"
     if value is None:

@@ -244,7 +244,7 @@ def test_describe_lists_every_key_once() -> None:
     rows = {row.key: row for row in describe(Config)}
     assert rows["data"].default == "required" and rows["data"].help == "the dataset"
     assert (rows["train.kind"].type, rows["train.kind"].default) == ("adam|sgd", "adam")
-    assert rows["train.learning_rate"].default == "0.001"
+    assert rows["train.learning_rate"].default == "5.0", "of the object that is the default, not of its class"
     assert rows["limit"].type == "integer or null" and rows["shots"].type == "list of mapping"
     assert rows["shots[].frames"].default == "17" and rows["compile"].default == "false"
     assert "train" not in rows and len(rows) == len(describe(Config))
