@@ -35,6 +35,8 @@ ImageVAE = AutoencoderKL | AutoencoderKLTemporalDecoder  # the latter's decoder 
 VAE = VideoVAE | ImageVAE
 CLASSES: dict[str, Any] = {c.__name__: c for c in get_args(VAE)}
 
+DECODER_PARTS = ("decoder.", "post_quant_conv.")
+
 
 def posterior(vae: VAE, video: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and log-variance, each [B,C,F,h,w] in raw VAE units, of video [B,3,T,H,W]."""
@@ -128,8 +130,12 @@ class VideoCodec:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 over weights and config; latents made under equal hashes are interchangeable."""
-        return weights_hash(sorted(self.vae.state_dict().items()), dict(self.vae.config))
+        """SHA-256 over the encoder's weights and the config; latents made under equal hashes are interchangeable.
+
+        The decoder's weights do not count: one that was trained further decodes the latents there are.
+        """
+        encoder = [(n, v) for n, v in sorted(self.vae.state_dict().items()) if not n.startswith(DECODER_PARTS)]
+        return weights_hash(encoder, dict(self.vae.config))
 
     def num_latent_frames(self, num_frames: int) -> int:
         """F for T video frames; ValueError unless T = step*k + 1: 4 for Wan, HunyuanVideo, 8 for CogVideoX, else 1."""

@@ -217,9 +217,15 @@ def test_what_is_encoded_does_not_know_the_future():
     assert (whole[:, :, 1:2] - first).abs().max() > 1e-3
 
 
-def test_codec_hash_follows_the_weights():
-    first, same, other = VideoCodec(tiny_vae(0)), VideoCodec(tiny_vae(0)), VideoCodec(tiny_vae(1))
-    assert first.hash == same.hash != other.hash and len(first.hash) == 64
+@pytest.mark.parametrize(
+    ("part", "counts"), [("encoder", True), ("quant_conv", True), ("decoder", False), ("post_quant_conv", False)]
+)
+def test_codec_hash_follows_the_weights_that_make_latents(part: str, counts: bool):
+    first, other = VideoCodec(tiny_vae(0)), VideoCodec(tiny_vae(0))
+    assert first.hash == other.hash and len(first.hash) == 64
+    with torch.no_grad():
+        next(other.vae.get_submodule(part).parameters()).mul_(1.5)
+    assert (VideoCodec(other.vae).hash != first.hash) == counts
 
 
 def test_codec_refuses_what_it_cannot_encode():
