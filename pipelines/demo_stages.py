@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from pipelines.demo_types import DemoConfig, Stage
     from pipelines.train import TrainConfig
     from preprocess.report import PrepareReport
-    from preprocess.settings import Cuts
     from sample.storyboard import Storyboard
     from toyworld.world import ToyScene
 
@@ -27,7 +26,9 @@ SCENES, SHOTS = 2, 3  # generated before and after
 SERVE_TIMEOUT_S = 300.0
 # Levels and gap as the shipped model was trained. Half of the samples have one level, as sampling has.
 LCT_PARAMS = {"density": "uniform", "position_gap": SHOT_GAP, "shared_prob": 0.5}
-LCT_SILENT = 0.25  # share of scenes in which some shots have no text: who is in them only the others tell
+# Shares of scenes that lose text besides that for guidance: where some shots have none, or all have no story, only the
+# other shots tell who is in them.
+LCT_SILENT, LCT_STORYLESS = 0.25, 0.15
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,6 @@ def render(config: DemoConfig, folder: Path, stage: Stage) -> Path:
             count=config.count,
             level=LEVEL,
             seed=config.seed,
-            dressed=config.dressed,
             shots=(3, 6),
             vary_wording=True,
         )  # fmt: skip
@@ -95,7 +95,7 @@ def collect(config: DemoConfig, stage: Stage) -> Path:
     return config.videos
 
 
-def prepare_dataset(config: DemoConfig, videos: Path, dataset: Path, stage: Stage, cuts: Cuts = "detect") -> Prepared:
+def prepare_dataset(config: DemoConfig, videos: Path, dataset: Path, stage: Stage) -> Prepared:
     """`shotloom prepare`; the scenes it wrote are read back with plain webdataset."""
     from pipelines.prepare import PrepareConfig, prepare
 
@@ -104,7 +104,6 @@ def prepare_dataset(config: DemoConfig, videos: Path, dataset: Path, stage: Stag
             sources=[str(videos)],
             output=dataset,
             model=config.model,
-            cuts=cuts,
             max_seconds_per_video=None if config.videos is None else config.max_seconds,
         )
     )
@@ -141,7 +140,7 @@ def train_config(config: DemoConfig, dataset: Path, run_dir: Path) -> TrainConfi
         method_params=LCT_PARAMS,
         shots_per_scene=SHOTS,
         single_shot_prob=0.1,
-        text_drop=TextDropConfig(shots=LCT_SILENT),
+        text_drop=TextDropConfig(shots=LCT_SILENT, story=LCT_STORYLESS),
         steps=config.steps,
         batch_size=config.batch_size,
         learning_rate=config.learning_rate,

@@ -18,7 +18,6 @@ class DemoConfig:
     out: Path = knob(Path("runs/demo"), "folder of all that the demo makes; an earlier demo's is removed first")
     model: Path = knob(SHIPPED_WAN, "model folder to start from, of a model that makes single shots")
     count: int = knob(24, "ToyWorld videos to render")
-    dressed: float = knob(0.0, "share of these in which a character has a pattern: more of them to learn from")
     max_seconds: float = knob(5.0, "seconds taken of each of your own videos")
     steps: int = knob(300, "fine-tuning steps")
     batch_size: int = knob(4, "scenes per fine-tuning step")

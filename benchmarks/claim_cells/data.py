@@ -4,6 +4,7 @@ Everything is of level small and split train; held-out prompts are of split test
 
     clips             single shots with a sentence and the states that the grammar predicts from it
     scenes            3 to 6 shots with story and prompts
+    dressed-scenes    3 shots; every other scene `dressed`, for three times the identities
     pairs-TASK        what is given and the shot that comes of it (toyworld.pairs)
     pairs-led-by-image  the same pairs of an image, which is the shot's own first latent frame: image-to-video data
 """
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
+from models.folder import load_settings
 from models.scene import (
     IMAGE_ROLES,
     EncodedSpan,
@@ -41,13 +43,14 @@ from toyworld.pairs import PairTask, pair_texts, render_reference, sample_pair
 from toyworld.render import render_shot
 from toyworld.text import sentence, shot_prompt, story
 from toyworld.vocabulary import FPS, LevelName
-from toyworld.world import sample_scene
+from toyworld.world import dressed, sample_scene
 
 VERSION = 1  # change it when a training set would come out otherwise
 LEVEL: LevelName = "small"  # what the shipped model knows
 SEED = 11
 STATES = 4
 SHARD_BYTES = 50_000_000
+SHOTS = {"clips": 1, "scenes": (3, 6), "dressed-scenes": 3}
 LED_BY_IMAGE = "pairs-led-by-image"
 
 
@@ -65,15 +68,16 @@ class Take:
 def takes(kind: str, count: int, size: int) -> Iterator[Take]:
     """Training scenes 0..count-1 of a kind."""
     for index in range(count):
-        if kind in ("clips", "scenes"):
+        if kind in SHOTS:
             yield _scene_take(kind, index, size)
         else:
             yield _pair_take(kind, index, size)
 
 
 def _scene_take(kind: str, index: int, size: int) -> Take:
-    shots = 1 if kind == "clips" else (3, 6)
-    scene = sample_scene(LEVEL, seed=SEED, index=index, split="train", num_shots=shots)
+    scene = sample_scene(LEVEL, seed=SEED, index=index, split="train", num_shots=SHOTS[kind])
+    if kind == "dressed-scenes" and index % 2:
+        scene = dressed(scene)
     words = np.random.Generator(np.random.PCG64(np.random.SeedSequence([SEED, index, 17])))
     made = [
         (render_shot(scene, k, size), shot_prompt(scene, k, words), sentence(scene, k, words))
@@ -98,19 +102,22 @@ def as_reference(role: str, clip: np.ndarray) -> np.ndarray:
     return np.repeat(clip, STILL_FRAMES, axis=0) if role in IMAGE_ROLES else clip
 
 
-def data_key(kind: str, count: int, model_key: str) -> str:
-    return hashlib.sha256(json.dumps([VERSION, kind, count, SEED, model_key]).encode()).hexdigest()[:12]
+def data_key(kind: str, count: int, encoder: Encoder) -> str:
+    """Changes when a training set would come out otherwise; a transformer or a decoder trained on changes nothing."""
+    made_with = [VERSION, kind, count, SEED, encoder.codec.hash, encoder.text.hash, encoder.text_length]
+    return hashlib.sha256(json.dumps(made_with).encode()).hexdigest()[:12]
 
 
-def dataset(folder: Path, kind: str, count: int, model: Path, model_key: str, size: int) -> Path:
+def dataset(folder: Path, kind: str, count: int, model: Path) -> Path:
     """The folder of a training set, made if it is not there, whole or not at all."""
-    made = folder / f"{kind}-{count}-{data_key(kind, count, model_key)}"
+    predictor = GrammarStates(STATES) if kind == "clips" else None
+    encoder = Encoder.from_folder(model, threads=torch.get_num_threads(), states=predictor)
+    made = folder / f"{kind}-{count}-{data_key(kind, count, encoder)}"
     if made.is_dir():
         return made
     temporary = made.with_name(f".{made.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    predictor = GrammarStates(STATES) if kind == "clips" else None
-    encoder = Encoder.from_folder(model, threads=torch.get_num_threads(), states=predictor)
+    size = load_settings(model).height
     with ShardWriter(temporary / "shards", SHARD_BYTES) as writer:
         for take in takes(kind, count, size):
             writer.write(take.name, encode_take(take, encoder))

@@ -19,6 +19,9 @@ from infra.config import knob
 from pipelines.demo_types import DemoConfig
 
 SCENE_METRICS = ("identity_said", "place_agreement", "colour", "shape", "place", "style", "action", "legibility")
+MORE_THAN_THE_DEMO = DemoConfig(steps=6_000, batch_size=8, learning_rate=5e-4)
+HELD_OUT = 0.006  # share of the training scenes that only tell how well the tuning goes
+EMA_DECAY = 0.998  # a run of thousands of steps is averaged over more of them than the demo's
 
 
 @dataclass(kw_only=True)
@@ -26,12 +29,13 @@ class LctDemoClaim:
     """Keys of lct-demo."""
 
     model: Path | None = knob(None, "model fine-tuned with LCT; null = make one the way the demo does")
-    pairs: int = knob(32, "held-out scenes of three shots, each made by every side")
+    scenes: int = knob(8_000, "training scenes of three shots, if the model is made here (claim_cells.data)")
+    pairs: int = knob(128, "held-out scenes of three shots, each made by every side")
     seed: int = knob(2, "of the held-out scenes and the start noise")
     batch_size: int = knob(8, "scenes made at once")
     out: Path = knob(Path("runs/claims/lct-demo"), "videos, and the data set and model if they are made here")
     results: Path = knob(_common.RESULTS, "folder for lct_demo.json and lct_demo.md")
-    demo: DemoConfig = knob(DemoConfig, "what the demo would do: starting model, videos, steps, sampling")
+    demo: DemoConfig = knob(MORE_THAN_THE_DEMO, "starting model, training, sampling, as the demo has them")
 
     def __post_init__(self) -> None:
         if self.pairs < 2:
@@ -61,7 +65,7 @@ SIDES = (
 def lct_demo(claim: LctDemoClaim, quick: bool, command: str) -> tuple[dict[str, Any], list[Goal], str]:
     """Figures, goals and a table of the claim."""
     if quick:
-        claim = replace(claim, pairs=4, demo=replace(claim.demo, count=6, steps=20, sample_steps=4))
+        claim = replace(claim, pairs=4, demo=replace(claim.demo, steps=20, sample_steps=4), scenes=6)
     tuned = claim.model or _finetune(claim)
     readings = {side.name: _make(claim, side, tuned) for side in SIDES}
     sums = {name: _sums(side_readings) for name, side_readings in readings.items()}
@@ -100,20 +104,20 @@ def lct_demo(claim: LctDemoClaim, quick: bool, command: str) -> tuple[dict[str, 
 
 
 def _finetune(claim: LctDemoClaim) -> Path:
-    """A model made as the demo makes it; kept in `out` and taken up again by the next run with the same keys."""
-    from infra.ray_session import ray_session
-    from pipelines import demo_stages as work
-    from pipelines.demo_types import Stage
+    """A model tuned as the demo tunes it, on more scenes; kept in `out` and taken up again by a run of equal keys."""
+    from claim_cells.data import dataset
+    from pipelines.demo_stages import train_config
+    from pipelines.train import HeldOutConfig, run_train
 
     demo = claim.demo
-    kind = f"{demo.count}-videos-{demo.dressed:g}-dressed-{demo.steps}-steps-rate-{demo.learning_rate:g}"
+    data = dataset(claim.out, "dressed-scenes", claim.scenes, demo.model)
+    kind = f"{claim.scenes}-scenes-{demo.steps}-steps-of-{demo.batch_size}-rate-{demo.learning_rate:g}"
     folder = claim.out / f"model-{kind}-seed-{demo.seed}"
-    with ray_session():
-        if not any((folder / "dataset" / "shards").glob("*.tar")):  # which come last
-            videos = work.render(demo, folder / "videos", Stage("render"))
-            work.prepare_dataset(demo, videos, folder / "dataset", Stage("prepare"), cuts="captions")
-        work.finetune(demo, folder / "dataset", folder / "train", Stage("train"))
-    return folder / "train" / "model"
+    config = train_config(demo, data, folder)
+    run_train(
+        replace(config, num_workers=0, ema_decay=EMA_DECAY, held_out=HeldOutConfig(HELD_OUT, every=500, batches=8))
+    )
+    return folder / "model"
 
 
 def _make(claim: LctDemoClaim, side: Side, tuned: Path) -> list[Any]:

@@ -26,7 +26,7 @@ from claim_cells.data import VERSION as DATA_VERSION
 from claim_cells.data import dataset
 from infra.log import get_logger
 from infra.storage import atomic_write_text, sha256_file
-from models.folder import INDEX_FILE, load_model, load_settings
+from models.folder import INDEX_FILE, load_model
 from pipelines.train import LoraConfig, TextDropConfig, TrainConfig, run_train
 from toyworld.judge import clip_features, read
 from toyworld.render import render_shot
@@ -172,8 +172,7 @@ def _compact(record: dict[str, Any]) -> str:
 def train_cell(cell: Cell, seed: int, config: TableConfig) -> tuple[Path, list[float]]:
     """The model folder after all stages, and the last logged loss of each."""
     start, losses = config.model, []
-    key, size = model_key(config.model), load_settings(config.model).height
-    data = dataset(config.out / "data", cell.data, data_count(cell, config), config.model, key, size)
+    data = dataset(config.out / "data", cell.data, data_count(cell, config), config.model)
     for number in range(len(cell.stages)):
         run = (
             config.out / "train" / f"{cell.stages[number].method}-{digest(training_of(cell, seed, config, number + 1))}"

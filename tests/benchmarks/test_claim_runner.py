@@ -38,7 +38,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TableConfig:
 
 
 def shards(config: TableConfig, kind: str, count: int) -> list[Record]:
-    folder = dataset(config.out / "data", kind, count, config.model, runner.model_key(config.model), 64)
+    folder = dataset(config.out / "data", kind, count, config.model)
     return [record for shard in sorted((folder / "shards").glob("*.tar")) for record in read_shard(shard)]
 
 
