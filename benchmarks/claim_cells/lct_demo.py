@@ -30,7 +30,7 @@ class LctDemoClaim:
 
     model: Path | None = knob(None, "model fine-tuned with LCT; null = make one the way the demo does")
     scenes: int = knob(8_000, "training scenes of three shots, if the model is made here (claim_cells.data)")
-    pairs: int = knob(128, "held-out scenes of three shots, each made by every side")
+    pairs: int = knob(192, "held-out scenes of three shots, each made by every side")
     seed: int = knob(2, "of the held-out scenes and the start noise")
     batch_size: int = knob(8, "scenes made at once")
     out: Path = knob(Path("runs/claims/lct-demo"), "videos, and the data set and model if they are made here")
@@ -115,7 +115,9 @@ def _finetune(claim: LctDemoClaim) -> Path:
     folder = claim.out / f"model-{kind}-seed-{demo.seed}"
     config = train_config(demo, data, folder)
     run_train(
-        replace(config, num_workers=0, ema_decay=EMA_DECAY, held_out=HeldOutConfig(HELD_OUT, every=500, batches=8))
+        replace(
+            config, num_workers=0, ema_decay=EMA_DECAY, held_out=HeldOutConfig(share=HELD_OUT, every=500, batches=8)
+        )
     )
     return folder / "model"
 
