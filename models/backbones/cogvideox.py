@@ -27,7 +27,7 @@ from diffusers.models.transformers import cogvideox_transformer_3d as plain_mode
 from torch import Tensor, nn
 
 from models.attention import AttentionRule, group_sizes
-from models.backbones.base import Backbone, Capabilities, require
+from models.backbones.base import Backbone, BranchSites, Capabilities, LayerBranch, require
 from models.backbones.cogvideox_positions import TextPlaces, rotary_tables, sine_table
 from models.backbones.inputs import as_context, check_inputs, shared_levels
 from models.joint_attention import JointPlan, joint_attention, joint_plan
@@ -70,14 +70,26 @@ class CogVideoXBackbone(Backbone):
             model.patch_embed.use_positional_embeddings = False
             model.patch_embed.pos_embedding = None  # a large table of the contiguous positions; not a weight
             model.patch_embed.register_forward_hook(self._added_positions)
-        for block in model.transformer_blocks:
+        self._added_patches = _AddedPatches()
+        model.patch_embed.register_forward_hook(self._added_patches)
+        for layer, block in enumerate(model.transformer_blocks):
             block.__class__ = CogVideoXBlock
+            block.layer = layer
             block.attn1.set_processor(_JointAttention())
         model.norm_out.register_forward_pre_hook(_frames_as_rows, with_kwargs=True)
 
     @property
     def config(self) -> Any:
         return self.transformer.config
+
+    @property
+    def sites(self) -> BranchSites:
+        layers, config = tuple(block.attn1 for block in self.transformer.transformer_blocks), self.config
+        return BranchSites(
+            layers, tuple((a.to_out[0].weight, a.to_out[0].bias) for a in layers),
+            config.num_attention_heads * config.attention_head_dim, config.time_embed_dim, config.text_embed_dim,
+            config.patch_size, "transformer.patch_embed", (".attn1.",), text_padding="read",
+        )  # fmt: skip
 
     def forward(
         self,
@@ -89,6 +101,8 @@ class CogVideoXBackbone(Backbone):
         position_mode: PositionMode = "contiguous",
         position_gap: int = 4,  # latent frames
         attention_rule: AttentionRule = "full",
+        branch: LayerBranch | None = None,  # what conditioning modules add to each layer
+        patches: Tensor | None = None,  # what they add to the patch embedding, [B,D,F,h,w]
     ) -> Tensor:
         """The model's prediction (v), [B,C,F,H,W]; here F counts latent frames.
 
@@ -114,13 +128,19 @@ class CogVideoXBackbone(Backbone):
         grid = (height // self.config.patch_size, width // self.config.patch_size)
         rotary = self._place(x, tokens, grid, position_mode, position_gap // self.pair, plan, contexts.shape[2])
 
+        if branch is not None:
+            require(self.capabilities, layer_branch=True)
         levels = shared_levels(levels)
+        if branch is not None and levels.ndim == 1:  # a branch is called from the blocks that see frames
+            levels = levels[:, None].expand(batch, frames)
         if levels.ndim == 2:
             levels = levels[:, :: self.pair]
             of_texts = [levels[:, list(read_by)].amax(dim=1, keepdim=True) for read_by in plan.text_frames]
             levels = torch.cat([levels, *of_texts], dim=1)  # [B,F+T]
         times = self.process.to_model_time(levels).flatten()
-        clip = _Clip(batch, tokens.num_frames, len(plan.text_groups), rotary, plan)
+        own = tokens.num_frames * grid[0] * grid[1]  # video tokens
+        clip = _Clip(batch, tokens.num_frames, len(plan.text_groups), rotary, plan, own, branch)
+        self._added_patches.patches = patches
         video = x.transpose(1, 2).contiguous()
         out = self.transformer(video, contexts.flatten(1, 2), times, image_rotary_emb=clip, return_dict=False)[0]
         return out.transpose(1, 2)
@@ -158,6 +178,11 @@ def _capabilities(pair: int, rotary: bool) -> Capabilities:
     reasons = {
         "kv_cache": "CogVideoX joins texts and frames in one attention, whose keys Shotloom does not keep; use Wan"
     }
+    if pair > 1:
+        reasons["layer_branch"] = (
+            f"CogVideoX 1.5 joins {pair} latent frames into one token, and these modules know single frames: which are "
+            "given, and the text of each; use CogVideoX 2B or 5B"
+        )
     if not rotary:
         modes.remove("diagonal")
         reasons["diagonal"] = (
@@ -170,6 +195,7 @@ def _capabilities(pair: int, rotary: bool) -> Capabilities:
         attention_rules=frozenset(get_args(AttentionRule)),
         text_per_shot=True,
         joint_text=True,
+        layer_branch=pair == 1,
         frames_per_token=pair,
         reasons=reasons,
     )
@@ -189,8 +215,19 @@ class _Clip:
         texts: int,
         rotary: tuple[Tensor, Tensor] | None,  # [N,d] each, or [T*L+N,d] where the text has positions
         plan: JointPlan,
+        video_tokens: int,
+        branch: LayerBranch | None = None,
     ) -> None:
         self.batch, self.frames, self.texts, self.rotary, self.plan = batch, frames, texts, rotary, plan
+        self.video_tokens, self.branch = video_tokens, branch
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """x [B,M,heads,d] by the positions of the clip's first M video tokens; as it is where those are added (2B)."""
+        if self.rotary is None:
+            return x
+        first = len(self.rotary[0]) - self.video_tokens
+        cos, sin = (table[first : first + x.shape[1]] for table in self.rotary)
+        return _rotate(x.transpose(1, 2), (cos, sin)).transpose(1, 2)
 
 
 class _AddedPositions:
@@ -203,11 +240,26 @@ class _AddedPositions:
         return torch.cat([tokens[:, :text], tokens[:, text:] + self.table.to(tokens.dtype)], dim=1)
 
 
+class _AddedPatches:
+    """After the patch embedding: adds what conditioning modules have for the video tokens, [B,D,F,h,w]."""
+
+    patches: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], tokens: Tensor) -> Tensor:
+        if self.patches is None:
+            return tokens
+        added = self.patches.flatten(2).transpose(1, 2).type_as(tokens)
+        text = tokens.shape[1] - added.shape[1]
+        return torch.cat([tokens[:, :text], tokens[:, text:] + added], dim=1)
+
+
 class CogVideoXBlock(plain_model.CogVideoXBlock):
     """diffusers' block with a time per frame and per text, and named like it: sharding goes by the name.
 
-    With one time per sample it is diffusers' own.
+    With one time per sample it is diffusers' own. A branch beside the attention is added without its gate.
     """
+
+    layer: int
 
     def forward(
         self,
@@ -228,7 +280,11 @@ class CogVideoXBlock(plain_model.CogVideoXBlock):
         video_out, text_out = self.attn1(
             hidden_states=video_in, encoder_hidden_states=text_in, image_rotary_emb=image_rotary_emb
         )
+        added = None
+        if clip.branch is not None:
+            added = clip.branch(self.layer, video_in, times[:, : clip.frames].flatten(0, 1), clip.rotate)
         video, text = video + video_gate * video_out, text + text_gate * text_out
+        video = video if added is None else video + added.type_as(video)
 
         video_in, text_in, video_gate, text_gate = _modulate(self.norm2, video, text, times)
         return video + video_gate * self.ff(video_in), text + text_gate * self.ff(text_in)
