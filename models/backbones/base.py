@@ -63,7 +63,7 @@ _REASONS = {  # of a lack that the backbone gives no reason for
     "per_frame_levels": "not supported",
     "text_per_shot": "not supported",
     "kv_cache": "not supported",
-    "layer_branch": "no modules are made to stand beside its layers; use Wan, CogVideoX 2B or 5B, HunyuanVideo or Latte",
+    "layer_branch": "no modules stand beside its layers; use Wan, CogVideoX 2B or 5B, HunyuanVideo or Latte",
     "joint_text": "its text is read by cross-attention, where a group's text would reach no other shot; let every shot "
     "read the story and its own prompt (global_prompt=prefix)",
     "image_beside": "only Stable Video Diffusion reads an image beside its frames; use method fvdm",

@@ -67,11 +67,16 @@ def test_a_lora_that_diffusers_cannot_read_is_refused(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.parametrize("method", ["fvdm", "lct", "tic_ft"])
+@pytest.mark.parametrize("method", ["fvdm", "lct", "tic_ft", "fca", "aid", "svd"])
 def test_wrong_pairings_are_refused_with_the_reason(method, name):
     reasons = {
         ("tic_ft", "cogvideox-1.5"): "joins 2 latent frames into one token.*use a model of one latent frame per token",
         ("lct", "svd"): "position_mode is 'time_gap': SVD's temporal convolutions",
+        ("fca", "cogvideox-1.5"): "no layer_branch: CogVideoX 1.5 joins 2 latent frames into one token",
+        ("aid", "cogvideox-1.5"): "no layer_branch: CogVideoX 1.5 joins 2 latent frames into one token",
+        ("fca", "svd"): "no layer_branch: Stable Video Diffusion reads no text",
+        ("aid", "svd"): "no layer_branch: Stable Video Diffusion reads no text",
+        **{("svd", other): "no image_beside: only Stable Video Diffusion" for other in BACKBONES if other != "svd"},
     }
     capabilities = BACKBONES[name]().capabilities
     if reason := reasons.get((method, name)):
@@ -89,12 +94,15 @@ def test_a_methods_parameters_count_in_the_pairing():
             diagonal.check_backbone(BACKBONES[name]().capabilities)
 
 
-def test_only_wan_carries_the_causal_stage():
+def test_backbones_that_keep_keys_carry_the_causal_stage():
     causal = get_method("lct", attention_rule="group_causal", position_mode="contiguous")
-    causal.check_backbone(BACKBONES["wan"]().capabilities)
+    for name in ("wan", "cogvideox-2b", "cogvideox-5b"):
+        causal.check_backbone(BACKBONES[name]().capabilities)
+    grouped = {"attention_rule": "group_causal", "position_mode": "diagonal", "global_prompt": "group"}
+    get_method("lct", **grouped).check_backbone(BACKBONES["cogvideox-5b"]().capabilities)
     reasons = {
         "hunyuan": "no kv_cache: HunyuanVideo joins text and frames",
-        "cogvideox-5b": "no kv_cache: CogVideoX joins texts and frames",
+        "cogvideox-1.5": "no kv_cache: CogVideoX 1.5 joins 2 latent frames into one token",
         "latte": "no kv_cache: Latte joins frames in attention over time",
         "svd": "attention_rule is 'group_causal': SVD's temporal convolutions",
     }
