@@ -1,4 +1,4 @@
-"""The KV cache of a backbone whose texts stand in the attention (CogVideoX 2B, 5B), against one forward over everything.
+"""The KV cache of a backbone whose texts stand in the attention (CogVideoX 2B, 5B), against one forward over all.
 
 That forward is compared with a reference written out in `test_cogvideox.py`. Shots of 3, 1 and 2 latent frames; LCT's
 global prompt is a group of its own in front of them, one dummy token that every shot sees.
@@ -29,7 +29,7 @@ STORY = 3  # its number among the texts
 
 
 def scene(story: bool, dtype: torch.dtype = torch.float64) -> tuple[ClipLayout, Tensor, Tensor, Tensor]:
-    """Layout, x, a level per shot [B,F], texts [B,4,L,D]; with the story's dummy frame, of zeros at level 0, in front."""
+    """Layout, x, a level per shot [B,F], texts [B,4,L,D]; with the story's dummy frame, zeros at level 0, in front."""
     layout = shots_layout(SIZES)
     x, texts = randn(B, 4, 6, 4, 6, seed=1, dtype=dtype), randn(B, 4, L, TEXT_DIM, seed=2, dtype=dtype)
     levels = torch.rand(B, 3, generator=torch.Generator().manual_seed(5))[:, layout.text_ids]
