@@ -61,8 +61,8 @@ class HunyuanVideoBackbone(Backbone):
         joint_text=True,
         layer_branch=True,
         reasons={
-            "kv_cache": "HunyuanVideo joins text and frames in one attention; Shotloom does not keep its keys; use Wan, "
-            "or CogVideoX 2B or 5B"
+            "kv_cache": "HunyuanVideo joins text and frames in one attention; Shotloom does not keep its keys; use "
+            "Wan, or CogVideoX 2B or 5B"
         },
     )
     # the linear layers of all attentions (the token refiner's, too) and of the double-stream blocks' feed-forwards
