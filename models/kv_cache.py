@@ -73,7 +73,8 @@ class KVCache:
         if not self._layers:
             return None
         key, value = self._layers[layer]
-        branches = batch // key.shape[0]
+        if (branches := batch // key.shape[0]) == 1:
+            return key, value
         return key.repeat(branches, 1, 1, 1), value.repeat(branches, 1, 1, 1)
 
     def prepend(self, layer: int, key: Tensor, value: Tensor) -> KeysValues:

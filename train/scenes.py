@@ -23,7 +23,7 @@ from models.states import null_states
 from models.text import TextContext, pack_text
 from train.batches import SceneBatch, Turns, keyed_generator, rows_of, stream
 from train.labels import class_of
-from train.shards import Record, read_shard
+from train.shards import Record, encoded_runs, latent_shape, read_shard
 
 Latents = Literal["sample", "mean"]
 # kind ("scene"; "story", a scene whose story is a group of its own; "single"), latent frames of each reference and of
@@ -489,25 +489,3 @@ def _check_encoders(record: Record, scene: Scene, made_with: tuple[str, str]) ->
                 f"{record.shard}: {scene.scene_id} was encoded by the {part} {has[:12] or '(none)'}, the model to "
                 f"train has {needs[:12]}; prepare the videos again with this model"
             )
-
-
-def latent_shape(record: Record, shot: int) -> tuple[int, ...]:
-    """[C,F,H,W] of a shot's latents, () if the shot has none."""
-    return record.shape(shot_tensor_key(shot, "latent_mean")) or ()
-
-
-def encoded_runs(record: Record, num_shots: int) -> list[range]:
-    """Longest runs of neighbouring shots that have latents of one channel count, height and width."""
-    runs: list[range] = []
-    size = None
-    for shot in range(num_shots):
-        shape = latent_shape(record, shot)
-        here = (shape[0], *shape[2:]) if shape else None
-        if here is None:
-            pass
-        elif here == size:
-            runs[-1] = range(runs[-1].start, shot + 1)
-        else:
-            runs.append(range(shot, shot + 1))
-        size = here
-    return runs

@@ -33,7 +33,7 @@ class BranchSites:
     """Where a `LayerBranch` stands in a backbone, and what the modules that make one must know of it."""
 
     attentions: tuple[Any, ...]  # the self-attention of each layer that calls the branch, with to_q, to_k, to_v, norms
-    outputs: tuple[tuple[Tensor, Tensor | None], ...]  # weight [D,D] and bias [D] of their output projections
+    output: Callable[[int], tuple[Tensor, Tensor | None]]  # weight [D,D] and bias [D] of a layer's output projection
     width: int  # D
     time_width: int  # of the embedded model time
     text_width: int
@@ -112,6 +112,7 @@ class Backbone(nn.Module, ABC):
     conditioner: nn.Module | None  # a method's own modules, beside the diffusers model and not part of it
     embedded_guidance: float | None = None  # the scale that distilled weights take as an input, where they do
     expert: Expert | None = None  # it is one of two models, which share the noise levels
+    packed_text: bool = False  # the first row of a context is a pooled text and no word (`TextStyle.pooled`)
 
     def __init__(self) -> None:
         super().__init__()

@@ -88,7 +88,7 @@ class CogVideoXBackbone(Backbone):
     def sites(self) -> BranchSites:
         layers, config = tuple(block.attn1 for block in self.transformer.transformer_blocks), self.config
         return BranchSites(
-            layers, tuple((a.to_out[0].weight, a.to_out[0].bias) for a in layers),
+            layers, lambda layer: (layers[layer].to_out[0].weight, layers[layer].to_out[0].bias),
             config.num_attention_heads * config.attention_head_dim, config.time_embed_dim, config.text_embed_dim,
             config.patch_size, "transformer.patch_embed", (".attn1.",), text_padding="read",
         )  # fmt: skip

@@ -120,14 +120,17 @@ class HunyuanVideoBackbone(Backbone):
         """Double-stream layers, then single-stream ones, whose output projection is a part of `proj_out`."""
         config, model = self.config, self.transformer
         width = config.num_attention_heads * config.attention_head_dim
-        double = [
-            (block.attn, (block.attn.to_out[0].weight, block.attn.to_out[0].bias)) for block in model.transformer_blocks
-        ]
-        single = [(block.attn, (block.proj_out.weight[:, :width], None)) for block in model.single_transformer_blocks]
-        layers, outputs = zip(*double, *single, strict=True)
+        double = len(model.transformer_blocks)
+        blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+
+        def output(layer: int) -> tuple[Tensor, Tensor | None]:
+            if layer < double:
+                return blocks[layer].attn.to_out[0].weight, blocks[layer].attn.to_out[0].bias
+            return blocks[layer].proj_out.weight[:, :width], None
+
         return BranchSites(
-            layers, outputs, width, width, config.text_embed_dim, config.patch_size, "transformer.x_embedder",
-            (".attn.add_", ".attn.norm_added_", ".attn.to_add_out."), text_padding="masked",
+            tuple(block.attn for block in blocks), output, width, width, config.text_embed_dim, config.patch_size,
+            "transformer.x_embedder", (".attn.add_", ".attn.norm_added_", ".attn.to_add_out."), text_padding="masked",
         )  # fmt: skip
 
     def read_text(self, text: TextContext | Tensor, frames: int) -> TextContext:

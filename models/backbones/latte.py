@@ -94,8 +94,8 @@ class LatteBackbone(Backbone):
         """Beside the spatial attention of each layer; the temporal one follows it."""
         layers = tuple(block.attn1 for block in self.transformer.transformer_blocks)
         return BranchSites(
-            layers, tuple((a.to_out[0].weight, a.to_out[0].bias) for a in layers), self._width, self._width,
-            self.config.caption_channels, self.config.patch_size, "transformer.pos_embed", (".attn2.",),
+            layers, lambda layer: (layers[layer].to_out[0].weight, layers[layer].to_out[0].bias), self._width,
+            self._width, self.config.caption_channels, self.config.patch_size, "transformer.pos_embed", (".attn2.",),
         )  # fmt: skip
 
     def forward(

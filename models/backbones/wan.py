@@ -98,8 +98,8 @@ class WanBackbone(Backbone):
         layers = tuple(block.attn1 for block in self.transformer.blocks)
         width = self.config.num_attention_heads * self.config.attention_head_dim
         return BranchSites(
-            layers, tuple((a.to_out[0].weight, a.to_out[0].bias) for a in layers), width, width, self.config.text_dim,
-            self.patch, "transformer.patch_embedding", (".attn2.",),
+            layers, lambda layer: (layers[layer].to_out[0].weight, layers[layer].to_out[0].bias), width, width,
+            self.config.text_dim, self.patch, "transformer.patch_embedding", (".attn2.",),
         )  # fmt: skip
 
     @property

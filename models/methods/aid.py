@@ -128,8 +128,9 @@ class AID(Prediction):
                 "aid: the model already has conditioning modules, of another method or size; start from one without, "
                 "or with the method_params it was trained with"
             )
+        readers = backbone.sites.text_readers
         for name, parameter in backbone.named_parameters():
-            reads_text = any(part in name for part in backbone.sites.text_readers)
+            reads_text = any(part in name for part in readers)
             parameter.requires_grad_(name.startswith("conditioner.") or reads_text)
 
     def module_settings(self) -> AIDSettings:

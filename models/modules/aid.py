@@ -136,11 +136,8 @@ class AIDModules(nn.Module):
             within = torch.arange(context.embeddings.shape[2]) < context.lengths[..., None]  # [B,1,L]
             context = replace(context, embeddings=context.embeddings * within[..., None].to(context.embeddings))
         instruction = context.embeddings[:, 0]  # [B,L,D]
-        if states is not None:
-            batch, count = states.shape[:2]
-            states = backbone.read_text(states.flatten(0, 1), frames).embeddings.reshape(
-                batch, count, -1, states.shape[3]
-            )
+        if states is not None and backbone.packed_text:
+            states = states[:, :, 1:]
         given = given.to(instruction)
         if given.ndim != 5 or not 1 <= given.shape[2] <= frames or len(given) != len(instruction):
             raise ValueError(

@@ -136,9 +136,11 @@ class FrameConditionAdapter(nn.Module):
         if init_features not in get_args(InitFeatures):
             raise ValueError(f"init_features is {init_features!r}; choose one of {', '.join(get_args(InitFeatures))}")
         sites = backbone.sites
-        dim, layers = sites.width, list(zip(sites.attentions, sites.outputs, strict=True))
+        dim, layers = sites.width, sites.attentions
         self.init_features = init_features
-        self.blocks = nn.ModuleList([FCABlock(*layer, sites.time_width, width) for layer in layers])
+        self.blocks = nn.ModuleList(
+            [FCABlock(layer, sites.output(i), sites.time_width, width) for i, layer in enumerate(layers)]
+        )
         self.texts = nn.ModuleList(
             FrameTextQFormer(
                 sites.text_width, dim, dim, width=text_width, heads=text_heads, queries=queries, frames=max_frames

@@ -247,7 +247,8 @@ def test_an_opened_fca_block_is_the_layers_own_attention_over_given_tokens_and_i
     given, text = randn(B, tokens, sites.width, seed=3), randn(B, F, queries, sites.width, seed=4)
     frame_of_key = torch.tensor([-1] * tokens + [f for f in range(F) for _ in range(queries)])
     mask = (frame_of_key == -1) | (frame_of_key == torch.arange(F).repeat_interleave(tokens)[:, None])
-    for block, attn, (weight, bias) in zip(backbone.conditioner.blocks, sites.attentions, sites.outputs, strict=True):
+    for layer, (block, attn) in enumerate(zip(backbone.conditioner.blocks, sites.attentions, strict=True)):
+        weight, bias = sites.output(layer)
         block.modulation.bias[2 * sites.width :] = 1
 
         def heads(x: Tensor, project, norm=None, attn=attn) -> Tensor:
@@ -347,6 +348,7 @@ def test_hunyuans_pooled_text_is_no_word_and_states_lose_theirs():
     """Contexts as folders and datasets hold them: the pooled text first, zeros for padding."""
     backbone, method = adapted("hunyuan", "aid")
     text, conditions = words("hunyuan"), told("hunyuan", "aid")
+    conditions["states"][:, 2] = 0  # states that were not said are zeros
     apart = predict(backbone, method, clip("hunyuan"), LEVELS, text, conditions)
     backbone.packed_text = True
     embeddings = text.embeddings.clone()
@@ -354,6 +356,7 @@ def test_hunyuans_pooled_text_is_no_word_and_states_lose_theirs():
     pooled = nnf.pad(text.pooled, (0, TEXT_DIM - POOLED_DIM))[:, :, None]
     packed = TextContext(torch.cat([pooled, embeddings], dim=2), text.frame_text)
     states = torch.cat([randn(B, 3, 1, TEXT_DIM, seed=9), conditions["states"]], dim=2)
+    states[:, 2] = 0
     out = predict(backbone, method, clip("hunyuan"), LEVELS, packed, conditions | {"states": states})
     assert torch.allclose(out, apart, rtol=0, atol=1e-12)
 

@@ -112,7 +112,7 @@ def test_every_layer_has_modules_of_its_own_and_as_many_parameters_as_the_formul
     assert not torch.equal(texts[0].queries, texts[1].queries)
     count = sum(p.numel() for p in blocks[0].parameters())
     assert count == 4 * (D * D + D) + 2 * D + 3 * D * D + 3 * D
-    layer = backbone.sites.attentions[0], backbone.sites.outputs[0], D
+    layer = backbone.sites.attentions[0], backbone.sites.output(0), D
     narrow = FCABlock(*layer, width=12)
     assert sum(p.numel() for p in narrow.parameters()) == 3 * (12 * D + 12) + 12 * D + D + 2 * 12 + 3 * D * D + 3 * D
     assert len(adapted(adapter="no_frame_text")[0].conditioner.texts) == 0
