@@ -109,6 +109,11 @@ class VideoCodec:
         self._mean = torch.tensor(mean).view(-1, 1, 1, 1)
         self._std = torch.tensor(std).view(-1, 1, 1, 1)
 
+    @property
+    def causal(self) -> bool:
+        """Whether the latents of a clip's first frames are those that the frames have alone, without the later ones."""
+        return not isinstance(self.vae, AutoencoderKLCogVideoX | AutoencoderKLHunyuanVideo)
+
     @staticmethod
     def from_folder(path: Path | str, device: torch.device | str = "cpu") -> VideoCodec:
         """Reads `vae/` of a model folder, in float32 (diffusers' advice for Wan: bfloat16 shows in the pixels)."""

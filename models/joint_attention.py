@@ -115,6 +115,7 @@ def joint_attention(
     plan: JointPlan,
     attend: Attend = sdpa,
     padding: TextPadding | None = None,  # None: all text tokens are valid
+    past: tuple[Tensor, Tensor] | None = None,  # keys and values of tokens that all see, [B,P,heads,d]
 ) -> Tensor:
     """Attention under a plan, exact, one dense call per part; [B,T*L+F*n,heads,d].
 
@@ -122,7 +123,7 @@ def joint_attention(
     What comes out for a padding token means nothing.
     """
     if len(plan.parts) == 1 and padding is None and not plan.dummies:
-        return attend(q, k, v)  # all see all
+        return attend(q, *_behind(past, k, v))  # all see all
     texts, frames = len(plan.text_groups), len(plan.back)
 
     def split(x: Tensor) -> tuple[Tensor, Tensor]:  # [B,T,L,heads,d] and [B,F,n,heads,d]
@@ -130,6 +131,8 @@ def joint_attention(
 
     (q_text, q_video), (k_text, k_video), (v_text, v_video) = split(q), split(k), split(v)
     if plan.alone:
+        if past is not None:
+            raise ValueError("frames that see themselves only have no past: use the rule group_causal")
         folded = [
             torch.cat(pair, dim=2).flatten(0, 1)  # [B*F,L+n,heads,d]
             for pair in ((q_text, q_video), (k_text, k_video), (v_text, v_video))
@@ -146,7 +149,10 @@ def joint_attention(
         query = _join(q_text, part.texts, longest, video.flatten(1, 2))
         key = _join(k_text, part.key_texts, longest, _seen(k_video, part.key_frames, plan.dummies))
         value = _join(v_text, part.key_texts, longest, _seen(v_video, part.key_frames, plan.dummies))
+        key, value = _behind(past, key, value)
         if padding is not None and any(padding.differs[part.key_texts]):
+            if past is not None:
+                raise ValueError("texts of different lengths in a batch behind a past: give all the same length")
             seen = range(texts)[part.key_texts]
             out = attend(query, key, value, _key_mask([padding.valid[:, i, : longest[i]] for i in seen], key))
         else:
@@ -155,6 +161,18 @@ def joint_attention(
         text_outs += [F.pad(x, (0, 0, 0, 0, 0, length - x.shape[1])) for x in text_out]
         video_outs.append(video_out.unflatten(1, (len(part.frames), -1)))
     return torch.cat([*text_outs, _take(torch.cat(video_outs, dim=1), plan.back).flatten(1, 2)], dim=1)
+
+
+def seen_later(x: Tensor, text_tokens: int, plan: JointPlan, texts_have_positions: bool) -> Tensor:
+    """What later units see of keys or values [B,T*L+F*n,heads,d]: all frames, and texts where they have positions."""
+    frames = len(plan.back)
+    video = _seen(x[:, text_tokens:].unflatten(1, (frames, -1)), slice(0, frames), plan.dummies)
+    return torch.cat([x[:, :text_tokens], video], dim=1) if texts_have_positions else video
+
+
+def _behind(past: tuple[Tensor, Tensor] | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with those of the past in front."""
+    return (key, value) if past is None else (torch.cat([past[0], key], dim=1), torch.cat([past[1], value], dim=1))
 
 
 def _join(text: Tensor, texts: slice, longest: tuple[int, ...], video: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ class KVCache:
     def reset(self) -> None:
         """Forget all shots, for another history or another size."""
         self.sizes: tuple[int, ...] = ()  # latent frames of each shot
+        self.dummies: tuple[bool, ...] = ()  # which of them stand for a single token (`models.layout.with_story`)
         self._layers: list[KeysValues] = []
         self._placing: Placing | None = None
 
@@ -51,7 +52,9 @@ class KVCache:
         if batch % (rows := self._layers[0][0].shape[0]):
             raise ValueError(f"the cache holds {rows} samples, a batch of {batch} is no multiple of it")
 
-    def append(self, layers: list[KeysValues], sizes: tuple[int, ...], placing: Placing) -> None:
+    def append(
+        self, layers: list[KeysValues], sizes: tuple[int, ...], placing: Placing, dummies: tuple[bool, ...] = ()
+    ) -> None:
         """Keep the shots of one forward: its own keys and values per layer, and the frames of each of its shots."""
         if not self._layers:
             self._layers = layers
@@ -63,6 +66,16 @@ class KVCache:
                 for (k, v), (own_k, own_v) in zip(self._layers, layers, strict=True)
             ]
         self.sizes, self._placing = self.sizes + sizes, placing
+        self.dummies += dummies or (False,) * len(sizes)
+
+    def past(self, layer: int, batch: int) -> KeysValues | None:
+        """Keys and values of all shots in one layer, [batch,N,heads,d]; the same shots in each guidance branch."""
+        if not self._layers:
+            return None
+        key, value = self._layers[layer]
+        if (branches := batch // key.shape[0]) == 1:
+            return key, value
+        return key.repeat(branches, 1, 1, 1), value.repeat(branches, 1, 1, 1)
 
     def prepend(self, layer: int, key: Tensor, value: Tensor) -> KeysValues:
         """Keys and values of all shots and then these, [branches*B,N,heads,d], of one layer."""

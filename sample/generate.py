@@ -279,7 +279,10 @@ def _generate_in_turn(
     media = [load_media(first, index, model) for index in range(len(first.shots))]
     frames = _shot_frames(first, media, model)
     layout = shots_layout(frames)
-    text, null = encode_texts(storyboards, layout, model, settings.text)
+    method = get_method(model.settings.method, **model.settings.method_params)
+    story_apart = method.story_group and settings.text == "scene" and bool(first.story)
+    read_by = with_story(layout) if story_apart else layout
+    text, null = encode_texts(storyboards, read_by, model, settings.text, story_apart)
     known = encode_media(media, [], layout, model, len(storyboards))
     generators = [shot_generators(board, seed) for board, seed in zip(storyboards, seeds, strict=True)]
     shots = [
@@ -297,7 +300,7 @@ def _generate_in_turn(
     ]
     made = rollout(
         model.backbone,
-        get_method(model.settings.method, **model.settings.method_params),
+        method,
         task,
         shots,
         base_levels(settings.steps, shift=model.settings.level_shift),
@@ -305,6 +308,7 @@ def _generate_in_turn(
         guidance=Guidance([("text", settings.guidance)]),
         solver=settings.solver,
         callback=callback,
+        story=text.embeddings[:, -1] if story_apart else None,
     )
     clips: list[list[np.ndarray]] = [[] for _ in storyboards]
     for pixels, latents in zip(media, made, strict=True):

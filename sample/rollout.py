@@ -52,8 +52,11 @@ def rollout(
     guidance: Guidance | None = None,
     solver: SolverName = "euler",
     callback: Callback | None = None,  # steps over all shots that are made
+    story: Tensor | None = None,  # [B,L,D], the text of a group in front of all shots (`models.layout.with_story`)
 ) -> Iterator[Tensor]:
     """Latents [B,C,F,H,W] (fp32, normalised) of one shot after another, given ones as they were given.
+
+    The story's group, its text and one dummy token at level 0, stands in the cache before whatever history a shot sees.
 
     Only the current shot loses its text in guidance; history keeps its own, so that one cache serves all branches.
     Held at a time: keys and values of one shot's history, and the latents of shots that a later one still sees.
@@ -65,7 +68,7 @@ def rollout(
         if len(set(shot.history)) != len(shot.history) or not set(shot.history) <= set(range(index)):
             raise ValueError(f"shot {index}: history is {list(shot.history)}, expected earlier shots, each once")
         layouts.append(method.layout_for_task(task, [*(shots[j].frames for j in shot.history), shot.frames]))
-    return _run(backbone, method, task, shots, layouts, levels, size, guidance, solver, callback)
+    return _run(backbone, method, task, shots, layouts, levels, size, guidance, solver, callback, story)
 
 
 def _run(
@@ -79,13 +82,15 @@ def _run(
     guidance: Guidance | None,
     solver: SolverName,
     callback: Callback | None,
+    story: Tensor | None,
 ) -> Iterator[Tensor]:
     done, steps = 0, len(levels) - 1
     total = steps * sum(shot.given is None for shot in shots)
     last_reader = {j: index for index, shot in enumerate(shots) if shot.given is None for j in shot.history}
     pool: dict[int, tuple[Tensor, Tensor]] = {}  # finished shots that are still seen: latents, and noise as history
     cache = backbone.new_cache()
-    cached: tuple[int, ...] = ()  # the shots in it
+    cached: tuple[int, ...] = ()  # the shots in it, behind the story
+    told = False  # whether the story is in it
     for index, (shot, layout) in enumerate(zip(shots, layouts, strict=True)):
         if shot.given is not None:
             latents = shot.given
@@ -94,7 +99,10 @@ def _run(
             options = method.backbone_kwargs(layout) | {"cache": cache}
             if shot.history[: len(cached)] != cached:
                 cache.reset()
-                cached = ()
+                cached, told = (), False
+            if story is not None and not told:
+                _append_story(backbone, method, story, size, options)
+                told = True
             for position in range(len(cached), len(shot.history)):
                 j, frames = shot.history[position], layout.shot_slices[position]
                 _append(backbone, method, shots[j], *pool[j], plan[0, frames], options)
@@ -139,6 +147,18 @@ def _append(
     told = method.model_levels(level.expand(len(noisy), -1))
     own = options | {"layout": _one_shot(shot.frames), "append": True}
     backbone(noisy.to(shot.text.dtype), told, _context(shot.text, shot.frames), **own)
+
+
+@torch.no_grad()
+def _append_story(
+    backbone: Backbone, method: Method, story: Tensor, size: tuple[int, int, int], options: dict[str, Any]
+) -> None:
+    """One pass over the story's text and its dummy frame, zeros at level 0, which keeps their keys and values."""
+    channels, height, width = size
+    zeros = torch.zeros(len(story), channels, 1, height, width, dtype=story.dtype, device=story.device)
+    told = method.model_levels(torch.zeros(len(story), 1, device=story.device))
+    own = options | {"layout": ClipLayout((Segment("dummy", 1),)), "append": True}
+    backbone(zeros, told, _context(story, 1), **own)
 
 
 def _one_shot(frames: int) -> ClipLayout:

@@ -23,7 +23,7 @@ from models.states import null_states
 from models.text import TextContext, pack_text
 from train.batches import SceneBatch, Turns, keyed_generator, rows_of, stream
 from train.labels import class_of
-from train.shards import Record, read_shard
+from train.shards import Record, encoded_runs, latent_shape, read_shard
 
 Latents = Literal["sample", "mean"]
 # kind ("scene"; "story", a scene whose story is a group of its own; "single"), latent frames of each reference and of
@@ -106,6 +106,8 @@ class ShardDataset:
         most_states: of a method that reads states (`Method.most_states`), whose samples are single shots.
         classes: of a method that is told a class (`Method.classes`); every sample is of shots of one class.
         given_frames: latent frames from a shot's first that the method is given: they are means, as in sampling.
+        given_alone: of a VAE that is not causal (`VideoCodec.causal`): the given frame is the shot's first, encoded
+            alone, because a latent cut out of the shot's would know the frames to be made.
         loses_given: whether `text_drop` is to name samples that lose them; what else they lose stays.
         made_with: hashes of the VAE and the text encoder of the model to train; the dataset's must be the same.
         latents: draw from the VAE's posterior, or take its mean.
@@ -133,6 +135,7 @@ class ShardDataset:
         most_states: int = 0,
         classes: int | None = None,
         given_frames: int = 0,
+        given_alone: bool = False,
         loses_given: bool = False,
         shots_per_scene: int = 3,
         single_shot_prob: float = 0.0,
@@ -151,6 +154,13 @@ class ShardDataset:
         self._state_tokens = 0  # of the longest state; all are padded to it, whatever batch they are in
         self.null_text, self.text_drop, self.loses_given = null_text, text_drop or TextDrop(), loses_given
         _check_drop(self.text_drop, loses_given)
+        self.given_alone = given_alone and given_frames > 0
+        if self.given_alone and given_frames > 1:
+            raise ValueError(
+                f"given_frames is {given_frames}, but in this model's VAE the latents of a shot's first frames know "
+                "the later ones, and the dataset has only its first frame encoded alone: set given_frames=1, or use a "
+                "model with a causal VAE, such as Wan"
+            )
         self.shots_per_scene, self.single_shot_prob = shots_per_scene, single_shot_prob
         self.single_frame_prob, self.story_group = single_frame_prob, story_group
         self.held_out_share = held_out_share
@@ -247,6 +257,8 @@ class ShardDataset:
                     f"{window.record.shard}: {window.scene_id} shot {shot}: its texts have {lengths} tokens, the model "
                     f"reads {self.text_length} in all; prepare the videos again with shorter captions"
                 )
+        if self.given_alone:
+            window.record.require(shot_tensor_key(window.first, "first_mean"))
         if self.single_frame_prob:
             for name in ("first_mean", "last_mean"):
                 for shot in window.shots:
@@ -332,7 +344,13 @@ class ShardDataset:
         if self.loses_given:
             given_lost = torch.tensor([self._lost(n) in ("given", "both") for n in numbers])
         labels = torch.tensor([window.label for window in windows]) if self.classes else None
-        return SceneBatch(latents, layout, context, keys, labels, states, given_lost)
+        given = None
+        if self.given_alone:
+            alone = [window.record.read(shot_tensor_key(window.first, "first_mean")).float() for window in windows]
+            given = self.normalize(torch.stack(alone))
+            if bool(layout.is_given[0]):  # it stands in the clip, too
+                latents[:, :, :1] = given
+        return SceneBatch(latents, layout, context, keys, labels, states, given_lost, given)
 
     def _single_frames(self, index: int, frames: tuple[int, ...]) -> tuple[int, ...]:
         """The latent frames of each shot in micro-batch `index`, whose samples have one layout: all, or one."""
@@ -471,25 +489,3 @@ def _check_encoders(record: Record, scene: Scene, made_with: tuple[str, str]) ->
                 f"{record.shard}: {scene.scene_id} was encoded by the {part} {has[:12] or '(none)'}, the model to "
                 f"train has {needs[:12]}; prepare the videos again with this model"
             )
-
-
-def latent_shape(record: Record, shot: int) -> tuple[int, ...]:
-    """[C,F,H,W] of a shot's latents, () if the shot has none."""
-    return record.shape(shot_tensor_key(shot, "latent_mean")) or ()
-
-
-def encoded_runs(record: Record, num_shots: int) -> list[range]:
-    """Longest runs of neighbouring shots that have latents of one channel count, height and width."""
-    runs: list[range] = []
-    size = None
-    for shot in range(num_shots):
-        shape = latent_shape(record, shot)
-        here = (shape[0], *shape[2:]) if shape else None
-        if here is None:
-            pass
-        elif here == size:
-            runs[-1] = range(runs[-1].start, shot + 1)
-        else:
-            runs.append(range(shot, shot + 1))
-        size = here
-    return runs

@@ -14,6 +14,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from models.scene import shot_tensor_key
+
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -114,3 +116,25 @@ def _place(base: int, room: int, dtype: str, shape: list[int], data_offsets: tup
     if not 0 <= first <= last <= room or place.size != math.prod(shape) * place.dtype.itemsize:
         raise ValueError(f"{dtype} tensor of shape {shape} at bytes {first}..{last} of {room}")
     return place
+
+
+def latent_shape(record: Record, shot: int) -> tuple[int, ...]:
+    """[C,F,H,W] of a shot's latents, () if the shot has none."""
+    return record.shape(shot_tensor_key(shot, "latent_mean")) or ()
+
+
+def encoded_runs(record: Record, num_shots: int) -> list[range]:
+    """Longest runs of neighbouring shots that have latents of one channel count, height and width."""
+    runs: list[range] = []
+    size = None
+    for shot in range(num_shots):
+        shape = latent_shape(record, shot)
+        here = (shape[0], *shape[2:]) if shape else None
+        if here is None:
+            pass
+        elif here == size:
+            runs[-1] = range(runs[-1].start, shot + 1)
+        else:
+            runs.append(range(shot, shot + 1))
+        size = here
+    return runs

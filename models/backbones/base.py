@@ -8,13 +8,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor, nn
 
 from models.attention import AttentionRule
+from models.backbones.inputs import as_context
 from models.experts import Expert
 from models.kv_cache import KVCache
 from models.layout import ClipLayout
@@ -25,6 +26,21 @@ from models.text import TextContext
 # (layer, what its self-attention reads [B,F,n,D], embedded model time [B,D] or [B*F,D], rotate) -> [B,F,n,D] to add to
 # the layer's hidden states, or None. rotate(x [B,M,heads,d]) turns x by the positions of the clip's first M tokens.
 LayerBranch = Callable[[int, Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor | None]
+
+
+@dataclass(frozen=True, eq=False)
+class BranchSites:
+    """Where a `LayerBranch` stands in a backbone, and what the modules that make one must know of it."""
+
+    attentions: tuple[Any, ...]  # the self-attention of each layer that calls the branch, with to_q, to_k, to_v, norms
+    output: Callable[[int], tuple[Tensor, Tensor | None]]  # weight [D,D] and bias [D] of a layer's output projection
+    width: int  # D
+    time_width: int  # of the embedded model time
+    text_width: int
+    patch: int  # latent pixels along a side of a token
+    patch_embedding: str  # the module that makes the first tokens, by its name
+    text_readers: tuple[str, ...]  # parts of the names of the parameters by which the layers read text
+    text_padding: Literal["zeros", "read", "masked"] = "zeros"  # what stands after a text, see `models.modules.aid`
 
 
 @dataclass(frozen=True)
@@ -47,7 +63,7 @@ _REASONS = {  # of a lack that the backbone gives no reason for
     "per_frame_levels": "not supported",
     "text_per_shot": "not supported",
     "kv_cache": "not supported",
-    "layer_branch": "modules beside its layers are only made for Wan",
+    "layer_branch": "no modules stand beside its layers; use Wan, CogVideoX 2B or 5B, HunyuanVideo or Latte",
     "joint_text": "its text is read by cross-attention, where a group's text would reach no other shot; let every shot "
     "read the story and its own prompt (global_prompt=prefix)",
     "image_beside": "only Stable Video Diffusion reads an image beside its frames; use method fvdm",
@@ -96,6 +112,7 @@ class Backbone(nn.Module, ABC):
     conditioner: nn.Module | None  # a method's own modules, beside the diffusers model and not part of it
     embedded_guidance: float | None = None  # the scale that distilled weights take as an input, where they do
     expert: Expert | None = None  # it is one of two models, which share the noise levels
+    packed_text: bool = False  # the first row of a context is a pooled text and no word (`TextStyle.pooled`)
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,6 +127,15 @@ class Backbone(nn.Module, ABC):
     def models_by_folder(self) -> dict[str, Any]:
         """The diffusers models, by the folder of a model folder that each lies in."""
         return {"transformer": self.transformer}
+
+    @property
+    def sites(self) -> BranchSites:
+        """Of a backbone that has layer_branch."""
+        raise ValueError(f"{type(self).__name__} takes no modules beside its layers")
+
+    def read_text(self, text: TextContext | Tensor, frames: int) -> TextContext:
+        """Text as `forward` reads it: the words alone, whatever else a context of this model holds taken out."""
+        return as_context(text, frames)
 
     def new_cache(self) -> Any:
         """An empty cache for `forward`, of a backbone that has kv_cache."""

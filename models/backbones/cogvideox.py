@@ -16,6 +16,7 @@ L text tokens, D width, E width of the time embedding, d width of a head.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
 
@@ -27,10 +28,11 @@ from diffusers.models.transformers import cogvideox_transformer_3d as plain_mode
 from torch import Tensor, nn
 
 from models.attention import AttentionRule, group_sizes
-from models.backbones.base import Backbone, Capabilities, require
+from models.backbones.base import Backbone, BranchSites, Capabilities, LayerBranch, require
 from models.backbones.cogvideox_positions import TextPlaces, rotary_tables, sine_table
 from models.backbones.inputs import as_context, check_inputs, shared_levels
-from models.joint_attention import JointPlan, joint_attention, joint_plan
+from models.joint_attention import JointPlan, joint_attention, joint_plan, seen_later
+from models.kv_cache import KeysValues, KVCache
 from models.layout import ClipLayout, Segment
 from models.positions import PositionMode
 from models.process import Process
@@ -70,14 +72,26 @@ class CogVideoXBackbone(Backbone):
             model.patch_embed.use_positional_embeddings = False
             model.patch_embed.pos_embedding = None  # a large table of the contiguous positions; not a weight
             model.patch_embed.register_forward_hook(self._added_positions)
-        for block in model.transformer_blocks:
+        self._added_patches = _AddedPatches()
+        model.patch_embed.register_forward_hook(self._added_patches)
+        for layer, block in enumerate(model.transformer_blocks):
             block.__class__ = CogVideoXBlock
-            block.attn1.set_processor(_JointAttention())
+            block.layer = layer
+            block.attn1.set_processor(_JointAttention(layer))
         model.norm_out.register_forward_pre_hook(_frames_as_rows, with_kwargs=True)
 
     @property
     def config(self) -> Any:
         return self.transformer.config
+
+    @property
+    def sites(self) -> BranchSites:
+        layers, config = tuple(block.attn1 for block in self.transformer.transformer_blocks), self.config
+        return BranchSites(
+            layers, lambda layer: (layers[layer].to_out[0].weight, layers[layer].to_out[0].bias),
+            config.num_attention_heads * config.attention_head_dim, config.time_embed_dim, config.text_embed_dim,
+            config.patch_size, "transformer.patch_embed", (".attn1.",), text_padding="read",
+        )  # fmt: skip
 
     def forward(
         self,
@@ -89,14 +103,26 @@ class CogVideoXBackbone(Backbone):
         position_mode: PositionMode = "contiguous",
         position_gap: int = 4,  # latent frames
         attention_rule: AttentionRule = "full",
+        branch: LayerBranch | None = None,  # what conditioning modules add to each layer
+        patches: Tensor | None = None,  # what they add to the patch embedding, [B,D,F,h,w]
+        cache: KVCache | None = None,  # shots that come before those of x
+        append: bool = False,  # keep the shots of x, as they are here, in the cache
     ) -> Tensor:
         """The model's prediction (v), [B,C,F,H,W]; here F counts latent frames.
 
         With equal levels, one text and no layout this is, bit for bit, the diffusers model at the time that the process
-        gives the level, with the rotary tables of CogVideoXPipeline. Raises ValueError where x, levels, text and layout
-        do not fit together, and, for 1.5, where a pair of latent frames that share a token frame is told apart.
+        gives the level, with the rotary tables of CogVideoXPipeline. With a cache it is what the same model says of x
+        behind the shots that the cache holds, whose texts it sees, too, where texts have positions. Raises ValueError
+        where x, levels, text, layout and cache do not fit together, and, for 1.5, where a pair of latent frames that
+        share a token frame is told apart.
         """
-        require(self.capabilities, position_mode=position_mode, attention_rule=attention_rule)
+        require(
+            self.capabilities,
+            position_mode=position_mode,
+            attention_rule=attention_rule,
+            layer_branch=branch is not None,
+            kv_cache=cache is not None,
+        )
         batch, _, frames, height, width = x.shape
         layout = layout or ClipLayout((Segment("target", frames),))
         text = as_context(text, frames)
@@ -112,17 +138,37 @@ class CogVideoXBackbone(Backbone):
         )
         contexts = text.embeddings[:, list(plan.text_groups)]  # [B,T,L,D]
         grid = (height // self.config.patch_size, width // self.config.patch_size)
-        rotary = self._place(x, tokens, grid, position_mode, position_gap // self.pair, plan, contexts.shape[2])
+        placing = (position_mode, position_gap, grid)
+        if cache is not None:
+            if attention_rule != "group_causal" or len(plan.text_groups) != tokens.num_shots:
+                raise ValueError(
+                    f"a cache with attention_rule {attention_rule!r} and {len(plan.text_groups)} texts for "
+                    f"{tokens.num_shots} shots: it takes group_causal, under which earlier shots stay what they were, "
+                    "and a text per shot"
+                )
+            cache.check(batch, placing)
+        elif append:
+            raise ValueError("append=True without a cache to append to")
+        rotary = self._place(x, tokens, grid, position_mode, position_gap // self.pair, plan, contexts.shape[2], cache)
 
         levels = shared_levels(levels)
+        if branch is not None and levels.ndim == 1:  # a branch is called from the blocks that see frames
+            levels = levels[:, None].expand(batch, frames)
         if levels.ndim == 2:
             levels = levels[:, :: self.pair]
             of_texts = [levels[:, list(read_by)].amax(dim=1, keepdim=True) for read_by in plan.text_frames]
             levels = torch.cat([levels, *of_texts], dim=1)  # [B,F+T]
         times = self.process.to_model_time(levels).flatten()
-        clip = _Clip(batch, tokens.num_frames, len(plan.text_groups), rotary, plan)
+        own = tokens.num_frames * grid[0] * grid[1]  # video tokens
+        clip = _Clip(batch, tokens.num_frames, len(plan.text_groups), rotary, plan, own, branch)
+        clip.cache, clip.append, clip.text_seen_later = cache, append, position_mode == "diagonal"
+        self._added_patches.patches = patches
         video = x.transpose(1, 2).contiguous()
         out = self.transformer(video, contexts.flatten(1, 2), times, image_rotary_emb=clip, return_dict=False)[0]
+        if cache is not None and append:
+            kept = [clip.kept[layer] for layer in range(len(self.transformer.transformer_blocks))]
+            dummy = tuple(bool(tokens.is_dummy[frames].all()) for frames in tokens.shot_slices)
+            cache.append(kept, group_sizes(tokens), placing, dummy)
         return out.transpose(1, 2)
 
     def _place(
@@ -134,30 +180,51 @@ class CogVideoXBackbone(Backbone):
         gap: int,
         plan: JointPlan,
         text_length: int,
+        cache: KVCache | None,
     ) -> tuple[Tensor, Tensor] | None:
-        """Rotary tables, or None after the sine table has been laid out for the patch embedding."""
-        config = self.config
+        """Rotary tables, or None after the sine table has been laid out for the patch embedding.
+
+        Behind a cache they are those of the whole scene, of which the rows of these texts and frames are returned.
+        """
+        config, past = self.config, len(cache.sizes) if cache is not None else 0
+        own, own_text = tokens.num_frames * grid[0] * grid[1], len(plan.text_groups) * text_length
+        if cache is not None and past:
+            tokens = _behind_cache(cache, tokens)
         if self._added_positions is not None:
-            self._added_positions.table = sine_table(
+            table = sine_table(
                 tokens, grid, mode, gap, config.num_attention_heads * config.attention_head_dim,
                 config.spatial_interpolation_scale, config.temporal_interpolation_scale, x.dtype, x.device,
             )  # fmt: skip
+            self._added_positions.table = table[-own:]
             return None
         places = TextPlaces()
         if mode == "diagonal":
-            shot_of = [shot for shot, size in enumerate(group_sizes(tokens)) for _ in range(size)]
-            first_readers = tuple(shot_of[read_by[0]] for read_by in plan.text_frames)
-            places = TextPlaces(text_length, first_readers, plan.text_groups)
+            shot_of = [shot for shot, size in enumerate(group_sizes(tokens)[past:]) for _ in range(size)]
+            first_readers = tuple(past + shot_of[read_by[0]] for read_by in plan.text_frames)
+            places = TextPlaces(text_length, (*range(past), *first_readers), (0,) * past + plan.text_groups)
         base_grid = (config.sample_height // config.patch_size, config.sample_width // config.patch_size)
         stretch = base_grid if config.patch_size_t is None else None
-        return rotary_tables(tokens, grid, mode, gap, places, config.attention_head_dim, stretch, x.device)
+        tables = rotary_tables(tokens, grid, mode, gap, places, config.attention_head_dim, stretch, x.device)
+        if not past:
+            return tables
+        before = past * text_length if mode == "diagonal" else 0
+        texts = slice(before, before + own_text if mode == "diagonal" else 0)
+        cos, sin = (torch.cat([table[texts], table[-own:]]) for table in tables)
+        return cos, sin
 
 
 def _capabilities(pair: int, rotary: bool) -> Capabilities:
     modes = set(get_args(PositionMode))
-    reasons = {
-        "kv_cache": "CogVideoX joins texts and frames in one attention, whose keys Shotloom does not keep; use Wan"
-    }
+    reasons = {}
+    if pair > 1:
+        reasons["kv_cache"] = (
+            f"CogVideoX 1.5 joins {pair} latent frames into one token, and shots one after another do not fill whole "
+            "tokens; use CogVideoX 2B or 5B, or Wan"
+        )
+        reasons["layer_branch"] = (
+            f"CogVideoX 1.5 joins {pair} latent frames into one token, and these modules know single frames: which are "
+            "given, and the text of each; use CogVideoX 2B or 5B"
+        )
     if not rotary:
         modes.remove("diagonal")
         reasons["diagonal"] = (
@@ -170,6 +237,8 @@ def _capabilities(pair: int, rotary: bool) -> Capabilities:
         attention_rules=frozenset(get_args(AttentionRule)),
         text_per_shot=True,
         joint_text=True,
+        kv_cache=pair == 1,
+        layer_branch=pair == 1,
         frames_per_token=pair,
         reasons=reasons,
     )
@@ -189,8 +258,22 @@ class _Clip:
         texts: int,
         rotary: tuple[Tensor, Tensor] | None,  # [N,d] each, or [T*L+N,d] where the text has positions
         plan: JointPlan,
+        video_tokens: int,
+        branch: LayerBranch | None = None,
     ) -> None:
         self.batch, self.frames, self.texts, self.rotary, self.plan = batch, frames, texts, rotary, plan
+        self.video_tokens, self.branch = video_tokens, branch
+        self.cache: KVCache | None = None
+        self.append, self.text_seen_later = False, False
+        self.kept: dict[int, KeysValues] = {}  # per layer; the cache gets them when all layers have run
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """x [B,M,heads,d] by the positions of the clip's first M video tokens; as it is where those are added (2B)."""
+        if self.rotary is None:
+            return x
+        first = len(self.rotary[0]) - self.video_tokens
+        cos, sin = (table[first : first + x.shape[1]] for table in self.rotary)
+        return _rotate(x.transpose(1, 2), (cos, sin)).transpose(1, 2)
 
 
 class _AddedPositions:
@@ -203,11 +286,26 @@ class _AddedPositions:
         return torch.cat([tokens[:, :text], tokens[:, text:] + self.table.to(tokens.dtype)], dim=1)
 
 
+class _AddedPatches:
+    """After the patch embedding: adds what conditioning modules have for the video tokens, [B,D,F,h,w]."""
+
+    patches: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], tokens: Tensor) -> Tensor:
+        if self.patches is None:
+            return tokens
+        added = self.patches.flatten(2).transpose(1, 2).type_as(tokens)
+        text = tokens.shape[1] - added.shape[1]
+        return torch.cat([tokens[:, :text], tokens[:, text:] + added], dim=1)
+
+
 class CogVideoXBlock(plain_model.CogVideoXBlock):
     """diffusers' block with a time per frame and per text, and named like it: sharding goes by the name.
 
-    With one time per sample it is diffusers' own.
+    With one time per sample it is diffusers' own. A branch beside the attention is added without its gate.
     """
+
+    layer: int
 
     def forward(
         self,
@@ -228,7 +326,11 @@ class CogVideoXBlock(plain_model.CogVideoXBlock):
         video_out, text_out = self.attn1(
             hidden_states=video_in, encoder_hidden_states=text_in, image_rotary_emb=image_rotary_emb
         )
+        added = None
+        if clip.branch is not None:
+            added = clip.branch(self.layer, video_in, times[:, : clip.frames].flatten(0, 1), clip.rotate)
         video, text = video + video_gate * video_out, text + text_gate * text_out
+        video = video if added is None else video + added.type_as(video)
 
         video_in, text_in, video_gate, text_gate = _modulate(self.norm2, video, text, times)
         return video + video_gate * self.ff(video_in), text + text_gate * self.ff(text_in)
@@ -260,6 +362,9 @@ class _JointAttention:
 
     _attention_backend = None  # set by set_attention_backend
 
+    def __init__(self, layer: int) -> None:
+        self.layer = layer
+
     def __call__(
         self,
         attn: Any,
@@ -285,7 +390,14 @@ class _JointAttention:
 
         attend = partial(dispatch_attention_fn, backend=self._attention_backend)
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))
-        out = joint_attention(query, key, value, text.shape[1], clip.plan, attend).flatten(2, 3).type_as(query)
+        past = None if clip.cache is None else clip.cache.past(self.layer, clip.batch)
+        if clip.append:
+            key_later, value_later = (
+                seen_later(x, text.shape[1], clip.plan, clip.text_seen_later).detach() for x in (key, value)
+            )
+            clip.kept[self.layer] = key_later, value_later
+        out = joint_attention(query, key, value, text.shape[1], clip.plan, attend, past=past)
+        out = out.flatten(2, 3).type_as(query)
         out = attn.to_out[1](attn.to_out[0](out))
         text, video = out.split([text.shape[1], out.shape[1] - text.shape[1]], dim=1)
         return video.reshape(hidden_states.shape), text.reshape(encoder_hidden_states.shape)
@@ -308,6 +420,17 @@ def _token_frames(layout: ClipLayout, pair: int) -> ClipLayout:
             for i, frames in enumerate(layout.shot_slices)
         )
     )
+
+
+def _behind_cache(cache: KVCache, tokens: ClipLayout) -> ClipLayout:
+    """The layout of the shots that a cache holds and those of `tokens` after them; each with a text of its own."""
+    roles = ["dummy" if dummy else "target" for dummy in cache.dummies]
+    held = [Segment(role, size, i, i) for i, (role, size) in enumerate(zip(roles, cache.sizes, strict=True))]  # type: ignore[arg-type]
+    past = len(held)
+    own = [
+        replace(segment, shot_id=past + segment.shot_id, text_id=past + segment.text_id) for segment in tokens.segments
+    ]
+    return ClipLayout((*held, *own))
 
 
 def _check_pairs(levels: Tensor, reads: list[int], shots: tuple[int, ...], pair: int, gap: int) -> None:

@@ -34,7 +34,7 @@ from diffusers.models.transformers import transformer_hunyuan_video as plain_mod
 from torch import Tensor, nn
 
 from models.attention import AttentionRule, group_sizes
-from models.backbones.base import Backbone, Capabilities
+from models.backbones.base import Backbone, BranchSites, Capabilities, LayerBranch
 from models.backbones.inputs import as_context, check_inputs, shared_levels
 from models.joint_attention import JointPlan, TextPadding, joint_attention, joint_plan, text_padding
 from models.layout import ClipLayout, Segment
@@ -59,8 +59,10 @@ class HunyuanVideoBackbone(Backbone):
         attention_rules=frozenset(get_args(AttentionRule)),
         text_per_shot=True,
         joint_text=True,
+        layer_branch=True,
         reasons={
-            "kv_cache": "HunyuanVideo joins text and frames in one attention; Shotloom does not keep its keys; use Wan"
+            "kv_cache": "HunyuanVideo joins text and frames in one attention; Shotloom does not keep its keys; use "
+            "Wan, or CogVideoX 2B or 5B"
         },
     )
     # the linear layers of all attentions (the token refiner's, too) and of the double-stream blocks' feed-forwards
@@ -97,18 +99,45 @@ class HunyuanVideoBackbone(Backbone):
         model.context_embedder.register_forward_pre_hook(_text_times_and_mask)
         blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
         blocks[0].register_forward_pre_hook(_frames_as_rows)
+        model.x_embedder.register_forward_hook(model.rope.add_patches)
         for block in model.transformer_blocks:
+            block.__class__ = HunyuanVideoTransformerBlock
             block.norm1.register_forward_pre_hook(_first_times, with_kwargs=True)
             block.norm1_context.register_forward_pre_hook(_last_times, with_kwargs=True)
         model.norm_out.register_forward_pre_hook(_first_times, with_kwargs=True)
         for block in model.single_transformer_blocks:
             block.__class__ = HunyuanVideoSingleTransformerBlock
-        for block in blocks:
+        for layer, block in enumerate(blocks):
+            block.layer = layer
             block.attn.set_processor(_JointAttention())
 
     @property
     def config(self) -> Any:
         return self.transformer.config
+
+    @property
+    def sites(self) -> BranchSites:
+        """Double-stream layers, then single-stream ones, whose output projection is a part of `proj_out`."""
+        config, model = self.config, self.transformer
+        width = config.num_attention_heads * config.attention_head_dim
+        double = len(model.transformer_blocks)
+        blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
+
+        def output(layer: int) -> tuple[Tensor, Tensor | None]:
+            if layer < double:
+                return blocks[layer].attn.to_out[0].weight, blocks[layer].attn.to_out[0].bias
+            return blocks[layer].proj_out.weight[:, :width], None
+
+        return BranchSites(
+            tuple(block.attn for block in blocks), output, width, width, config.text_embed_dim, config.patch_size,
+            "transformer.x_embedder", (".attn.add_", ".attn.norm_added_", ".attn.to_add_out."), text_padding="masked",
+        )  # fmt: skip
+
+    def read_text(self, text: TextContext | Tensor, frames: int) -> TextContext:
+        context = as_context(text, frames)
+        if self.packed_text and context.pooled is None:
+            context = unpack_pooled(context, self.config.pooled_projection_dim)
+        return context
 
     def forward(
         self,
@@ -120,6 +149,8 @@ class HunyuanVideoBackbone(Backbone):
         position_mode: PositionMode = "contiguous",
         position_gap: int = 4,
         attention_rule: AttentionRule = "full",
+        branch: LayerBranch | None = None,  # what conditioning modules add to each layer
+        patches: Tensor | None = None,  # what they add to the patch embedding, [B,D,F,h,w]
     ) -> Tensor:
         """The predicted velocity, [B,C,F,H,W].
 
@@ -128,9 +159,7 @@ class HunyuanVideoBackbone(Backbone):
         """
         batch, _, frames, height, width = x.shape
         layout = layout or ClipLayout((Segment("target", frames),))
-        text = as_context(text, frames)
-        if self.packed_text and text.pooled is None:
-            text = unpack_pooled(text, self.config.pooled_projection_dim)
+        text = self.read_text(text, frames)
         patch = self.config.patch_size
         check_inputs(x, levels, text, layout, patch)
         if text.pooled is None:
@@ -142,7 +171,7 @@ class HunyuanVideoBackbone(Backbone):
         copies = list(plan.text_groups)
         lengths = _lengths(text, copies)
         levels = shared_levels(levels)
-        plain = levels.ndim == 1 and len(copies) == 1 and not diagonal and not dummies
+        plain = levels.ndim == 1 and len(copies) == 1 and not diagonal and not dummies and branch is None
         # the plain model works on padding, too
         tokens = text.embeddings.shape[2] if plain else max(length for row in lengths for length in row)
         embeddings, pooled = text.embeddings[:, copies, :tokens], text.pooled[:, copies]  # [B,T,L,D], [B,T,P]
@@ -164,7 +193,8 @@ class HunyuanVideoBackbone(Backbone):
             partial(_tables, layout, grid, position_mode, position_gap, rope, x.device, placed, tokens),
         )
         padding = None if plain else text_padding(lengths, valid)
-        self.transformer.rope.clip = _Clip(batch, frames, plain, rotary, plan, padding)
+        self.transformer.rope.clip = _Clip(batch, frames, plain, rotary, plan, padding, branch)
+        self.transformer.rope.patches = patches
         text_rows = _TextRows(batch, times[-batch * len(copies) :], valid.flatten(0, 1))
         embeddings, pooled = embeddings.flatten(0, 1), pooled.flatten(0, -2)
         return self.transformer(x, times, embeddings, text_rows, pooled, guidance, return_dict=False)[0]
@@ -185,9 +215,24 @@ class _Clip:
         rotary: tuple[Tensor, Tensor],  # [1,N,d] each; diagonal: [1 or B,T*L+N,d], text first
         plan: JointPlan,
         padding: TextPadding | None,
+        branch: LayerBranch | None = None,
     ) -> None:
         self.batch, self.frames, self.plain = batch, frames, plain
         self.rotary, self.plan, self.padding = rotary, plan, padding
+        self.branch = branch
+
+    def branch_of(self, layer: int, video: Tensor, times: Tensor) -> Tensor | float:
+        """What the branch adds to a layer whose attention reads `video` [B*F,n,D]: rows like those, or 0."""
+        if self.branch is None:
+            return 0.0
+        hidden = video.unflatten(0, (self.batch, self.frames))
+        added = self.branch(layer, hidden, times[: len(video)], self.rotate)
+        return 0.0 if added is None else added.flatten(0, 1).type_as(video)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """x [B,M,heads,d] by the positions of the clip's first M video tokens."""
+        cos, sin = (table[:, : x.shape[1]] for table in self.rotary)
+        return _rotate(x, (cos, sin))
 
 
 class _TextRows:
@@ -205,9 +250,14 @@ class _ClipInfo(nn.Module):
     """Stands in for the model's rotary embedding and hands the clip at hand to its blocks. Holds no parameters."""
 
     clip: _Clip
+    patches: Tensor | None = None  # [B,D,F,h,w]
 
     def forward(self, hidden_states: Tensor) -> _Clip:
         return self.clip
+
+    def add_patches(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """After the patch embedding [B,N,D]: what conditioning modules add to it."""
+        return output if self.patches is None else output + self.patches.flatten(2).transpose(1, 2).type_as(output)
 
 
 def _text_times_and_mask(refiner: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -235,8 +285,48 @@ def _last_times(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return args, {name: times[-len(args[0]) :] for name, times in kwargs.items()}
 
 
+class HunyuanVideoTransformerBlock(plain_model.HunyuanVideoTransformerBlock):
+    """diffusers' double-stream block, named like it, with a branch beside its attention, added without a gate."""
+
+    layer: int
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # [B*F,n,D]
+        encoder_hidden_states: Tensor,  # [B*T,L,D]
+        temb: Tensor,  # [B*F+B*T,D]
+        attention_mask: Tensor | None = None,
+        freqs_cis: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        clip: _Clip = freqs_cis
+        if clip.branch is None:
+            return super().forward(hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis)
+        video, gate, *video_ff = self.norm1(hidden_states, emb=temb)
+        text, text_gate, *text_ff = self.norm1_context(encoder_hidden_states, emb=temb)
+        added = clip.branch_of(self.layer, video, temb)
+        video_out, text_out = self.attn(hidden_states=video, encoder_hidden_states=text, image_rotary_emb=freqs_cis)
+        video = hidden_states + gate[:, None] * video_out + added
+        text = encoder_hidden_states + text_gate[:, None] * text_out
+        return (
+            _feed_forward(video, self.norm2, self.ff, *video_ff),
+            _feed_forward(text, self.norm2_context, self.ff_context, *text_ff),
+        )
+
+
+def _feed_forward(x: Tensor, norm: nn.Module, layer: nn.Module, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+    """A modulated feed-forward layer and its skip, on rows [R,m,D] with modulations [R,D]."""
+    return x + gate[:, None] * layer(norm(x) * (1 + scale[:, None]) + shift[:, None])
+
+
 class HunyuanVideoSingleTransformerBlock(plain_model.HunyuanVideoSingleTransformerBlock):
-    """diffusers' single-stream block for rows of different kinds, and named like it: sharding goes by the name."""
+    """diffusers' single-stream block for rows of different kinds, and named like it: sharding goes by the name.
+
+    A branch beside the attention is added without its gate.
+    """
+
+    layer: int
 
     def forward(
         self,
@@ -254,12 +344,13 @@ class HunyuanVideoSingleTransformerBlock(plain_model.HunyuanVideoSingleTransform
         streams = hidden_states, encoder_hidden_states
         video, video_gate = self.norm(hidden_states, emb=temb[: len(hidden_states)])
         text, text_gate = self.norm(encoder_hidden_states, emb=temb[-len(encoder_hidden_states) :])
+        added = clip.branch_of(self.layer, video, temb)
         attended = self.attn(hidden_states=video, encoder_hidden_states=text, image_rotary_emb=image_rotary_emb)
         video, text = (
             stream + gate[:, None] * self.proj_out(torch.cat([out, self.act_mlp(self.proj_mlp(normed))], dim=2))
             for stream, gate, out, normed in zip(streams, (video_gate, text_gate), attended, (video, text), strict=True)
         )
-        return video, text
+        return video + added, text
 
 
 class _JointAttention(plain_model.HunyuanVideoAttnProcessor2_0):

@@ -22,7 +22,7 @@ from diffusers.models.embeddings import get_1d_sincos_pos_embed_from_grid
 from torch import Tensor, nn
 
 from models.attention import AttentionRule, group_sizes, grouped_attention
-from models.backbones.base import Backbone, Capabilities, require
+from models.backbones.base import Backbone, BranchSites, Capabilities, LayerBranch, require
 from models.backbones.inputs import as_context, check_inputs, shared_levels
 from models.backbones.processors import Processor, merge, project
 from models.layout import ClipLayout, Segment
@@ -35,6 +35,7 @@ CAPABILITIES = Capabilities(
     position_modes=frozenset({"contiguous", "time_gap"}),
     attention_rules=frozenset({"full", "group_causal", "same_frame"}),
     text_per_shot=True,
+    layer_branch=True,
     reasons={
         "diagonal": "Latte adds one absolute table to the patch grid of all frames, which was never trained off its "
         "place, and its temporal attention joins equal places only, so shots cannot move apart in space",
@@ -72,9 +73,12 @@ class LatteBackbone(Backbone):
         self._rows = _FrameRows()
         model.adaln_single.register_forward_hook(self._rows.modulation)
         model.caption_projection.register_forward_hook(self._rows.text)
-        for block in model.transformer_blocks:
-            block.attn1.set_processor(Processor())
-            block.attn2.set_processor(Processor())
+        model.pos_embed.register_forward_hook(self._rows.add_patches)
+        for layer, block in enumerate(model.transformer_blocks):
+            text_attention = _SpatialTextAttention()
+            block.attn1.set_processor(_SpatialAttention(text_attention, layer))
+            block.attn2.set_processor(text_attention)
+            block.register_forward_pre_hook(_tell_branch)
             block.register_forward_pre_hook(_unwrap_modulation)
         for block in model.temporal_transformer_blocks:
             block.attn1.set_processor(_TemporalAttention())
@@ -84,6 +88,15 @@ class LatteBackbone(Backbone):
     @property
     def config(self) -> Any:
         return self.transformer.config
+
+    @property
+    def sites(self) -> BranchSites:
+        """Beside the spatial attention of each layer; the temporal one follows it."""
+        layers = tuple(block.attn1 for block in self.transformer.transformer_blocks)
+        return BranchSites(
+            layers, lambda layer: (layers[layer].to_out[0].weight, layers[layer].to_out[0].bias), self._width,
+            self._width, self.config.caption_channels, self.config.patch_size, "transformer.pos_embed", (".attn2.",),
+        )  # fmt: skip
 
     def forward(
         self,
@@ -95,6 +108,8 @@ class LatteBackbone(Backbone):
         position_mode: PositionMode = "contiguous",
         position_gap: int = 4,
         attention_rule: AttentionRule = "full",  # of the temporal attention; "same_frame": each frame to itself
+        branch: LayerBranch | None = None,  # what conditioning modules add to each spatial block
+        patches: Tensor | None = None,  # what they add to the patch embedding, [B,D,F,h,w]
     ) -> Tensor:
         """What the process has the model predict, [B,C,F,H,W].
 
@@ -111,11 +126,12 @@ class LatteBackbone(Backbone):
         groups = group_sizes(layout)
         levels = shared_levels(levels)
         plain_rule = attention_rule == "full" or (attention_rule == "group_causal" and len(groups) == 1)
-        if levels.ndim == 1 and plain_rule:
+        if levels.ndim == 1 and plain_rule and branch is None:
             self._rows.clip = None  # one time per sample and all frames: the plain model's own arithmetic
         else:
             levels = levels if levels.ndim == 2 else levels[:, None].expand(batch, frames)
-            self._rows.clip = _Clip(batch, frames, groups, attention_rule)
+            self._rows.clip = _Clip(batch, frames, groups, attention_rule, branch)
+        self._rows.patches = patches
         self._rows.context = text if text.embeddings.shape[1] > 1 else None
         self.transformer.temp_pos_embed = _table(layout, position_mode, position_gap, self._width, x.device)
 
@@ -128,14 +144,16 @@ class LatteBackbone(Backbone):
         return self.config.num_attention_heads * self.config.attention_head_dim
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Clip:
-    """What the temporal blocks must know of the clip."""
+    """What the blocks must know of the clip."""
 
     batch: int
     frames: int
     groups: tuple[int, ...]  # frames of each
     rule: AttentionRule
+    branch: LayerBranch | None = None
+    time: Tensor | None = None  # [B*F,D], embedded; known once the model has read its times
 
 
 class _PerFrame:
@@ -171,18 +189,63 @@ class _FrameRows:
 
     clip: _Clip | None = None  # None: one time per sample
     context: TextContext | None = None  # None: one text per sample
+    patches: Tensor | None = None  # [B,D,F,h,w]
 
     def modulation(self, module: nn.Module, args: Any, out: tuple[Tensor, Tensor]) -> Any:
         if self.clip is None:
             return out
         modulation, embedded_time = out
+        self.clip.time = embedded_time
         return _Modulation(modulation, self.clip), _PerFrame(embedded_time)
+
+    def add_patches(self, module: nn.Module, args: Any, out: Tensor) -> Tensor:  # out [B*F,n,D]
+        if self.patches is None:
+            return out
+        return out + self.patches.permute(0, 2, 3, 4, 1).reshape(out.shape).type_as(out)
 
     def text(self, module: nn.Module, args: Any, out: Tensor) -> Any:  # out [B*G,L,D]
         if self.context is None:
             return out
         contexts = out.unflatten(0, self.context.embeddings.shape[:2])
         return _PerFrame(contexts[:, self.context.frame_text.to(out.device)].flatten(0, 1))
+
+
+class _SpatialTextAttention(Processor):
+    """Cross-attention of each frame to its text; what a branch has for the layer is added to what comes out, because
+    the block adds that without a gate."""
+
+    added: Tensor | None = None  # [B,F,n,D]
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = super().__call__(attn, hidden_states, *args, **kwargs)
+        added, self.added = self.added, None
+        return out if added is None else out + added.flatten(0, 1).type_as(out)
+
+
+class _SpatialAttention(Processor):
+    """Attention inside each frame, [B*F,n,D]; calls the branch with what it reads."""
+
+    clip: _Clip | None = None  # set before the block runs, also when it is recomputed; None: no branch
+
+    def __init__(self, text_attention: _SpatialTextAttention, layer: int) -> None:
+        self.text_attention, self.layer = text_attention, layer
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.clip is not None and self.clip.branch is not None:
+            assert self.clip.time is not None
+            frames = hidden_states.unflatten(0, (self.clip.batch, -1))  # [B,F,n,D]
+            self.text_attention.added = self.clip.branch(self.layer, frames, self.clip.time, _as_it_is)
+        return super().__call__(attn, hidden_states, *args, **kwargs)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    """Latte turns no queries or keys: its positions are in the tokens."""
+    return x
+
+
+def _tell_branch(block: Any, args: tuple[Any, ...]) -> None:
+    """Before a spatial block, also when it is recomputed: the clip whose branch stands beside it."""
+    block.attn1.processor.clip = args[4].clip if isinstance(args[4], _Modulation) else None
 
 
 class _TemporalAttention(Processor):

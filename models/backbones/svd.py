@@ -44,6 +44,9 @@ CAPABILITIES = Capabilities(
         "diagonal": "SVD has no positions in space: its convolutions know neighbours only",
         "group_causal": "SVD's temporal convolutions and the group norms over all frames carry the future into the "
         "past, whatever its attention does",
+        "layer_branch": "Stable Video Diffusion reads no text, of which these modules make a condition: it reads the "
+        "image that it starts from, and its folders hold no text encoder; use Wan, CogVideoX 2B or 5B, HunyuanVideo or "
+        "Latte",
         "kv_cache": "what SVD makes of an earlier shot depends on the later ones (see group_causal)",
     },
 )

@@ -22,7 +22,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from models.attention import Attend, AttentionRule, group_sizes, grouped_attention
-from models.backbones.base import Backbone, Capabilities, LayerBranch
+from models.backbones.base import Backbone, BranchSites, Capabilities, LayerBranch
 from models.backbones.inputs import as_context, check_inputs, frame_groups, shared_levels
 from models.experts import EXPERT_FOLDERS, Expert
 from models.kv_cache import KeysValues, KVCache
@@ -92,6 +92,15 @@ class WanBackbone(Backbone):
     @property
     def config(self) -> Any:
         return self.transformer.config
+
+    @property
+    def sites(self) -> BranchSites:
+        layers = tuple(block.attn1 for block in self.transformer.blocks)
+        width = self.config.num_attention_heads * self.config.attention_head_dim
+        return BranchSites(
+            layers, lambda layer: (layers[layer].to_out[0].weight, layers[layer].to_out[0].bias), width, width,
+            self.config.text_dim, self.patch, "transformer.patch_embedding", (".attn2.",),
+        )  # fmt: skip
 
     @property
     def models_by_folder(self) -> dict[str, Any]:

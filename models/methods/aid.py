@@ -3,8 +3,10 @@
 Xing et al., "AID: Adapting Image2Video Diffusion Models for Instruction-guided Video Prediction", 2406.06465. A state
 predictor (`models/states.py`) sees the given frames and the instruction, and says in which states the shot will be; a
 Dual Query Transformer makes a condition for every frame from instruction, states and given frames; adapters beside the
-attentions move the model to its new domain. Trained are these modules and the cross-attentions, which read the new
-condition; the rest of the backbone is frozen. Guidance has two scales, nested: image, then text with the states.
+attentions move the model to its new domain. Trained are these modules and what reads the new condition: the
+cross-attentions (Wan, Latte), the attention of text and video together (CogVideoX), or the part of it that is the
+text's own (HunyuanVideo). The rest of the backbone is frozen. Guidance has two scales, nested: image, then text with
+the states.
 
 How the given frames enter the clip is `image`. "held" is the way of a text-to-video base that knows a level per frame:
 they are clean from the start, and neither made nor learned. "concat" is that of the paper's base: their latents come
@@ -26,7 +28,6 @@ import torch
 from torch import Tensor
 
 from models.backbones.base import Backbone, Capabilities, require
-from models.backbones.wan import WanBackbone
 from models.layout import ClipLayout
 from models.methods.prediction import Prediction
 from models.modules.adapters import ShortTermKernel
@@ -114,8 +115,6 @@ class AID(Prediction):
         Raises ValueError for a backbone that cannot carry them, has other modules, or low-rank updates.
         """
         self.check_backbone(backbone.capabilities)
-        if not isinstance(backbone, WanBackbone):
-            raise ValueError(f"{type(backbone).__name__}: aid's modules are built for Wan")
         if any("lora_" in name for name, _ in backbone.named_parameters()):
             raise ValueError("aid trains modules of its own and the cross-attentions: set lora.rank=0")
         settings = self.module_settings()
@@ -129,8 +128,10 @@ class AID(Prediction):
                 "aid: the model already has conditioning modules, of another method or size; start from one without, "
                 "or with the method_params it was trained with"
             )
+        readers = backbone.sites.text_readers
         for name, parameter in backbone.named_parameters():
-            parameter.requires_grad_(name.startswith("conditioner.") or ".attn2." in name)
+            reads_text = any(part in name for part in readers)
+            parameter.requires_grad_(name.startswith("conditioner.") or reads_text)
 
     def module_settings(self) -> AIDSettings:
         """What the modules are made of."""
@@ -157,4 +158,4 @@ class AID(Prediction):
             raise ValueError("this backbone has no AID modules: call AID.attach, or load a folder that holds them")
         if "given" not in conditions:
             raise ValueError("aid continues given frames, and got none: give `first_frame`")
-        return modules.prepare(text, conditions["given"], conditions.get("states"), layout.num_frames)
+        return modules.prepare(backbone, text, conditions["given"], conditions.get("states"), layout.num_frames)

@@ -4,8 +4,11 @@ The backbone's own modules and state-dict keys stay as they are; what is added l
 reaches in as text, as branches of the layers and beside the patch embedding. Everything added ends in layers of zeros,
 so that the backbone at first computes what it did.
 
-The instruction's embeddings become t_1 + E_m, and Q takes the place of padding at the end of Wan's context, which is
-zeros, so that Q = 0 changes nothing. A frame reads its own Q ("per_frame") or all frames' ("global").
+The instruction's embeddings become t_1 + E_m. Where Q goes depends on what stands after a text, such that Q = 0 changes
+nothing: Wan and Latte read zeros, whose place it takes; CogVideoX reads padding that its text encoder has seen, and
+HunyuanVideo none at all, so there Q is added to the last tokens of the text, which pad or end it. A frame reads its own
+Q ("per_frame") or all frames' ("global"). Where text stands in the video's attention, a frame with a Q of its own reads
+a copy of the text of its own (`models.joint_attention`), F times as many text tokens.
 
 B batch, F latent frames, K given ones, C channels, H W latent size, S states, L text tokens, D width.
 """
@@ -13,14 +16,13 @@ B batch, F latent frames, K given ones, C channels, H W latent size, S states, L
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from models.backbones.inputs import as_context
-from models.backbones.wan import WanBackbone
+from models.backbones.base import Backbone
 from models.modules.adapters import (
     LongTermTemporalAdapter,
     ShortTermKernel,
@@ -95,14 +97,14 @@ class AIDModules(nn.Module):
     # what sharding takes as units; the first and the last run before the backbone does
     _no_split_modules = ["DualQueryTransformer", "Adapters", "GivenEmbedding"]
 
-    def __init__(self, backbone: WanBackbone, settings: AIDSettings) -> None:
+    def __init__(self, backbone: Backbone, settings: AIDSettings) -> None:
         super().__init__()
-        config, self.patch, self.settings = backbone.config, backbone.patch, settings
-        dim, channels = config.num_attention_heads * config.attention_head_dim, config.in_channels
+        sites, channels = backbone.sites, backbone.config.in_channels
+        self.patch, self.padding, self.settings = sites.patch, sites.text_padding, settings
         self.dual_query: DualQueryTransformer | None = None
         if settings.condition != "none":
             self.dual_query = DualQueryTransformer(
-                config.text_dim,
+                sites.text_width,
                 channels * self.patch**2 + COORDINATES,
                 settings.width,
                 max_frames=settings.max_frames,
@@ -112,31 +114,37 @@ class AIDModules(nn.Module):
                 multimodal=settings.condition in ("multimodal", "full"),
                 decomposed=settings.condition in ("decomposed", "full"),
             )
-        self.adapters = nn.ModuleList(Adapters(dim, settings) for _ in range(config.num_layers))
-        self.embed_image = GivenEmbedding(channels + 1, dim, self.patch) if settings.image_concat else None
+        self.adapters = nn.ModuleList(Adapters(sites.width, settings) for _ in sites.attentions)
+        self.embed_image = GivenEmbedding(channels + 1, sites.width, self.patch) if settings.image_concat else None
 
     def prepare(
         self,
+        backbone: Backbone,
         text: TextContext | Tensor,  # one context for the clip, [B,1,L,D] or [B,L,D]; zeros are padding
         given: Tensor,  # [B,C+1,K,H,W]: normalised latents of the first K frames, and 1 where something is given
         states: Tensor | None,  # [B,S,L',D], in order of time; zeros are padding
         frames: int,
     ) -> dict[str, Any]:
-        """The arguments of `WanBackbone.forward` that carry the condition; none depends on the noise.
+        """The arguments of the backbone's forward that carry the condition; none depends on the noise.
 
         Raises ValueError where they do not fit, and for a text that leaves no room for the queries.
         """
-        context = as_context(text, frames)
+        context = backbone.read_text(text, frames)
         if context.embeddings.shape[1] != 1:
             raise ValueError(f"aid predicts one shot from one text, got {context.embeddings.shape[1]} texts")
+        if context.lengths is not None:  # what is behind a text is no token here
+            within = torch.arange(context.embeddings.shape[2]) < context.lengths[..., None]  # [B,1,L]
+            context = replace(context, embeddings=context.embeddings * within[..., None].to(context.embeddings))
         instruction = context.embeddings[:, 0]  # [B,L,D]
+        if states is not None and backbone.packed_text:
+            states = states[:, :, 1:]
         given = given.to(instruction)
         if given.ndim != 5 or not 1 <= given.shape[2] <= frames or len(given) != len(instruction):
             raise ValueError(
                 f"given has shape {tuple(given.shape)}, expected [{len(instruction)},C+1,1 to {frames},H,W]: latents, "
                 "and 1 where they are given"
             )
-        inputs: dict[str, Any] = {"text": self.context(instruction, given, states, frames)}
+        inputs: dict[str, Any] = {"text": self.context(context, given, states, frames)}
         grid = (given.shape[3] // self.patch, given.shape[4] // self.patch)
         if any(adapters.any for adapters in self.adapters):
 
@@ -151,11 +159,11 @@ class AIDModules(nn.Module):
             inputs["patches"] = self.embed_image(whole)
         return inputs
 
-    def context(self, instruction: Tensor, given: Tensor, states: Tensor | None, frames: int) -> TextContext:
+    def context(self, text: TextContext, given: Tensor, states: Tensor | None, frames: int) -> TextContext:
         """MCondition: one context per frame, or one for all ("global", and without queries)."""
-        everyone = torch.zeros(frames, dtype=torch.long)
         if self.dual_query is None:
-            return TextContext(instruction[:, None], everyone)
+            return text
+        instruction = text.embeddings[:, 0]
         if not self.settings.states:  # this ablation reads the instruction once more, so that it has as many weights
             states = instruction[:, None]
         if states is None:
@@ -163,16 +171,33 @@ class AIDModules(nn.Module):
         said, queries = self.dual_query(instruction, states.to(instruction), latent_tokens(given, self.patch), frames)
         context = instruction if said is None else instruction + said
         if queries is None:
-            return TextContext(context[:, None], everyone)
+            return replace(text, embeddings=context[:, None])
         if self.settings.reading == "global":
             queries = queries.flatten(1, 2)[:, None]  # [B,1,F*Q,D]
+        groups = queries.shape[1]
+        added = self._placed(queries, instruction, text.lengths)  # [B,G,L,D]
+        of_groups = {
+            name: None if value is None else value.expand(-1, groups, *value.shape[2:])
+            for name, value in (("lengths", text.lengths), ("pooled", text.pooled))
+        }
+        reads = torch.arange(frames) if self.settings.reading == "per_frame" else text.frame_text
+        return TextContext(context[:, None] + added, reads, **of_groups)
+
+    def _placed(self, queries: Tensor, instruction: Tensor, lengths: Tensor | None) -> Tensor:
+        """Queries [B,G,Q,D] at their places in a context, zeros elsewhere: [B,G,L,D]."""
         room, length = queries.shape[2], instruction.shape[1]
-        if room > length or bool(is_token(instruction[:, length - room :]).any()):
-            longest = int(is_token(instruction).sum(dim=1).max())
+        ends = torch.full((len(instruction),), length) if lengths is None else lengths[:, 0]  # of the text, [B]
+        words = is_token(instruction).sum(dim=1)
+        if self.padding == "zeros" and (room > length or bool(is_token(instruction[:, length - room :]).any())):
             raise ValueError(
-                f"a text of {longest} tokens in a context of {length} leaves no room for {room} query tokens: shorten "
-                "the text, or use a model with a larger text_length or fewer query_tokens"
+                f"a text of {int(words.max())} tokens in a context of {length} leaves no room for {room} query tokens: "
+                "shorten the text, or use a model with a larger text_length or fewer query_tokens"
             )
-        words, padding = context[:, None, : length - room], context[:, None, length - room :]
-        contexts = torch.cat([words.expand(-1, queries.shape[1], -1, -1), padding + queries], dim=2)
-        return TextContext(contexts, torch.arange(frames) if self.settings.reading == "per_frame" else everyone)
+        if room > int(ends.min()):
+            raise ValueError(
+                f"a text of {int(ends.min())} tokens is too short to carry {room} query tokens: use fewer query_tokens "
+                "or reading=per_frame"
+            )
+        places = (ends[:, None] - room + torch.arange(room)).to(queries.device)  # [B,Q]
+        index = places[:, None, :, None].expand(queries.shape)
+        return queries.new_zeros(*queries.shape[:2], length, queries.shape[3]).scatter(2, index, queries)

@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.backbones.base import Backbone, LayerBranch
-from models.backbones.inputs import as_context
 from models.layout import ClipLayout, Segment
 from models.modules.frame_text import FrameTextQFormer
 from models.text import TextContext
@@ -39,11 +38,13 @@ class FCABlock(nn.Module):
     """The adapter of one layer.
 
     Args:
-        attention: the layer's self-attention, a diffusers WanAttention, whose projections are copied.
+        attention: the layer's self-attention, of diffusers, whose projections are copied.
+        output: weight and bias of its output projection, copied, too; a missing bias is zero.
+        time_dim: width of the embedded model time.
         width: of the attention, a multiple of its head size, with fresh projections; 0 = the layer's own.
     """
 
-    def __init__(self, attention: Any, width: int = 0) -> None:
+    def __init__(self, attention: Any, output: tuple[Tensor, Tensor | None], time_dim: int, width: int = 0) -> None:
         super().__init__()
         dim, head = attention.to_q.in_features, attention.to_q.out_features // attention.heads
         if width % head:
@@ -52,15 +53,18 @@ class FCABlock(nn.Module):
         self.head = head
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, inner) for _ in range(3))
         self.to_out = nn.Linear(inner, dim)
-        eps = attention.norm_q.eps
-        self.norm_q, self.norm_k = nn.RMSNorm(inner, eps), nn.RMSNorm(inner, eps)
-        self.modulation = nn.Linear(dim, 3 * dim)
+        self.norm_q, self.norm_k = (_norm_like(norm, inner, head) for norm in (attention.norm_q, attention.norm_k))
+        self.modulation = nn.Linear(time_dim, 3 * dim)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
         if not width:
-            for name in ("to_q", "to_k", "to_v", "norm_q", "norm_k"):
-                self.get_submodule(name).load_state_dict(getattr(attention, name).state_dict())
-            self.to_out.load_state_dict(attention.to_out[0].state_dict())
+            for name in ("to_q", "to_k", "to_v"):
+                source = getattr(attention, name)
+                _copy(self.get_submodule(name), source.weight, source.bias)
+            for name in ("norm_q", "norm_k"):
+                if (norm := getattr(attention, name)) is not None:
+                    self.get_submodule(name).load_state_dict(norm.state_dict())
+            _copy(self.to_out, *output)
 
     def forward(
         self,
@@ -74,12 +78,12 @@ class FCABlock(nn.Module):
         batch, frames = hidden.shape[:2]
         modulation = self.modulation(F.silu(time)).reshape(batch, -1, 1, 3 * hidden.shape[-1])
         scale, shift, gate = modulation.chunk(3, dim=-1)  # [B,F or 1,1,D]
-        query = self._heads(self.norm_q(self.to_q(hidden * (1 + scale) + shift)))  # [B,F,n,heads,d]
-        query = rotate(query.flatten(1, 2)).view(query.shape)
-        key, value = rotate(self._heads(self.norm_k(self.to_k(given)))), self._heads(self.to_v(given))
+        query = self._normed(self.norm_q, self.to_q(hidden * (1 + scale) + shift))  # [B,F,n,heads,d]
+        query = rotate(query.flatten(1, 2)).reshape(query.shape)
+        key, value = rotate(self._normed(self.norm_k, self.to_k(given))), self._heads(self.to_v(given))
         key, value = (x[:, None].expand(-1, frames, -1, -1, -1) for x in (key, value))  # [B,F,M,heads,d]
         if text is not None:
-            key = torch.cat([key, self._heads(self.norm_k(self.to_k(text)))], dim=2)
+            key = torch.cat([key, self._normed(self.norm_k, self.to_k(text))], dim=2)
             value = torch.cat([value, self._heads(self.to_v(text))], dim=2)
         q, k, v = (x.flatten(0, 1).transpose(1, 2) for x in (query, key, value))  # [B*F,heads,n or M+q,d]
         out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v).transpose(1, 2).flatten(2)
@@ -88,9 +92,28 @@ class FCABlock(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head))
 
+    def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """[...,D] -> [...,heads,d], normalised over all heads together (Wan) or in each (CogVideoX, HunyuanVideo)."""
+        whole = isinstance(norm, nn.RMSNorm) and norm.normalized_shape != (self.head,)
+        return self._heads(norm(x)) if whole else norm(self._heads(x))
+
+
+def _norm_like(norm: Any, inner: int, head: int) -> nn.Module:
+    """A fresh norm of queries or keys, of the kind that the layer has; over all heads or each as the layer does."""
+    if norm is None:  # Latte has none
+        return nn.Identity()
+    size = head if len(norm.weight) == head else inner
+    return nn.LayerNorm(size, norm.eps) if isinstance(norm, nn.LayerNorm) else nn.RMSNorm(size, norm.eps)
+
+
+@torch.no_grad()
+def _copy(linear: Any, weight: Tensor, bias: Tensor | None) -> None:
+    linear.weight.copy_(weight)
+    linear.bias.copy_(torch.zeros_like(linear.bias) if bias is None else bias)
+
 
 class FrameConditionAdapter(nn.Module):
-    """An `FCABlock` and, with `frame_text`, a `FrameTextQFormer` for every layer of a Wan backbone.
+    """An `FCABlock` and, with `frame_text`, a `FrameTextQFormer` for every layer of a backbone with `sites`.
 
     Made for a backbone, whose weights it copies; it holds no reference to it. `width`: see `FCABlock`.
     """
@@ -112,12 +135,16 @@ class FrameConditionAdapter(nn.Module):
         super().__init__()
         if init_features not in get_args(InitFeatures):
             raise ValueError(f"init_features is {init_features!r}; choose one of {', '.join(get_args(InitFeatures))}")
-        layers: Any = backbone.get_submodule("transformer.blocks")
-        dim, text_dim = layers[0].attn1.to_q.in_features, backbone.config.text_dim
+        sites = backbone.sites
+        dim, layers = sites.width, sites.attentions
         self.init_features = init_features
-        self.blocks = nn.ModuleList([FCABlock(layer.attn1, width) for layer in layers])
+        self.blocks = nn.ModuleList(
+            [FCABlock(layer, sites.output(i), sites.time_width, width) for i, layer in enumerate(layers)]
+        )
         self.texts = nn.ModuleList(
-            FrameTextQFormer(text_dim, dim, dim, width=text_width, heads=text_heads, queries=queries, frames=max_frames)
+            FrameTextQFormer(
+                sites.text_width, dim, dim, width=text_width, heads=text_heads, queries=queries, frames=max_frames
+            )
             for _ in (layers if frame_text else ())
         )
 
@@ -127,7 +154,7 @@ class FrameConditionAdapter(nn.Module):
         What it adds depends on the noise only through the queries: x_init and the frame-wise text are made here, once.
         Raises ValueError for a clip whose frames do not all read one text.
         """
-        context = as_context(text, frames)
+        context = backbone.read_text(text, frames)
         if context.embeddings.shape[1] != 1:
             raise ValueError(f"fca reads one text per clip, got {context.embeddings.shape[1]}")
         features = given_features(backbone, given, context, self.init_features)
@@ -157,7 +184,7 @@ def given_features(backbone: Backbone, given: Tensor, text: TextContext, kind: I
 
     alone = TextContext(text.embeddings, text.frame_text[:frames], text.lengths, text.pooled)
     patches: list[Tensor] = []
-    embedding = backbone.get_submodule("transformer.patch_embedding")
+    embedding = backbone.get_submodule(backbone.sites.patch_embedding)
     hook = embedding.register_forward_hook(lambda module, args, output: patches.append(output))
     try:
         backbone(
@@ -170,7 +197,8 @@ def given_features(backbone: Backbone, given: Tensor, text: TextContext, kind: I
     finally:
         hook.remove()
     if kind == "patches":
-        tokens = patches[0].flatten(2).transpose(1, 2)  # [B,F_c*n,D]
+        first = patches[0].flatten(2).transpose(1, 2) if patches[0].ndim == 5 else patches[0]  # [B,D,F,h,w] or tokens
+        tokens = first.reshape(batch, -1, first.shape[-1])[:, -found[0].shape[1] :]  # [B,F_c*n,D], without text
         return [F.layer_norm(tokens, tokens.shape[-1:])] * len(found)
     return found
 

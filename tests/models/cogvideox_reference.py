@@ -74,6 +74,8 @@ def forward(
     mask: torch.Tensor,  # [S,S] bool
     places: list[Place] | None = None,  # per token, where the model is rotary
     added: torch.Tensor | None = None,  # [N,D] to add to the video tokens, where it is not
+    branches: list[torch.Tensor] | None = None,  # [B,N,D] per layer, added to the video tokens beside its attention
+    seen: list[torch.Tensor] | None = None,  # gets what each layer's attention reads of the video, [B,N,D]
 ) -> torch.Tensor:
     pair = model.config.patch_size_t or 1
     batch, channels, frames, height, width = x.shape
@@ -101,8 +103,10 @@ def forward(
         shift, scale, gate = (torch.where(is_text, parts[i + 3], parts[i]) for i in range(3))
         return norm.norm(hidden) * (1 + scale) + shift, gate
 
-    for block in model.transformer_blocks:
+    for layer, block in enumerate(model.transformer_blocks):
         normed, gate = modulate(block.norm1, hidden)
+        if seen is not None:
+            seen.append(normed[:, split:])
         attn = block.attn1
         q, k, v = (f(normed).unflatten(2, (attn.heads, -1)).transpose(1, 2) for f in (attn.to_q, attn.to_k, attn.to_v))
         q, k = attn.norm_q(q), attn.norm_k(k)
@@ -111,6 +115,8 @@ def forward(
         logits = (q @ k.transpose(2, 3)) / q.shape[-1] ** 0.5
         out = logits.masked_fill(~mask, -torch.inf).softmax(-1) @ v
         hidden = hidden + gate * attn.to_out[0](out.transpose(1, 2).flatten(2))
+        if branches is not None:
+            hidden = torch.cat([hidden[:, :split], hidden[:, split:] + branches[layer]], dim=1)
         normed, gate = modulate(block.norm2, hidden)
         hidden = hidden + gate * block.ff(normed)
 

@@ -64,6 +64,8 @@ class Reference:
         texts: list[Text],
         positions: torch.Tensor,  # [M,3]; -1 where a token has none
         mask: torch.Tensor,  # [M,M]: may the row's token see the column's?
+        added: list[torch.Tensor] | None = None,  # [N,D] per layer, added to the video tokens beside its attention
+        seen: list[torch.Tensor] | None = None,  # gets what each layer's attention reads of the video, [N,D]
     ) -> torch.Tensor:
         channels, frames, height, width = x.shape
         patches = x.reshape(channels, frames, height // 2, 2, width // 2, 2).permute(1, 2, 4, 0, 3, 5).flatten(3)
@@ -77,6 +79,17 @@ class Reference:
         vectors = torch.stack(vectors)  # [M,D]
         tokens = torch.cat([*(self.refine(text) for text in texts), video])
         is_text = torch.arange(len(tokens)) < len(tokens) - len(video)
+
+        beside = iter(added or [])
+
+        def branch(normed: torch.Tensor) -> torch.Tensor:
+            """What is added to all tokens, [M,D]."""
+            if seen is not None:
+                seen.append(normed[~is_text])
+            out = torch.zeros_like(normed)
+            if added is not None:
+                out[~is_text] = next(beside)
+            return out
 
         for block in self.blocks("transformer_blocks"):
 
@@ -92,7 +105,7 @@ class Reference:
             q = both("attn.norm_q", "attn.norm_added_q", self.split(q), self.rms)
             k = both("attn.norm_k", "attn.norm_added_k", self.split(k), self.rms)
             out = attention(self.rotate(q, positions), self.rotate(k, positions), self.split(v), mask)
-            tokens = tokens + gate * both("attn.to_out.0", "attn.to_add_out", out, self.linear)
+            tokens = tokens + gate * both("attn.to_out.0", "attn.to_add_out", out, self.linear) + branch(normed)
             normed = norm(tokens) * (1 + scale_ff) + shift_ff
             tokens = tokens + gate_ff * both(
                 "ff", "ff_context", normed, lambda name, x: self.feed_forward(name, x, gelu)
@@ -105,7 +118,7 @@ class Reference:
             q, k = self.rms(f"{block}.attn.norm_q", q), self.rms(f"{block}.attn.norm_k", k)
             out = attention(self.rotate(q, positions), self.rotate(k, positions), v, mask)
             inner = gelu(self.linear(f"{block}.proj_mlp", normed))
-            tokens = tokens + gate * self.linear(f"{block}.proj_out", torch.cat([out, inner], dim=1))
+            tokens = tokens + gate * self.linear(f"{block}.proj_out", torch.cat([out, inner], dim=1)) + branch(normed)
 
         scale, shift = self.linear("norm_out.linear", F.silu(vectors)).chunk(2, dim=1)
         pixels = self.linear("proj_out", norm(tokens) * (1 + scale) + shift)[~is_text]

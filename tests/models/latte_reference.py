@@ -53,8 +53,19 @@ def attention(module, hidden: Tensor, context: Tensor, mask: Tensor | None = Non
     return module.to_out[0]((scores.softmax(dim=-1) @ v).permute(1, 0, 2).flatten(1))
 
 
-def adaptive_block(block, hidden: Tensor, modulation: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
-    """A block on [N,D] whose modulation [N,6,D] is that of each token's own frame."""
+def adaptive_block(
+    block,
+    hidden: Tensor,
+    modulation: Tensor,
+    context: Tensor | None,
+    mask: Tensor | None,
+    added: Tensor | None = None,
+    seen: list[Tensor] | None = None,
+) -> Tensor:
+    """A block on [N,D] whose modulation [N,6,D] is that of each token's own frame.
+
+    `added` [N,D] is added beside the attention; `seen` gets what that reads, [N,D].
+    """
 
     def norm(x: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], eps=1e-6)
@@ -62,8 +73,11 @@ def adaptive_block(block, hidden: Tensor, modulation: Tensor, context: Tensor | 
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = (block.scale_shift_table + modulation).unbind(dim=1)
     normed = norm(hidden) * (1 + scale) + shift
     hidden = hidden + gate * attention(block.attn1, normed, normed, mask)
+    if seen is not None:
+        seen.append(normed)
     if context is not None:
         hidden = hidden + attention(block.attn2, hidden, context)
+    hidden = hidden if added is None else hidden + added
     return hidden + gate_mlp * block.ff(norm(hidden) * (1 + scale_mlp) + shift_mlp)
 
 
@@ -74,6 +88,8 @@ def factorised_loop(
     contexts: Tensor,  # [B,F,L,D]
     positions: Tensor | None = None,  # [F]
     mask: Tensor | None = None,  # [F,F]
+    added: list[Tensor] | None = None,  # [B,F,n,D] per layer, beside its spatial attention
+    seen: list[Tensor] | None = None,  # gets what those attentions read, [B,F,n,D]
 ) -> Tensor:
     """FVDM: e[b,f] modulates frame f of sample b in spatial and in temporal blocks; every sequence on its own."""
     batch, channels, frames, height, width = x.shape
@@ -82,6 +98,7 @@ def factorised_loop(
     omega = 10000.0 ** -(torch.arange(dim // 2, dtype=torch.float64) / (dim / 2))
     table = torch.cat([(positions[:, None] * omega).sin(), (positions[:, None] * omega).cos()], dim=1).float()
     samples = []
+    reads: list[list[Tensor]] = [[] for _ in plain.transformer_blocks]
     for b in range(batch):
         times = [plain.adaln_single(999 * levels[b, f, None], hidden_dtype=x.dtype) for f in range(frames)]
         modulation = torch.cat([t[0] for t in times]).reshape(frames, 6, dim)
@@ -93,7 +110,9 @@ def factorised_loop(
             rows = []
             for f in range(frames):
                 context = plain.caption_projection(contexts[b, f])
-                rows.append(adaptive_block(spatial, hidden[f], modulation[f].expand(tokens, -1, -1), context, None))
+                own = None if added is None else added[i][b, f]
+                own_modulation = modulation[f].expand(tokens, -1, -1)
+                rows.append(adaptive_block(spatial, hidden[f], own_modulation, context, None, own, reads[i]))
             hidden = torch.stack(rows)
             if i == 0:
                 hidden = hidden + table[:, None].to(x.dtype)
@@ -106,4 +125,6 @@ def factorised_loop(
             patches = patches.reshape(height // 2, width // 2, 2, 2, -1)
             out.append(patches.permute(4, 0, 2, 1, 3).reshape(-1, height, width)[:channels])
         samples.append(torch.stack(out, dim=1))
+    if seen is not None:
+        seen += [torch.stack(layer).unflatten(0, (batch, frames)) for layer in reads]
     return torch.stack(samples)

@@ -11,8 +11,9 @@ from models.backbones.base import Backbone, require
 from models.backbones.cogvideox import CogVideoXBackbone
 from models.backbones.hunyuan import HunyuanVideoBackbone
 from models.backbones.latte import LatteBackbone
-from models.backbones.svd import SVDBackbone
+from models.backbones.svd import ImageCondition, SVDBackbone
 from models.backbones.wan import WanBackbone
+from models.layout import ClipLayout, Segment
 from models.methods import get_method
 from models.modules.lora import inject_lora, load_lora, save_lora
 from models.text import TextContext, stack_samples
@@ -67,11 +68,16 @@ def test_a_lora_that_diffusers_cannot_read_is_refused(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.parametrize("method", ["fvdm", "lct", "tic_ft"])
+@pytest.mark.parametrize("method", ["fvdm", "lct", "tic_ft", "fca", "aid", "svd"])
 def test_wrong_pairings_are_refused_with_the_reason(method, name):
     reasons = {
         ("tic_ft", "cogvideox-1.5"): "joins 2 latent frames into one token.*use a model of one latent frame per token",
         ("lct", "svd"): "position_mode is 'time_gap': SVD's temporal convolutions",
+        ("fca", "cogvideox-1.5"): "no layer_branch: CogVideoX 1.5 joins 2 latent frames into one token",
+        ("aid", "cogvideox-1.5"): "no layer_branch: CogVideoX 1.5 joins 2 latent frames into one token",
+        ("fca", "svd"): "no layer_branch: Stable Video Diffusion reads no text",
+        ("aid", "svd"): "no layer_branch: Stable Video Diffusion reads no text",
+        **{("svd", other): "no image_beside: only Stable Video Diffusion" for other in BACKBONES if other != "svd"},
     }
     capabilities = BACKBONES[name]().capabilities
     if reason := reasons.get((method, name)):
@@ -89,12 +95,15 @@ def test_a_methods_parameters_count_in_the_pairing():
             diagonal.check_backbone(BACKBONES[name]().capabilities)
 
 
-def test_only_wan_carries_the_causal_stage():
+def test_backbones_that_keep_keys_carry_the_causal_stage():
     causal = get_method("lct", attention_rule="group_causal", position_mode="contiguous")
-    causal.check_backbone(BACKBONES["wan"]().capabilities)
+    for name in ("wan", "cogvideox-2b", "cogvideox-5b"):
+        causal.check_backbone(BACKBONES[name]().capabilities)
+    grouped = {"attention_rule": "group_causal", "position_mode": "diagonal", "global_prompt": "group"}
+    get_method("lct", **grouped).check_backbone(BACKBONES["cogvideox-5b"]().capabilities)
     reasons = {
         "hunyuan": "no kv_cache: HunyuanVideo joins text and frames",
-        "cogvideox-5b": "no kv_cache: CogVideoX joins texts and frames",
+        "cogvideox-1.5": "no kv_cache: CogVideoX 1.5 joins 2 latent frames into one token",
         "latte": "no kv_cache: Latte joins frames in attention over time",
         "svd": "attention_rule is 'group_causal': SVD's temporal convolutions",
     }
@@ -136,3 +145,38 @@ def test_a_text_keeps_its_lengths_and_pooled_vectors():
 def test_texts_with_and_without_pooled_vectors_do_not_stack():
     with pytest.raises(ValueError, match="some texts have pooled, some have not"):
         stack_samples([context(1), context(1, pooled=None)])
+
+
+# --- what holds for all of them ------------------------------------------------------------------------------------
+
+
+def call(name: str, backbone, order=slice(None), **options) -> torch.Tensor:
+    """A forward over some rows of one batch of 3 samples of 4 frames, a level per frame, two texts."""
+    generator = torch.Generator().manual_seed(0)
+    width = {"svd": 16}.get(name, 32)
+    x = torch.randn(3, 4, 4, 4, 4, generator=generator)
+    levels = torch.rand(3, 2, generator=generator).repeat_interleave(2, dim=1)
+    words = torch.randn(3, 2, 7, width, generator=generator)
+    pooled = torch.randn(3, 2, 16, generator=generator) if name == "hunyuan" else None
+    if name == "svd":
+        options["image"] = ImageCondition(torch.randn(3, 4, 1, 4, 4, generator=generator)[order])
+    text = TextContext(words[order], torch.tensor([0, 0, 1, 1]), None, pooled if pooled is None else pooled[order])
+    return backbone(x[order], levels[order], text, **options)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@torch.no_grad()
+def test_rows_of_a_batch_go_with_their_levels(name):
+    backbone = BACKBONES[name]().eval()
+    order = [2, 0, 1]
+    assert torch.allclose(call(name, backbone, order), call(name, backbone)[order], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["full", "group_causal"])
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name != "svd"])
+@torch.no_grad()
+def test_lct_on_one_shot_is_the_base_bit_for_bit(name, rule):
+    """Whatever the gap and the rule; the base without a layout is the diffusers model (each backbone's own test)."""
+    backbone = BACKBONES[name]().eval()
+    kwargs = get_method("lct", attention_rule=rule).backbone_kwargs(ClipLayout((Segment("target", 4),)))
+    assert torch.equal(call(name, backbone, **kwargs), call(name, backbone))

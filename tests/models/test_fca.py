@@ -14,16 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.backbones.cogvideox import CogVideoXBackbone
+from models.backbones.svd import SVDBackbone
 from models.backbones.wan import WanBackbone
 from models.folder import load_model, save_model
 from models.methods import get_method
 from models.modules.fca import FCABlock, given_features
 from models.modules.frame_text import FrameTextQFormer
 from models.modules.lora import inject_lora
-from models.process import FlowMatching
+from models.process import EDM, FlowMatching
 from models.text import TextContext
 from models.tiny import TEXT_DIM, build_tiny_folder, tiny_transformer
 from models.tiny_cogvideox import tiny_cogvideox
+from models.tiny_svd import tiny_svd
 
 B, FRAMES, N, L, D, Q = 2, 5, 4, 7, 48, 3
 SMALL = {"frame_queries": Q, "text_width": 24, "text_heads": 3, "max_frames": 6}
@@ -110,11 +112,12 @@ def test_every_layer_has_modules_of_its_own_and_as_many_parameters_as_the_formul
     assert not torch.equal(texts[0].queries, texts[1].queries)
     count = sum(p.numel() for p in blocks[0].parameters())
     assert count == 4 * (D * D + D) + 2 * D + 3 * D * D + 3 * D
-    narrow = FCABlock(backbone.transformer.blocks[0].attn1, width=12)
+    layer = backbone.sites.attentions[0], backbone.sites.output(0), D
+    narrow = FCABlock(*layer, width=12)
     assert sum(p.numel() for p in narrow.parameters()) == 3 * (12 * D + 12) + 12 * D + D + 2 * 12 + 3 * D * D + 3 * D
     assert len(adapted(adapter="no_frame_text")[0].conditioner.texts) == 0
     with pytest.raises(ValueError, match="width is 20, expected 0 or a multiple of the head size, 12"):
-        FCABlock(backbone.transformer.blocks[0].attn1, width=20)
+        FCABlock(*layer, width=20)
 
 
 # --- a block -------------------------------------------------------------------------------------------------------
@@ -334,8 +337,10 @@ def test_what_fca_cannot_do_is_refused():
         method.layout_for_training([1])
     with pytest.raises(ValueError, match="takes no givens"):
         method.layout_for_task("tvp", [5], head=2)
-    with pytest.raises(ValueError, match="no layer_branch: modules beside its layers are only made for Wan"):
-        method.attach(CogVideoXBackbone(tiny_cogvideox(), FlowMatching()))
+    with pytest.raises(ValueError, match="no layer_branch: CogVideoX 1.5 joins 2 latent frames into one token"):
+        method.attach(CogVideoXBackbone(tiny_cogvideox(version="1.5"), FlowMatching()))
+    with pytest.raises(ValueError, match="no layer_branch: Stable Video Diffusion reads no text"):
+        method.attach(SVDBackbone(tiny_svd(), EDM(0.002, 700.0)))
     with pytest.raises(ValueError, match="init_features is 'pixels'; choose one of layers, patches"):
         get_method("fca", **SMALL, init_features="pixels").attach(base())
     lora = base()

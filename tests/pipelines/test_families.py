@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import CogVideoXPipeline, HunyuanVideoPipeline, LattePipeline
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from webdataset import ShardWriter
 
 from infra.config import load_config
@@ -150,6 +150,41 @@ def test_it_trains_exports_and_samples(family, folder, dataset, tmp_path):
         board = Storyboard("one", shots=[StoryboardShot("a red box", frames=13)])
         with pytest.raises(StoryboardError, match=r"frames=13; a shot holds 8k\+1 frames, the nearest is"):
             generate_scene(model, board, GenerateSettings(steps=1), seed=0)
+
+
+@pytest.mark.parametrize("method", ["fca", "aid"])
+def test_modules_beside_its_layers_are_trained_and_sampled(method, family, folder, dataset, tmp_path):
+    """FCA and AID from a first frame: the modules lie in the folder's conditioner/, plain diffusers opens the rest."""
+    from PIL import Image
+
+    small: dict[str, Any] = {"max_frames": 6, "shift": 1.0}
+    small |= {"fca": {"frame_queries": 2, "text_width": 16, "text_heads": 2}, "aid": {
+        "query_tokens": 2, "width": 16, "heads": 4, "states": False, "adapter_ratio": 2,
+    }}[method]  # fmt: skip
+    keys = {
+        "model": folder, "dataset": dataset, "run_dir": tmp_path / "run", "steps": 2, "batch_size": 2, "num_workers": 0,
+        "method": method, "shots_per_scene": 1, "learning_rate": 1e-2, "warmup_steps": 0, "text_drop.everything": 0.2,
+        "text_drop.both": 0.2 if method == "aid" else 0.0, "ema_decay": 0.0,
+    }  # fmt: skip
+    given = [f"{key}={value}" for key, value in keys.items()]
+    given += [f"method_params.{key}={value}" for key, value in small.items()]
+    result = run_train(load_config(TrainConfig, None, given))
+    weights = load_file(result.model_dir / "conditioner" / "model.safetensors")
+    assert any(name.endswith(("modulation.weight", "up.weight")) and weight.any() for name, weight in weights.items())
+    PIPELINES[family].from_pretrained(result.model_dir, local_files_only=True)
+
+    model, made = load_model(result.model_dir), {}
+    assert model.settings.method == method and model.backbone.conditioner is not None
+    for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+        Image.new("RGB", (32, 32), colour).save(tmp_path / f"{name}.png")
+        board = Storyboard(
+            "one", shots=[StoryboardShot(sentence="it falls", first_frame=str(tmp_path / f"{name}.png"))]
+        )
+        settings = GenerateSettings(steps=2, guidance=1.0 if family == "hunyuan" else 3.0)
+        made[name], _ = generate_scene(model, board, settings, seed=0)
+        again, _ = generate_scene(load_model(result.model_dir), board, settings, seed=0)
+        assert made[name].shape == (FRAMES[family], 32, 32, 3) and np.array_equal(made[name], again)
+    assert not np.array_equal(made["red"], made["blue"])
 
 
 @pytest.mark.parametrize("method", ["fvdm", "lct"])

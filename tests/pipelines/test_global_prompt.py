@@ -155,6 +155,29 @@ def test_samples_of_it(grouped, tmp_path):
     assert levels[0, :2].tolist() == pytest.approx([0.0, 0.1])
 
 
+def test_shots_in_turn_behind_the_story(grouped, dataset, tmp_path):
+    """The causal stage on the paper's form, and storyboards made shot after shot: the story stays in front."""
+    causal = GROUP.replace("{", "{attention_rule: group_causal, ")
+    result = train(grouped, dataset, tmp_path / "causal", causal)
+    model, seen = load_model(result.model_dir), []
+    model.backbone.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((kwargs["layout"].roles[0], kwargs["cache"].sizes)), with_kwargs=True
+    )
+    board = Storyboard(
+        "one", story="story 0", shots=[StoryboardShot(p) for p in ("red", "box", "red")], task="autoregressive"
+    )
+    frames, cuts = generate_scene(model, board, SETTINGS, seed=0)
+    assert frames.shape == (3 * FRAMES, 32, 32, 3) and cuts == [FRAMES, 2 * FRAMES]
+    steps = [("target", (1, *[3] * shot)) for shot in range(3) for _ in range(SETTINGS.steps + (shot < 2))]
+    assert seen == [("dummy", ()), *steps]
+    other = Storyboard("one", story="another", shots=board.shots, task="autoregressive")
+    changed, _ = generate_scene(model, other, SETTINGS, seed=0)
+    assert not np.array_equal(frames[2 * FRAMES :], changed[2 * FRAMES :])
+    seen.clear()
+    generate_scene(model, Storyboard("one", shots=board.shots, task="autoregressive"), SETTINGS, seed=0)
+    assert all(role == "target" for role, _ in seen), "no story, no group"
+
+
 def test_a_group_moves_nobody_elses_noise():
     plain, story = shots_layout([2, 1]), with_story(shots_layout([2, 1]))
 

@@ -114,8 +114,7 @@ def test_shards_open_with_plain_webdataset(first: tuple[PrepareConfig, PrepareRe
 
 
 def test_training_reads_the_dataset(first: tuple[PrepareConfig, PrepareReport]) -> None:
-    from train.scenes import encoded_runs
-    from train.shards import read_shard
+    from train.shards import encoded_runs, read_shard
 
     config, _ = first
     records = [r for path in sorted((config.output / "shards").glob("*.tar")) for r in read_shard(path)]

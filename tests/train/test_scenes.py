@@ -12,6 +12,7 @@ import torch
 from models.methods import get_method
 from models.tiny import TEXT_DIM
 from tests.train.tiny import CHANNELS, SIZE, TEXT_LENGTH, write_dataset
+from train.loop import all_conditions
 from train.scenes import ShardDataset, TextDrop, Turns, check_states_seen
 from train.shards import read_shard
 
@@ -258,3 +259,23 @@ def test_states_are_read_and_go_with_the_text(dataset):
         open_dataset(
             write_dataset(folder.parent / "two", [[2, 2]], states=2), **options | {"shots_per_scene": 2}, text_drop=drop
         )
+
+
+@pytest.mark.parametrize(("method", "held"), [("fca", False), ("aid", True)])
+def test_a_given_frame_is_not_cut_out_of_a_clip_whose_latents_know_the_future(dataset, method, held):
+    """CogVideoX's and HunyuanVideo's VAEs are not causal: what is given is the first frame, encoded alone."""
+    found = get_method(method)
+    options = {"layout_for": found.layout_for_training, "given_frames": 1, "shots_per_scene": 1}
+    folder = dataset([[3], [2], [3]])
+    cut = [open_dataset(folder, **options).batch(i) for i in range(4)]
+    alone = [open_dataset(folder, **options, given_alone=True).batch(i) for i in range(4)]
+    for one, other in zip(cut, alone, strict=True):
+        assert one.given is None and one.keys == other.keys
+        first = torch.full_like(other.given, 0.25 / 10)
+        assert torch.equal(other.given, first) and other.given.shape[2] == 1
+        conditions = all_conditions(found, other)["given"]
+        assert torch.equal(conditions[:, :CHANNELS], first) and not torch.equal(one.latents[:, :, :1], first)
+        expected = torch.cat([first, one.latents[:, :, 1:]], dim=2) if held else one.latents
+        assert torch.equal(other.latents, expected), "held in the clip, too; else the clip is all to be made"
+    with pytest.raises(ValueError, match="given_frames is 2, but in this model's VAE .* set given_frames=1"):
+        open_dataset(folder, **options | {"given_frames": 2}, given_alone=True)
