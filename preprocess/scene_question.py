@@ -54,7 +54,8 @@ def shown_shots(scene: Scene) -> list[Shot]:
 
 def shown_frames(count: int, most: int) -> list[int]:
     """Which of `count` encoded frames are shown: at most `most`, evenly from the first to the last."""
-    return sorted({round(i * (count - 1) / max(1, most - 1)) for i in range(min(most, count))})
+    shown = min(most, count)
+    return [round(i * (count - 1) / max(1, shown - 1)) for i in range(shown)]
 
 
 def answer_schema(count: int) -> dict[str, Any]:
