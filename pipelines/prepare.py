@@ -56,7 +56,7 @@ class PrepareConfig:
     captions: CaptionBackend = knob(
         "sidecar_or_describe",
         "sidecar = X.json beside X.mp4, describe = measured, endpoint = an OpenAI-compatible vision chat server, "
-        "transformers = a local vision chat model",
+        "transformers = a local one",
     )
     captioner: CaptionerConfig = knob(CaptionerConfig, "the model of captions=endpoint and captions=transformers")
     max_seconds_per_video: float | None = knob(None, "take this much of each video; null = all")
@@ -189,7 +189,6 @@ def run_stages(config: PrepareConfig, place: Workplace, manifest: Path) -> Itera
                 },
                 compute=ActorPoolStrategy(
                     size=captioner.actors,
-                    max_tasks_in_flight_per_actor=max(2, at_once),  # Ray warns of fewer
                     max_concurrent_calls_per_actor=at_once,
                     enable_true_multi_threading=at_once > 1,
                 ),
