@@ -241,7 +241,7 @@ def _set_aside(parts: Sequence[Part]) -> list[Aside]:
     found = [Aside(f"{len(sources)} {title}", sources) for title, sources in sorted(groups.items())]
     names = {row["scene_id"]: part.source for part in parts for row in part.shots}
     scenes = scenes_aside([part.source for part in parts], (row for part in parts for row in part.shots))
-    rows = [{"name": scene, "reason": reason, **_whence(names[scene])} for scene, reason in scenes.items()]
+    rows = [{"name": scene, "reason": reason, **_whence(names[scene]), "rules": ""} for scene, reason in scenes.items()]
     return found + [Aside(f"{len(rows)} scenes of videos that are written", rows)] * bool(rows)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,15 +18,18 @@ from infra.chat import ChatEndpoint
 from models.tiny import build_tiny_folder
 from models.vision_chat import LocalVisionChat
 from pipelines.captioner import CaptionerConfig, captioner_name, make_asker
+from pipelines.dataset_card import write_card
 from pipelines.states import StatesConfig
 from preprocess import unit
 from preprocess.answers import ANSWERS
 from preprocess.asked import Asker
 from preprocess.dataset import scenes_aside
 from preprocess.encode import Encoder
+from preprocess.rows import CaptionRow, decode_row, probe_row
+from preprocess.run import plan_work
 from preprocess.settings import PrepareSettings
 from preprocess.sources import list_sources
-from preprocess.unit import prepare_video
+from preprocess.unit import Unit, prepare_video
 from preprocess.verify import verify
 from tests.preprocess.chat_server import ChatServer, Reply, Request, chat_server, good, scene_answer
 from tests.preprocess.test_run import Predictor, records, run_here
@@ -124,11 +129,58 @@ def test_a_refused_scene_is_set_aside_alone_and_tried_again_where_asked(
         assert json.loads((out / "dataset.json").read_text())["totals"]["set_aside_scenes"] == 1
         assert len(records(out)) == 1 and verify(out).faults == []
 
+        page = write_card(out, tmp_path / "card.html").read_text()
+        assert "1 scenes of videos that are written" in page and "status 400: no" in page
+
         assert run_here(videos, out, model, SETTINGS, chat=chat(server))[1] == 0
         assert len(server.requests) == 4, "a second run asks nothing again, also not what was refused"
         assert run_here(videos, out, model, SETTINGS, True, chat=chat(server))[1] == 2
         assert len(server.requests) == 7 and not aside(out) and len(records(out)) == 4
         assert verify(out).faults == []
+
+
+def test_a_copy_of_a_video_that_was_refused_stays(videos: Path, tmp_path: Path, model: Path) -> None:
+    """Nor does a scene that is set aside make a shot like it a duplicate: it is not in the dataset."""
+    for suffix in ("mp4", "json"):
+        shutil.copy(videos / f"toy0.{suffix}", videos / f"toy1.{suffix}")
+
+    def reply(request: Request, number: int) -> Reply:
+        return Reply(status=400, body=b"no") if number in refused else good(request, number)
+
+    for refused, written in (({0, 1}, ["toy1.mp4", "toy1.mp4"]), ({0}, ["toy0.mp4", "toy1.mp4"])):
+        out = tmp_path / f"out{len(refused)}"
+        with chat_server(reply) as server:
+            run_here(videos, out, model, SETTINGS, chat=chat(server))
+        found = [scene.source.path for scene, _ in records(out).values()]
+        assert found == written and verify(out).faults == []
+
+
+def test_rows_in_many_threads_share_the_limit_and_give_the_same(videos: Path, tmp_path: Path, model: Path) -> None:
+    """As Ray runs an actor with several calls at once."""
+    meet = threading.Barrier(2, timeout=60)
+
+    def reply(request: Request, number: int) -> Reply:
+        if number < 4:
+            meet.wait()
+        return good(request, number)
+
+    done: dict[str, list[str]] = {}
+    with chat_server(reply) as server:
+        for name in ("threads", "one"):
+            work = plan_work(list_sources([videos]).files, tmp_path / name, SETTINGS, model)
+            caption = CaptionRow(work.place, lambda: Asker(chat(server), None, 2))
+            (manifest,) = [next(iter(work.rounds()))]
+            rows = [decode_row(probe_row(row, work.place), work.place) for row in pq.read_table(manifest).to_pylist()]
+            if name == "threads":
+                with ThreadPoolExecutor(4) as pool:
+                    captioned = list(pool.map(caption, rows))
+                assert server.most_at_once == 2
+            else:
+                captioned = [caption(row) for row in rows]
+            units = [Unit.from_json(row["unit"]) for row in captioned]
+            assert [one.status for one in units] == ["", ""]
+            done[name] = [scene.to_json() for one in units for scene in one.scenes]
+    assert done["threads"] == done["one"] and len(done["one"]) == 4
 
 
 def test_answers_survive_a_run_that_was_killed(videos: Path, tmp_path: Path, model: Path) -> None:
