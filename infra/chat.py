@@ -57,6 +57,7 @@ class ChatEndpoint:
         self.url, self.model = f"{url.rstrip('/')}/chat/completions", model
         self.attempts, self.max_tokens, self.first_wait = attempts, max_tokens, first_wait
         self.timeout, self.pictures, self.answer_form = timeout, pictures, answer_form
+        self._key = api_key
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)  # who asks bounds how many at once
         self._client = httpx.Client(timeout=timeout, headers=headers, transport=transport, limits=limits)
@@ -82,7 +83,7 @@ class ChatEndpoint:
                 continue
             if response.is_success:
                 return self._answer(response)
-            failure = f"status {response.status_code}: {response.text[:500]}"
+            failure = f"status {response.status_code}: {self._said(response)}"
             if response.status_code not in RETRIED:
                 raise ChatError(f"{self.url}: {failure}")
             asked = retry_after(response.headers.get("retry-after", ""))
@@ -124,13 +125,16 @@ class ChatEndpoint:
 
     def _answer(self, response: httpx.Response) -> str:
         try:
-            choice = response.json()["choices"][0]
-            answer = choice["message"]["content"]
+            answer = response.json()["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError) as error:
-            raise ChatError(f"{self.url}: not a chat completion: {response.text[:500]}") from error
+            raise ChatError(f"{self.url}: not a chat completion: {self._said(response)}") from error
         if not isinstance(answer, str) or not answer.strip():
-            raise ChatError(f"{self.url}: the answer is empty: {response.text[:500]}")
+            raise ChatError(f"{self.url}: the answer is empty: {self._said(response)}")
         return answer
+
+    def _said(self, response: httpx.Response) -> str:
+        """The begin of a response, for people; some servers quote the key that they refuse."""
+        return (response.text.replace(self._key, "***") if self._key else response.text)[:500]
 
 
 def retry_after(value: str) -> float:

@@ -100,7 +100,7 @@ def test_a_busy_and_a_broken_server_are_asked_again_as_late_as_they_say(tmp_path
     ("reply", "requests", "reason"),
     [
         (Reply(status=400, body=b'{"error": {"message": "image too large"}}'), 1, 'status 400: {"error": {"message'),
-        (Reply(status=401, body=b"who are you"), 1, "status 401: who are you"),
+        (Reply(status=401, body=f"wrong key {KEY}".encode()), 1, "status 401: wrong key ***"),
         (Reply(status=503, body=b"down"), 2, "no answer in 2 attempts; the last: status 503: down"),
         (Reply(body=b"<html>a proxy</html>"), 1, "not a chat completion: <html>"),
         (Reply(text="Sorry, no."), 2, "no usable answer: it holds no JSON object"),
