@@ -85,6 +85,7 @@ class Shot:
     sentence: str = ""  # the shot told alone, with no reference to the story; "" when there is none
     camera: str = ""
     label: int | None = None  # the class of what it shows, counted from 0, for models of classes; None: not said
+    entities: list[str] = field(default_factory=list)  # ids of the scene's entities that are seen in it
     states: list[State] = field(default_factory=list)
     predicted_states: list[State] = field(default_factory=list)  # from the first frame and instruction only
 
@@ -128,6 +129,7 @@ class CaptionSource:
     backend: str
     model: str
     template_hash: str
+    states_key: str = ""  # of who predicted the states (`models.states`); "" = they are not predicted
 
 
 @dataclass

@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -24,13 +25,7 @@ from models.text import TextEncoder
 # (images uint8 [H,W,3] each, question) -> the model's answer; decoding must be deterministic
 Ask = Callable[[Sequence[np.ndarray], str], str]
 
-QUESTION = (
-    "The {frames} of a video, and what happens in it: {instruction}\n"
-    "Describe in {count} short sentences the states that the scene goes through, in order of time, from the "
-    "picture to the end of the action. Say who or what it is, where, and how it looks in each state; "
-    "nothing that does not change. "
-    'Answer with a JSON list of {count} strings and nothing else, such as ["The cup stands on the table.", ...].'
-)
+QUESTION = (Path(__file__).parent / "prompts" / "states.md").read_text(encoding="utf-8").rstrip("\n")
 
 
 class StatePredictor(Protocol):

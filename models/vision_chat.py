@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+
+# (role, texts and images uint8 [H,W,3] in the order in which they are read); roles are user and assistant
+Turn = tuple[str, Sequence[str | np.ndarray]]
 
 
 class LocalVisionChat:
@@ -35,14 +39,28 @@ class LocalVisionChat:
             folder, local_files_only=True, use_safetensors=True, dtype=dtype
         )
         self.model, self.max_tokens = model.to(device).eval(), max_tokens
+        self._lock = threading.Lock()  # one question at a time, whoever asks
 
-    @torch.no_grad()
     def __call__(self, images: Sequence[np.ndarray], question: str) -> str:
         """The answer to a question about images uint8 [H,W,3]."""
-        pictures = [{"type": "image", "image": Image.fromarray(image)} for image in images]
-        messages = [{"role": "user", "content": [*pictures, {"type": "text", "text": question}]}]
+        return self.chat([("user", [*images, question])])
+
+    @torch.no_grad()
+    def chat(self, turns: Sequence[Turn]) -> str:
+        """The next answer in a conversation that ends with a turn of the user."""
+        messages = [{"role": role, "content": [_content(part) for part in parts]} for role, parts in turns]
+        with self._lock:
+            return self._generate(messages)
+
+    def _generate(self, messages: list[dict[str, Any]]) -> str:
         inputs = self.processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         ).to(self.model.device, self.model.dtype)
         tokens = self.model.generate(**inputs, do_sample=False, max_new_tokens=self.max_tokens)
         return self.processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _content(part: str | np.ndarray) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    return {"type": "image", "image": Image.fromarray(part)}

@@ -21,7 +21,7 @@ from infra.log import duration
 from models.scene import Scene, SceneError
 from pipelines.report import Entry, write_page
 from pipelines.report_media import frames_at, image_uri, source_here
-from preprocess.dataset import Earlier
+from preprocess.dataset import Earlier, scenes_aside
 from preprocess.filters import RULES, SCORES, rule_of
 from preprocess.parts import Part, Row
 from preprocess.replay import Step, recorded_waterfall
@@ -232,7 +232,7 @@ def _pts(row: Row, scene: Scene | None) -> list[int]:
 
 
 def _set_aside(parts: Sequence[Part]) -> list[Aside]:
-    """Sources that were not written, by status and by the stage or rule that ended them."""
+    """Sources that were not written, by status and by the stage or rule that ended them; then single scenes."""
     groups: dict[str, list[Row]] = defaultdict(list)
     for part in parts:
         source = part.source
@@ -241,14 +241,21 @@ def _set_aside(parts: Sequence[Part]) -> list[Aside]:
         rules = sorted({rule_of(row["filtered"]) for row in part.shots if row["filtered"]})
         groups[f"{source['status']} in {source['stage']}"].append(
             {
-                **{name: source[name] for name in ("name", "reason", "attempts", "path", "codec")},
-                "facts": f"{source['width']}x{source['height']}, {source['duration_s']:.1f} s"
-                if source["width"]
-                else "",
+                **{name: source[name] for name in ("name", "reason")},
+                **_whence(source),
                 "rules": ", ".join(rules),
             }
         )
-    return [Aside(f"{len(sources)} {title}", sources) for title, sources in sorted(groups.items())]
+    found = [Aside(f"{len(sources)} {title}", sources) for title, sources in sorted(groups.items())]
+    names = {row["scene_id"]: part.source for part in parts for row in part.shots}
+    scenes = scenes_aside([part.source for part in parts], (row for part in parts for row in part.shots))
+    rows = [{"name": scene, "reason": reason, **_whence(names[scene]), "rules": ""} for scene, reason in scenes.items()]
+    return found + [Aside(f"{len(rows)} scenes of videos that are written", rows)] * bool(rows)
+
+
+def _whence(source: Row) -> Row:
+    facts = f"{source['width']}x{source['height']}, {source['duration_s']:.1f} s" if source["width"] else ""
+    return {name: source[name] for name in ("attempts", "path", "codec")} | {"facts": facts}
 
 
 def _stages(folder: Path) -> list[tuple[str, int, int, str]]:

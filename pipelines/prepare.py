@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from infra.knobs import knob, required
 from pipelines.aesthetic import AestheticConfig, make_scorer, scorer_key
-from pipelines.states import StatesConfig, make_predictor, predictor_key
+from pipelines.captioner import CaptionerConfig, api_key, asks, captioner_name, make_asker
+from pipelines.states import StatesConfig, predictor_key
 from preprocess.filters import FilterSettings
 from preprocess.report import PrepareReport
 from preprocess.settings import CaptionBackend, Cuts, Ids, PrepareSettings, StoreType
@@ -52,7 +53,12 @@ class PrepareConfig:
     min_shot_frames: int = knob(5, "a shot with fewer encoded frames is recorded but not encoded")
     max_shots: int = knob(9, "shots per scene at most")
     cuts: Cuts = knob("detect", "where shots begin: captions = where the shots of X.json beside X.mp4 begin and end")
-    captions: CaptionBackend = knob("sidecar_or_describe", "sidecar = X.json beside X.mp4, describe = measured")
+    captions: CaptionBackend = knob(
+        "sidecar_or_describe",
+        "sidecar = X.json beside X.mp4, describe = measured, endpoint = an OpenAI-compatible vision chat server, "
+        "transformers = a local one",
+    )
+    captioner: CaptionerConfig = knob(CaptionerConfig, "the model of captions=endpoint and captions=transformers")
     max_seconds_per_video: float | None = knob(None, "take this much of each video; null = all")
     min_side: int = knob(32, "filter: pixels of the shorter side")
     min_rate: float = knob(0.5, "filter: source frames per encoded frame")
@@ -80,6 +86,7 @@ class PrepareConfig:
             raise ValueError(f"frames_fps={self.frames_fps} must lie above 0 and at most at 1000 frames per second")
         if self.shard_mb <= 0 or self.encoders < 1:
             raise ValueError("shard_mb must be positive and encoders at least 1")
+        self.captioner.check(self.captions)
 
 
 def run_prepare(config: PrepareConfig) -> PrepareReport | Waterfall:
@@ -103,7 +110,7 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     from infra.log import get_logger, progress
     from infra.ray_session import ray_session
     from infra.storage import atomic_write_json
-    from preprocess.dataset import known_hashes
+    from preprocess.dataset import known_hashes, scenes_aside
     from preprocess.run import lock, plan_work
     from preprocess.sources import list_sources
 
@@ -111,6 +118,8 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     log = get_logger("prepare")
     output, model = config.output.resolve(), config.model.resolve()
     settings = make_settings(config)
+    if config.captions == "endpoint":
+        api_key(config.captioner)  # a key that is missing is told before the first decode
     with lock(output):
         found = list_sources(
             config.sources,
@@ -139,6 +148,10 @@ def prepare(config: PrepareConfig) -> PrepareReport:
                 record = work.compact(shard_bytes)
         report.count_rows([work.finished[file.video_id].part.source for file in work.files], todo)
         report.count_shots(row for file in work.files for row in work.finished[file.video_id].part.shots)
+        report.scenes_aside = scenes_aside(
+            [one.part.source for one in work.finished.values()],
+            (row for file in work.files for row in work.finished[file.video_id].part.shots),
+        )
         report.count_totals(record)
         report.seconds = time.monotonic() - began
         atomic_write_json(output / "report.json", report.to_dict())
@@ -154,7 +167,7 @@ def run_stages(config: PrepareConfig, place: Workplace, manifest: Path) -> Itera
     import ray.data
     from ray.data import ActorPoolStrategy
 
-    from preprocess.rows import EncodeRow, caption_row, decode_row, probe_row
+    from preprocess.rows import CaptionRow, EncodeRow, caption_row, decode_row, probe_row
 
     # bounded: Ray's default is to run a row that kills its worker for ever
     on_cpu: dict[str, Any] = {"num_cpus": config.decode_cpus, "max_retries": MAX_ATTEMPTS - 1, "fn_args": (place,)}
@@ -164,22 +177,40 @@ def run_stages(config: PrepareConfig, place: Workplace, manifest: Path) -> Itera
             .repartition(target_num_rows_per_block=1)  # a dying worker takes its whole block with it
             .map(probe_row, **on_cpu)
             .map(decode_row, **on_cpu)
-            .map(caption_row, **on_cpu)
-            .map(
-                EncodeRow,
+        )
+        if asks(config.captions, config.states):
+            captioner = config.captioner
+            at_once = captioner.at_once(config.captions, config.states)
+            chain = chain.map(
+                CaptionRow,
                 fn_constructor_kwargs={
                     "place": place,
-                    "model": str(config.model.resolve()),
-                    "device": "cuda" if config.encoder_gpus else "cpu",
-                    "threads": max(1, int(config.encoder_cpus)),
-                    "make_states": partial(make_predictor, config.states),
-                    "make_aesthetic": partial(make_scorer, config.aesthetic, bool(config.encoder_gpus)),
+                    "make_asker": partial(make_asker, config.captions, captioner, config.states),
                 },
-                compute=ActorPoolStrategy(size=config.encoders),
-                num_cpus=config.encoder_cpus,
-                num_gpus=config.encoder_gpus or None,
+                compute=ActorPoolStrategy(
+                    size=captioner.actors,
+                    max_concurrent_calls_per_actor=at_once,
+                    enable_true_multi_threading=at_once > 1,
+                ),
+                num_cpus=captioner.cpus,
+                num_gpus=captioner.gpus or None,
                 max_task_retries=MAX_ATTEMPTS - 1,
             )
+        else:
+            chain = chain.map(caption_row, **on_cpu)
+        chain = chain.map(
+            EncodeRow,
+            fn_constructor_kwargs={
+                "place": place,
+                "model": str(config.model.resolve()),
+                "device": "cuda" if config.encoder_gpus else "cpu",
+                "threads": max(1, int(config.encoder_cpus)),
+                "make_aesthetic": partial(make_scorer, config.aesthetic, bool(config.encoder_gpus)),
+            },
+            compute=ActorPoolStrategy(size=config.encoders),
+            num_cpus=config.encoder_cpus,
+            num_gpus=config.encoder_gpus or None,
+            max_task_retries=MAX_ATTEMPTS - 1,
         )
         yield from chain.iter_rows()
 
@@ -235,6 +266,9 @@ def make_settings(config: PrepareConfig) -> PrepareSettings:
         aesthetic_key=scorer_key(config.aesthetic),
         cuts=config.cuts,
         captions=config.captions,
+        caption_model=captioner_name(config.captions, config.captioner),
+        caption_frames=config.captioner.frames,
+        caption_words=config.captioner.words,
         dtype=config.dtype,
         seconds_per_video=config.seconds_limit,
         states_key=predictor_key(config.states),

@@ -1,9 +1,11 @@
 """Captions of a scene: `sidecar` reads a JSON file beside the video, `describe` says what was measured.
 
+Those of `endpoint` and `transformers` come from a model (`preprocess.asked`); here its unseen shots get words, too.
+
 A sidecar `X.json` beside `X.mp4` holds story, label, entities [{id, name, description}], references [{role, path}] and
-shots [{start_frame, end_frame, prompt, sentence, camera, label, states [{text, frame}]}]; frames are source frames, a
-state's frame counts from the start of its shot, paths start at the sidecar's folder. Its shots are matched to the
-detected ones by overlap with the encoded frames.
+shots [{start_frame, end_frame, prompt, sentence, camera, label, entities [id], states [{text, frame}]}]; frames are
+source frames, a state's frame counts from the start of its shot, paths start at the sidecar's folder. Its shots are
+matched to the detected ones by overlap with the encoded frames.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from models.records import RecordError, decode
 from models.scene import CaptionSource, Entity, Reference, Scene, Shot, State
 from preprocess.describe import TEMPLATES, describe_scene, describe_shot
 from preprocess.outcome import Failed
-from preprocess.settings import CaptionBackend
+from preprocess.scene_question import question_hash
+from preprocess.settings import ASKED, CaptionBackend, PrepareSettings
 
 _MIN_OVERLAP = 0.5  # share of a shot's encoded frames that a caption must cover
 _LARGEST = 16 * 2**20  # bytes of a sidecar file
@@ -33,6 +36,7 @@ class SidecarShot:
     sentence: str = ""
     camera: str = ""
     label: int | None = None  # of this shot; None: the file's
+    entities: list[str] = field(default_factory=list)  # ids
     states: list[State] = field(default_factory=list)
 
 
@@ -45,9 +49,10 @@ class Sidecar:
     references: list[Reference] = field(default_factory=list)
 
 
-def template_hash() -> str:
-    """Changes when `describe` would say something else about the same measurements."""
-    return hashlib.sha256(json.dumps(TEMPLATES, sort_keys=True).encode()).hexdigest()[:16]
+def template_hash(backend: CaptionBackend = "describe") -> str:
+    """Changes when `describe` would say something else about the same measurements, or a model would be asked so."""
+    asked = question_hash() if backend in ASKED else ""
+    return hashlib.sha256((json.dumps(TEMPLATES, sort_keys=True) + asked).encode()).hexdigest()[:16]
 
 
 def caption_scenes(
@@ -88,6 +93,18 @@ def caption_scenes(
         scene.captions = CaptionSource(used, "", "" if used == "sidecar" else template_hash())
 
 
+def finish_asked(scene: Scene, settings: PrepareSettings) -> None:
+    """Say what a model was not shown, the shots without encoded frames, and who made the captions, in place."""
+    unseen = [shot for shot in scene.shots if not shot.prompt]
+    for shot in unseen:
+        describe_shot(shot)
+    if not scene.story:
+        describe_scene(scene)
+    used = "describe" if len(unseen) == len(scene.shots) else settings.captions + "+describe" * bool(unseen)
+    model = "" if used == "describe" else settings.caption_model
+    scene.captions = CaptionSource(used, model, template_hash(settings.captions))
+
+
 def read_sidecar(path: str) -> Sidecar:
     """A checked caption file. Raises Failed naming the file, the field and the value."""
     try:
@@ -110,6 +127,9 @@ def read_sidecar(path: str) -> Sidecar:
         if not 0 <= shot.start_frame < shot.end_frame:
             span = f"{shot.start_frame}..{shot.end_frame}"
             raise Failed("captions", f"{name}.shots[{i}] is empty: frames {span}")
+        known = [entity.id for entity in sidecar.entities]
+        if unknown := [one for one in shot.entities if one not in known]:
+            raise Failed("captions", f"{name}.shots[{i}].entities: {unknown} are not among the entities {known}")
     return sidecar
 
 
@@ -137,6 +157,7 @@ def _from_sidecar(scene: Scene, sidecar: Sidecar, frames: list[list[int]]) -> in
         said += 1
         shot.label = sidecar.label if best.label is None else best.label
         shot.prompt, shot.sentence, shot.camera = best.prompt, best.sentence, best.camera
+        shot.entities = list(best.entities)
         shot.scores["caption_overlap"] = round(share, 4)
         shot.states = _states(best, encoded)
     if said:

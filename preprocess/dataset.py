@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.storage import atomic_path, atomic_write_json
+from preprocess.answers import ANSWERS, Answers
 from preprocess.duplicates import is_duplicate
 from preprocess.filters import SCORES, judge
 from preprocess.index import INDEX, index_rows
@@ -30,7 +31,7 @@ from preprocess.sources import SourceFile, fields_text
 
 Sample = dict[str, bytes]  # {extension: bytes}
 FORMAT = "shotloom-dataset-1"
-_FILES = (INDEX, "manifest.parquet", "sources.parquet", "dataset.json")
+_FILES = (INDEX, "manifest.parquet", "sources.parquet", ANSWERS, "dataset.json")
 _ORDER = ("shards", *_FILES)
 
 
@@ -106,7 +107,9 @@ def _still_holds(
     part: Part, file: SourceFile, keys: dict[str, str], retry_failed: bool, limits: dict[str, float | None]
 ) -> bool:
     row = part.source
-    if row["name"] != file.name or (retry_failed and row["status"] == "failed"):
+    if row["name"] != file.name:
+        return False
+    if retry_failed and (row["status"] == "failed" or any(shot.get("set_aside") for shot in part.shots)):
         return False
     stage = row["stage"]
     depends = _DEPENDS.get(stage, ("vision_key",))
@@ -190,10 +193,11 @@ def build(
     shard_bytes: int,
     facts: dict[str, Any],
     clean: Callable[[str, Sample], Sample | None] = lambda key, files: files,
+    answers: Answers | None = None,
 ) -> dict[str, Any]:
     """Write the whole dataset into `folder`/next and check it against the parts; returns dataset.json.
 
-    `clean` gives what is written of a sample, None for nothing; the parts say the same.
+    `clean` gives what is written of a sample, None for nothing; the parts say the same. `answers` are taken along.
 
     Raises ReconcileError where a scene would be lost, doubled or unaccounted for.
     """
@@ -217,6 +221,8 @@ def build(
     _write_table(staging / INDEX, index, INDEX_SCHEMA)
     _write_table(staging / "sources.parquet", sources, SOURCE_SCHEMA)
     _write_table(staging / "manifest.parquet", shots, SHOT_SCHEMA)
+    if answers is not None:
+        answers.write_table(staging / ANSWERS)
     record = {"format": FORMAT, **facts, "totals": totals, "shards": writer.names, "shard_bytes": shard_bytes}
     atomic_write_json(staging / "dataset.json", record)
     return record
@@ -244,10 +250,19 @@ def reconcile(parts: Sequence[Part], places: dict[str, str]) -> dict[str, int]:
         "filtered": status["filtered"],
         "failed": status["failed"],
         "scenes": len(places),
+        "set_aside_scenes": len(
+            scenes_aside([part.source for part in parts], (row for part in parts for row in part.shots))
+        ),
         "shots": sum(len(part.shots) for part in parts),
         "encoded_shots": sum(row["encoded_frames"] > 0 for part in parts for row in part.shots),
         "encoded_frames": sum(row["encoded_frames"] for part in parts for row in part.shots),
     }
+
+
+def scenes_aside(sources: Sequence[Row], shots: Iterable[Row]) -> dict[str, str]:
+    """Scenes that are not written though others of their source are, by the rows of both: id -> "stage: reason"."""
+    written = {row["video_id"] for row in sources if row["status"] == "written"}
+    return {row["scene_id"]: row["set_aside"] for row in shots if row.get("set_aside") and row["video_id"] in written}
 
 
 def commit(folder: Path) -> None:
@@ -294,7 +309,7 @@ SHOT_SCHEMA = _schema(
     duration_s="float", start_pts="int", end_pts="int", time_base_num="int", time_base_den="int", start_frame="int",
     end_frame="int", transition="str", confidence="float", encoded_frames="int", encoded_start_frame="int",
     prompt="str", sentence="str", camera="str", label="int", captions="str", scores="str", filtered="str",
-    duplicate_of="str", signature="str", **{f"score_{name}": "float" for name in SCORES},
+    set_aside="str", duplicate_of="str", signature="str", **{f"score_{name}": "float" for name in SCORES},
 )  # fmt: skip
 
 

@@ -34,16 +34,21 @@ def is_duplicate(row: Row) -> bool:
 
 
 def find_duplicates(parts: Sequence[Part], settings: FilterSettings) -> dict[str, Verdict]:
-    """Verdicts by shot id, for all shots of `parts` that no other filter took. Parts lie in the order of the sources.
+    """Verdicts by shot id, for all written shots of `parts`, those that no other filter took.
 
+    Parts lie in the order of the sources.
     A shot that an earlier run took as a duplicate stays what it was: its latents are gone.
     """
     verdicts: dict[str, Verdict] = {}
     files: dict[str, str] = {}
     vectors, owners, first = [], [], []  # of shots to compare: signature, row, position at which its video begins
     for part in parts:
-        rows = [row for row in part.shots if not row["filtered"]]
-        known = files.setdefault(part.source["sha256"], part.source["video_id"]) if rows else ""
+        if part.source["status"] == "failed":  # a copy of what is not written has to stay
+            continue
+        rows = [row for row in part.shots if not (row["filtered"] or row.get("set_aside"))]
+        known = files.get(part.source["sha256"], "") if rows else ""
+        if rows and not any(row.get("set_aside") for row in part.shots):
+            known = files.setdefault(part.source["sha256"], part.source["video_id"])
         if known and known != part.source["video_id"] and settings.same_file:
             reason = f"{SAME_FILE}: the file has the bytes of {known}"
             verdicts |= {row["shot_id"]: Verdict({}, reason, known) for row in rows}

@@ -18,11 +18,11 @@ from torch import Tensor
 from infra.storage import sha256_file
 from models.codecs import VideoCodec, to_video
 from models.folder import load_model, load_settings, part_folders
-from models.scene import STORY_TEXT, LatentSource, Scene, Shot, State, shot_tensor_key
-from models.states import StatePredictor, encode_states, instruction_of
+from models.scene import STORY_TEXT, LatentSource, Scene, Shot, shot_tensor_key
+from models.states import encode_states
 from models.text import TextEncoder
 from preprocess.aesthetic import AestheticScorer
-from preprocess.outcome import Failed, short
+from preprocess.outcome import Failed
 from preprocess.settings import StoreType
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -37,7 +37,6 @@ class Encoder:
     text: TextEncoder
     text_length: int  # tokens that the model reads per shot
     threads: int = 1
-    states: StatePredictor | None = None  # None: states are not predicted
     aesthetic: AestheticScorer | None = None  # None: not scored
 
     @staticmethod
@@ -45,12 +44,11 @@ class Encoder:
         path: Path | str,
         device: str = "cpu",
         threads: int = 1,
-        states: StatePredictor | None = None,
         aesthetic: AestheticScorer | None = None,
     ) -> Encoder:
         """Reads vae/, text_encoder/, tokenizer/ and the text length of a model folder."""
         model = load_model(path, ("codec", "text"), device)
-        return Encoder(model.codec, model.text, model.settings.text_length, threads, states, aesthetic)
+        return Encoder(model.codec, model.text, model.settings.text_length, threads, aesthetic)
 
     def encode_shots(self, spans: Sequence[np.ndarray | None], dtype: StoreType) -> list[dict[str, Tensor]]:
         """Posterior of each span uint8 [n,H,W,3], and of its first and last frame, each frame encoded alone.
@@ -87,35 +85,13 @@ class Encoder:
         return [mean.to("cpu", _DTYPES[dtype]).contiguous() for mean in means]
 
     def encode_texts(self, scenes: Sequence[Scene], dtype: StoreType, apart: bool = False) -> dict[str, Tensor]:
-        """Embedding [L,D] of every text of the scenes (see `scene_texts`), each distinct text encoded once.
-
-        Raises Failed naming the shot whose story and prompt together are longer than the model reads.
-        """
+        """Embedding [L,D] of every text of the scenes (see `scene_texts`), each distinct text encoded once."""
         torch.set_num_threads(self.threads)
         texts = list(dict.fromkeys(text for scene in scenes for text in scene_texts(scene, apart).values()))
-        for scene in scenes:
-            for shot in scene.shots:
-                self._check_length(scene, shot)
         return {
             text: embedding.to(_DTYPES[dtype]).contiguous()
             for text, embedding in zip(texts, self.text.encode(texts), strict=True)
         }
-
-    def predict_states(self, scene: Scene, spans: Sequence[np.ndarray | None], frames: int) -> None:
-        """Fill `predicted_states` of the shots with a span, from the first `frames` of it and the shot's words alone.
-
-        When a state will be reached is not asked: they are recorded evenly over the shot. Raises Failed.
-        """
-        assert self.states is not None
-        for shot, span in zip(scene.shots, spans, strict=True):
-            if span is None:
-                continue
-            instruction = instruction_of(scene.story, shot.prompt, shot.sentence)
-            try:
-                said = self.states(span[:frames], instruction)
-            except (ValueError, RuntimeError) as error:
-                raise Failed("states", f"shot {shot.index} of {scene.scene_id}: {short(error)}") from error
-            shot.predicted_states = [State(text, i * len(span) // len(said)) for i, text in enumerate(said)]
 
     def encode_states(self, scene: Scene, dtype: StoreType) -> dict[str, Tensor]:
         """Embeddings [S,L,D] of the predicted states of each shot that has some."""
@@ -129,6 +105,11 @@ class Encoder:
 
     def source(self, dtype: StoreType) -> LatentSource:
         return LatentSource(self.codec.hash, self.text.hash, dtype, self.text.style.joined)
+
+    def check_texts(self, scene: Scene) -> None:
+        """Raises Failed naming the shot whose story and prompt together are longer than the model reads."""
+        for shot in scene.shots:
+            self._check_length(scene, shot)
 
     def _check_length(self, scene: Scene, shot: Shot) -> None:
         together = self.text.parts([scene.story, shot.prompt])

@@ -62,8 +62,11 @@ def part_samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     return ((key, files) for key, files in read_samples(path) if key != "part")
 
 
-def shot_rows(scene: Scene, written: bool) -> list[Row]:
-    """Rows of manifest.parquet: one per shot, with an empty key where the scene is not written."""
+def shot_rows(scene: Scene, written: bool, aside: str = "") -> list[Row]:
+    """Rows of manifest.parquet: one per shot, with an empty key where the scene is not written.
+
+    `aside`: why a scene of a source that is written is not, "stage: reason".
+    """
     return [
         {
             "video_id": scene.video_id,
@@ -92,6 +95,7 @@ def shot_rows(scene: Scene, written: bool) -> list[Row]:
             "captions": scene.captions.backend if scene.captions else "",
             "scores": json.dumps(shot.scores, sort_keys=True),
             "filtered": shot.filtered,
+            "set_aside": aside,
             "duplicate_of": "",
             "signature": shot.signature,
             **{f"score_{name}": shot.scores.get(name) for name in SCORES},

@@ -33,7 +33,7 @@ def recall_scenes(places: dict[str, str], info: VideoInfo) -> tuple[list[Scene],
         scene.story, scene.entities, scene.references, scene.captions = "", [], [], None
         for shot in scene.shots:
             shot.prompt = shot.sentence = shot.camera = ""
-            shot.label, shot.states, shot.predicted_states = None, [], []
+            shot.label, shot.entities, shot.states, shot.predicted_states = None, [], [], []
             shot.scores.pop("caption_overlap", None)
             pts = shot.encoded.pts if shot.encoded else []
             frames = [bisect_left(info.pts, at) for at in pts]

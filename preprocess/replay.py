@@ -144,7 +144,9 @@ def make_waterfall(parts: Sequence[Part], settings: PrepareSettings) -> Waterfal
 
 def recorded_waterfall(parts: Sequence[Part], settings: dict[str, Any]) -> list[Step]:
     """What each filter has taken of the shots of a dataset, by their recorded reasons."""
-    rows = [row for part in parts for row in part.shots if part.source["status"] != "failed"]
+    rows = [
+        row for part in parts for row in part.shots if part.source["status"] != "failed" and not row.get("set_aside")
+    ]
     left, seconds = len(rows), sum(row["duration_s"] for row in rows)
     steps = []
     limits = {"min_shot_frames": settings["min_shot_frames"], **settings["filters"]}

@@ -44,6 +44,7 @@ class PrepareReport:
     decoded_frames: int = 0
     set_aside: list[Row] = field(default_factory=list)  # name, status, stage, reason, attempts
     filtered_shots: dict[str, int] = field(default_factory=dict)  # by the filter that took them
+    scenes_aside: dict[str, str] = field(default_factory=dict)  # of sources that are written: id -> "stage: reason"
 
     @property
     def decodes_per_frame(self) -> float:
@@ -113,6 +114,8 @@ class PrepareReport:
             lines.append(f"{len(self.repeated)} entries name a file already listed: {', '.join(self.repeated[:3])}")
         for row in self.set_aside:
             lines.append(f"  {row['status']} {row['name']} ({row['stage']}): {row['reason']}")
+        for scene, reason in self.scenes_aside.items():
+            lines.append(f"  set aside scene {scene} ({reason})")
         for name, stage in self.stages.items():
             kind = "scenes" if name == "shards" else "videos"
             aside = f", {stage.set_aside} set aside" if stage.set_aside else ""

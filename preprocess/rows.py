@@ -25,8 +25,8 @@ from preprocess.unit import (
 from preprocess.watch import MAX_ATTEMPTS, Attempts
 
 if TYPE_CHECKING:
-    from models.states import StatePredictor
     from preprocess.aesthetic import AestheticScorer
+    from preprocess.asked import Asker
 
 Row = dict[str, str]
 
@@ -43,6 +43,26 @@ def caption_row(row: Row, place: Workplace) -> Row:
     return _stage("captions", lambda unit: caption_stage(unit, place), row, place)
 
 
+class CaptionRow:
+    """Actor: holds whom captions and states are asked of; where that is an endpoint, many rows are under way at once.
+
+    Then nothing here decodes or computes, every attempt at a question has its time limit, and one timer for the whole
+    process, as `Attempts` has it, could not tell the rows apart; a row whose actor dies `Work.rounds` gives again.
+    """
+
+    def __init__(self, place: Workplace, make_asker: Callable[[], Asker]) -> None:
+        self.place, self.asker = place, make_asker()
+
+    def __call__(self, row: Row) -> Row:
+        def stage(unit: Unit) -> None:
+            caption_stage(unit, self.place, self.asker)
+
+        if self.asker.side_by_side == 1:
+            return _stage("captions", stage, row, self.place)
+        unit = run_stage("captions", stage, Unit.from_json(row["unit"]))
+        return {"video_id": row["video_id"], "unit": unit.to_json()}
+
+
 class EncodeRow:
     """Actor: holds the VAE and the text encoder; writes the part of each video, encoded or set aside."""
 
@@ -52,13 +72,12 @@ class EncodeRow:
         model: str,
         device: str,
         threads: int,
-        make_states: Callable[[], StatePredictor | None] = lambda: None,
         make_aesthetic: Callable[[], AestheticScorer | None] = lambda: None,
     ) -> None:
         from preprocess.encode import Encoder
 
         self.place = place
-        self.encoder = Encoder.from_folder(Path(model), device, threads, make_states(), make_aesthetic())
+        self.encoder = Encoder.from_folder(Path(model), device, threads, make_aesthetic())
 
     def __call__(self, row: Row) -> Row:
         """Returns only what the driver reports: id, status, stage, seconds."""

@@ -122,7 +122,7 @@ class Work:
         clean = partial(cleaned_sample, scenes=gone_by_scene(verdicts))
         settings = {k: v for k, v in asdict(self.place.settings).items() if k != "seconds_per_video"}
         facts = {"settings": settings, **self.place.keys()}
-        record = dataset.build(self.output, finished, self.earlier, shard_bytes, facts, clean)
+        record = dataset.build(self.output, finished, self.earlier, shard_bytes, facts, clean, self.place.answers())
         dataset.commit(self.output)
         return record
 

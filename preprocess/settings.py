@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from preprocess.filters import FilterSettings
 
-CaptionBackend = Literal["sidecar", "describe", "sidecar_or_describe"]
+CaptionBackend = Literal["sidecar", "describe", "sidecar_or_describe", "endpoint", "transformers"]
+ASKED: tuple[CaptionBackend, ...] = ("endpoint", "transformers")  # a model is shown pictures
 Ids = Literal["path", "content"]  # what a source's id is made of
 Cuts = Literal["detect", "captions"]
 StoreType = Literal["float32", "float16", "bfloat16"]
@@ -17,7 +18,10 @@ StoreType = Literal["float32", "float16", "bfloat16"]
 # raise when a stage gives other results for the same settings, so that earlier work is done again
 STAGES_VERSION = 2
 # thresholds of shots are not in the key: what they would change is seen in the recorded scores (`preprocess.dataset`)
-_NOT_VISION = ("captions", "seconds_per_video", "states_key", "states_frames", "texts_apart", "filters")
+_NOT_VISION = (
+    "captions", "caption_model", "caption_frames", "caption_words", "seconds_per_video", "states_key", "states_frames",
+    "texts_apart", "filters",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,9 @@ class PrepareSettings:
     aesthetic_key: str = ""  # of the aesthetic scorer; "" = not scored
     cuts: Cuts = "detect"
     captions: CaptionBackend = "sidecar_or_describe"
+    caption_model: str = ""  # backends endpoint and transformers: what the model is called
+    caption_frames: int = 3  # encoded frames per shot that it is shown
+    caption_words: int = 130  # of story and one prompt together
     dtype: StoreType = "float16"  # of latents and text embeddings
     seconds_per_video: float = 600.0  # time limit for the work on one video
     states_key: str = ""  # of the state predictor (`models.states`); "" = states are not predicted
@@ -56,6 +63,12 @@ class PrepareSettings:
             raise ValueError(f"{self.height}x{self.width}: height and width must be multiples of 8")
         if self.fps <= 0 or self.max_shots < 1 or self.seconds_per_video <= 0:
             raise ValueError("fps, max_shots and seconds_per_video must be positive")
+        if (self.captions in ASKED) != bool(self.caption_model):
+            raise ValueError(
+                f"captions={self.captions}, caption_model={self.caption_model!r}: a model goes with {ASKED}"
+            )
+        if self.caption_frames < 1 or self.caption_words < 1:
+            raise ValueError("caption_frames and caption_words must be at least 1")
         if self.max_seconds is not None and self.max_seconds <= 0:
             raise ValueError(f"max_seconds={self.max_seconds} must be positive; null takes whole videos")
 
@@ -65,7 +78,8 @@ class PrepareSettings:
 
     def caption_key(self, template_hash: str) -> str:
         states = [self.states_key, self.states_frames] if self.states_key else []
-        return _key([self.captions, template_hash, *states, *["texts_apart"] * self.texts_apart])
+        asked = [self.caption_model, self.caption_frames, self.caption_words] if self.captions in ASKED else []
+        return _key([self.captions, template_hash, *states, *["texts_apart"] * self.texts_apart, *asked])
 
 
 def _key(value: Any) -> str:

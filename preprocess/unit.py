@@ -14,7 +14,8 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from torch import Tensor
 from models.records import decode as from_json
 from models.scene import Scene, reference_tensor_key, shot_tensor_key
 from preprocess.aesthetic import AestheticScorer
-from preprocess.captions import caption_scenes, template_hash
+from preprocess.answers import ANSWERS, Answers
+from preprocess.asked import Asker, Questions, Unasked
+from preprocess.captions import caption_scenes, finish_asked, template_hash
 from preprocess.decode import DecodeCount
 from preprocess.encode import Encoder, scene_texts
 from preprocess.filters import AESTHETIC, check_shots, check_video, judge, thresholds
@@ -38,7 +41,7 @@ from preprocess.recall import recall_latents, recall_scenes, recalled_count
 from preprocess.references import read_reference, reference_here
 from preprocess.remote import NO_ROOM, copy_here, is_direct, sha256_at
 from preprocess.scenes import make_scenes
-from preprocess.settings import PrepareSettings
+from preprocess.settings import ASKED, PrepareSettings
 from preprocess.sources import SourceFile, fields_text, readable
 from preprocess.spans import RawShot, read_shots
 from preprocess.stills import probe_images
@@ -57,6 +60,7 @@ class Unit:
     count: DecodeCount | None = None
     shots: list[RawShot] = field(default_factory=list)
     scenes: list[Scene] = field(default_factory=list)
+    aside: dict[str, str] = field(default_factory=dict)  # scenes that are not written -> "stage: reason"
     status: str = ""  # "" while under way, then written, filtered or failed
     stage: str = ""
     reason: str = ""
@@ -65,6 +69,13 @@ class Unit:
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
+
+    def scenes_and_shots(self) -> Iterator[tuple[Scene, list[RawShot]]]:
+        """Each scene with its shots as found."""
+        first = 0
+        for scene in self.scenes:
+            yield scene, self.shots[first : first + len(scene.shots)]
+            first += len(scene.shots)
 
     @staticmethod
     def from_json(text: str) -> Unit:
@@ -114,11 +125,15 @@ class Workplace:
             copy_here(path, span, copy)
         return str(copy)
 
+    def answers(self) -> Answers:
+        """What models have answered for this output folder."""
+        return Answers(self.parts.parent / ANSWERS, self.parts / "answers")
+
     def keys(self) -> dict[str, str]:
         """What the results of this run depend on; equal keys and equal input mean equal results."""
         return {
             "vision_key": self.settings.vision_key(),
-            "caption_key": self.settings.caption_key(template_hash()),
+            "caption_key": self.settings.caption_key(template_hash(self.settings.captions)),
             "encoder_key": self.encoder_key,
         }
 
@@ -165,10 +180,9 @@ def probe_stage(unit: Unit, place: Workplace) -> None:
 def decode_stage(unit: Unit, place: Workplace) -> None:
     """The one decode: shots, and their encoded spans in the scratch file; an earlier result is recalled."""
     assert unit.info is not None
-    # a state predictor looks at frames, which an earlier result lacks; other captions may have other cuts
-    anew = bool(place.settings.states_key) or place.settings.cuts == "captions"
+    anew = place.settings.cuts == "captions"  # other captions may have other cuts
     recalled = recall_scenes(unit.recall, unit.info) if unit.recall and not anew else None
-    if recalled is not None:
+    if recalled is not None and _answered(replace(unit, scenes=recalled[0], shots=recalled[1]), place):
         unit.scenes, unit.shots = recalled
         place.forget_video(unit)
         unit.count = recalled_count(unit.earlier, unit.info)
@@ -188,13 +202,53 @@ def decode_stage(unit: Unit, place: Workplace) -> None:
     check_shots(unit.shots, place.settings)
 
 
-def caption_stage(unit: Unit, place: Workplace) -> None:
-    """Captions of all scenes; no pixels needed."""
-    spans = [shot.span_frames for shot in unit.shots]
-    caption_scenes(unit.scenes, spans, place.captions(unit), place.settings.captions)
+def caption_stage(unit: Unit, place: Workplace, asker: Asker | None = None) -> None:
+    """Captions and predicted states of all scenes; what goes wrong with a scene sets that scene aside.
+
+    `asker`: whom to ask what is not recorded; None where the settings ask nobody, or all has been answered.
+    """
+    settings = place.settings
+    if settings.captions not in ASKED:
+        spans = [shot.span_frames for shot in unit.shots]
+        caption_scenes(unit.scenes, spans, place.captions(unit), settings.captions)
+    questions = Questions(settings, place.answers(), asker)
+    if questions.any:
+        asked, frames = [], []
+        for scene, shots in unit.scenes_and_shots():
+            if any(shot.encoded for shot in scene.shots):
+                asked.append(scene)
+                frames.append(partial(_read_spans, place.scratch_file(unit), shots, settings))
+        unit.aside = questions.fill(asked, frames)
     for scene in unit.scenes:
+        if settings.captions in ASKED:
+            finish_asked(scene, settings)
+        assert scene.captions is not None
+        scene.captions.states_key = settings.states_key
         scene.extra.pop("fields", None)
         scene.extra |= {"fields": unit.file.fields} if unit.file.fields else {}
+    _written(unit)
+
+
+def _answered(unit: Unit, place: Workplace) -> bool:
+    """Whether captions and states of recalled scenes can be had without their frames, which an earlier result lacks."""
+    if not Questions(place.settings, place.answers()).any:
+        return True
+    try:
+        caption_stage(Unit.from_json(unit.to_json()), place)
+    except Unasked:
+        return False
+    except SetAside:
+        pass  # it will end so again, and needs no frame for that
+    return True
+
+
+def _written(unit: Unit) -> list[Scene]:
+    """The scenes that are written. Raises Failed where none is, because all were set aside."""
+    scenes = [s for s in unit.scenes if s.scene_id not in unit.aside and any(shot.encoded for shot in s.shots)]
+    if not scenes and unit.aside:
+        stage, _, reason = next(iter(unit.aside.values())).partition(": ")
+        raise Failed(stage, reason if len(unit.aside) == 1 else f"all {len(unit.aside)} scenes; the first: {reason}")
+    return scenes
 
 
 def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
@@ -202,18 +256,15 @@ def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
     place.scratch.mkdir(parents=True, exist_ok=True)
     if encoder.aesthetic is not None:
         _score_aesthetics(unit, place, encoder.aesthetic)
-    written = [scene for scene in unit.scenes if any(shot.encoded for shot in scene.shots)]
+    for scene in _written(unit):
+        try:
+            encoder.check_texts(scene)
+        except Failed as error:
+            unit.aside[scene.scene_id] = str(error)
+    written = _written(unit)
     for scene in written:
         scene.latents = encoder.source(place.settings.dtype)
     texts = encoder.encode_texts(written, place.settings.dtype, place.settings.texts_apart)
-    if encoder.states is not None:
-        first = 0
-        for scene in unit.scenes:
-            shots = unit.shots[first : first + len(scene.shots)]
-            first += len(scene.shots)
-            if scene in written:
-                spans = _read_spans(place.scratch_file(unit), shots, place.settings)
-                encoder.predict_states(scene, spans, place.settings.states_frames)
 
     def references(scene: Scene) -> list[Tensor]:
         clips = []
@@ -223,10 +274,7 @@ def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
         return encoder.encode_references(clips, place.settings.dtype)
 
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
-        first = 0
-        for scene in unit.scenes:
-            shots = unit.shots[first : first + len(scene.shots)]
-            first += len(scene.shots)
+        for scene, shots in unit.scenes_and_shots():
             if scene in written:
                 named = scene_texts(scene, place.settings.texts_apart)
                 tensors = {name: texts[text].clone() for name, text in named.items()}
@@ -240,13 +288,17 @@ def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
                 tensors |= {reference_tensor_key(i): mean for i, mean in enumerate(references(scene))}
                 yield scene.scene_id, {"json": scene.to_json().encode(), "safetensors": save(tensors)}
 
-    rows = [row for scene in unit.scenes for row in shot_rows(scene, scene in written)]
+    rows = [row for scene in unit.scenes for row in shot_rows(scene, scene in written, _why_aside(unit, scene))]
     unit.status = "written"
     try:
         write_part(place.parts, Part(source_row(unit, place), rows), samples())
     except BaseException:
         unit.status = ""
         raise
+
+
+def _why_aside(unit: Unit, scene: Scene) -> str:
+    return unit.aside.get(scene.scene_id, "")
 
 
 def _score_aesthetics(unit: Unit, place: Workplace, scorer: AestheticScorer) -> None:
@@ -262,7 +314,8 @@ def _score_aesthetics(unit: Unit, place: Workplace, scorer: AestheticScorer) -> 
         raw.scores[AESTHETIC.score] = shot.scores[AESTHETIC.score] = score
         if reason := judge(raw.scores, limits, [AESTHETIC]):
             raw.filtered = shot.filtered = reason
-            raw.span_frames, raw.span_pts, shot.encoded, shot.states = [], [], None, []
+            raw.span_frames, raw.span_pts, shot.encoded = [], [], None
+            shot.states, shot.predicted_states = [], []
     check_shots(unit.shots, place.settings)
 
 
@@ -270,22 +323,30 @@ def close_stage(unit: Unit, place: Workplace) -> Unit:
     """Last step of every unit: a part for those set aside, and no scratch left."""
     if unit.status != "written":
         # what was measured is kept, so that other thresholds can be tried on it
-        rows = [row for scene in unit.scenes for row in shot_rows(scene, written=False)]
+        rows = [row for scene in unit.scenes for row in shot_rows(scene, False, _why_aside(unit, scene))]
         write_part(place.parts, Part(source_row(unit, place), rows), iter(()))
     place.forget(unit)
     return unit
 
 
 def prepare_video(
-    file: SourceFile, settings: PrepareSettings, encoder: Encoder, folder: Path, encoder_key: str = ""
+    file: SourceFile,
+    settings: PrepareSettings,
+    encoder: Encoder,
+    folder: Path,
+    encoder_key: str = "",
+    asker: Asker | None = None,
 ) -> Part:
-    """All stages on one video, in this process, without Ray. Leaves the part in `folder` and returns its rows."""
+    """All stages on one video, in this process, without Ray. Leaves the part in `folder` and returns its rows.
+
+    Answers of models are recorded in `folder`/answers.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         place = Workplace(settings, folder, Path(scratch), encoder_key)
         unit = Unit(file)
         run_stage("probe", lambda u: probe_stage(u, place), unit)
         run_stage("decode", lambda u: decode_stage(u, place), unit)
-        run_stage("captions", lambda u: caption_stage(u, place), unit)
+        run_stage("captions", lambda u: caption_stage(u, place, asker), unit)
         run_stage("encode", lambda u: encode_stage(u, place, encoder), unit)
         close_stage(unit, place)
     part = read_part(folder / f"{file.video_id}.tar")
@@ -296,6 +357,8 @@ def prepare_video(
 def source_row(unit: Unit, place: Workplace) -> Row:
     """The row of sources.parquet."""
     info, count, file = unit.info, unit.count, unit.file
+    scenes = [scene for scene in unit.scenes if scene.scene_id not in unit.aside]
+    encoded = [shot.encoded for scene in scenes for shot in scene.shots if shot.encoded]
     return {
         "video_id": file.video_id,
         "name": file.name,
@@ -304,10 +367,10 @@ def source_row(unit: Unit, place: Workplace) -> Row:
         "stage": unit.stage,
         "reason": unit.reason,
         "attempts": unit.attempts,
-        "scenes": sum(any(s.encoded for s in scene.shots) for scene in unit.scenes) if unit.status == "written" else 0,
+        "scenes": sum(any(s.encoded for s in scene.shots) for scene in scenes) if unit.status == "written" else 0,
         "shots": len(unit.shots),
-        "encoded_shots": sum(bool(shot.span_pts) for shot in unit.shots),
-        "encoded_frames": sum(len(shot.span_pts) for shot in unit.shots),
+        "encoded_shots": len(encoded),
+        "encoded_frames": sum(span.num_frames for span in encoded),
         "source_frames": len(info.pts) if info else 0,
         "used_frames": count.shown if count else 0,
         "decoded_frames": (count.decoded if count else 0) + (info.probe_frames if info else 0),

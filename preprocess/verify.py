@@ -21,7 +21,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from models.scene import LATENT_TENSORS, STORY_TEXT, Scene, SceneError, Shot, reference_tensor_key, shot_tensor_key
-from preprocess.dataset import FORMAT
+from preprocess.dataset import FORMAT, scenes_aside
 from preprocess.encode import scene_texts
 from preprocess.index import INDEX, sample_places, sha256_of
 from preprocess.shards import ShardReader
@@ -123,14 +123,16 @@ def _check_tables(
     totals = {
         "sources": len(sources),
         "scenes": len(rows),
+        "set_aside_scenes": len(scenes_aside(sources, shots)),
         "shots": len(shots),
         "encoded_shots": sum(row["encoded_frames"] > 0 for row in shots),
         "encoded_frames": sum(row["encoded_frames"] for row in shots),
         **{status: sum(row["status"] == status for row in sources) for status in ("written", "filtered", "failed")},
     }
     for what, count in totals.items():
-        if facts["totals"].get(what) != count:
-            yield f"dataset.json: totals.{what} is {facts['totals'].get(what)}, the tables count {count}"
+        said = facts["totals"].get(what, 0)
+        if said != count:
+            yield f"dataset.json: totals.{what} is {said}, the tables count {count}"
 
 
 def _check_shard(

@@ -35,7 +35,9 @@ from models.scene import (
     reference_tensor_key,
     shot_tensor_key,
 )
+from models.states import StatePredictor
 from pipelines.states import GrammarStates
+from preprocess.asked import predict_states
 from preprocess.encode import Encoder, scene_texts
 from preprocess.references import STILL_FRAMES
 from preprocess.shards import ShardWriter
@@ -111,7 +113,7 @@ def data_key(kind: str, count: int, encoder: Encoder) -> str:
 def dataset(folder: Path, kind: str, count: int, model: Path) -> Path:
     """The folder of a training set, made if it is not there, whole or not at all."""
     predictor = GrammarStates(STATES) if kind == "clips" else None
-    encoder = Encoder.from_folder(model, threads=torch.get_num_threads(), states=predictor)
+    encoder = Encoder.from_folder(model, threads=torch.get_num_threads())
     made = folder / f"{kind}-{count}-{data_key(kind, count, encoder)}"
     if made.is_dir():
         return made
@@ -120,7 +122,7 @@ def dataset(folder: Path, kind: str, count: int, model: Path) -> Path:
     size = load_settings(model).height
     with ShardWriter(temporary / "shards", SHARD_BYTES) as writer:
         for take in takes(kind, count, size):
-            writer.write(take.name, encode_take(take, encoder))
+            writer.write(take.name, encode_take(take, encoder, predictor))
     try:
         temporary.rename(made)
     except OSError:  # another run has made it in the meantime
@@ -130,12 +132,13 @@ def dataset(folder: Path, kind: str, count: int, model: Path) -> Path:
     return made
 
 
-def encode_take(take: Take, encoder: Encoder) -> dict[str, bytes]:
+def encode_take(take: Take, encoder: Encoder, predictor: StatePredictor | None = None) -> dict[str, bytes]:
     """The sample of a scene, {extension: bytes}, as `prepare` writes it."""
     scene = _record(take)
     spans = [frames for frames, _, _ in take.shots]
-    if encoder.states is not None:
-        encoder.predict_states(scene, spans, frames=1)
+    if predictor is not None:
+        predict_states(scene, lambda shot, instruction: predictor(spans[shot.index][:1], instruction))
+    encoder.check_texts(scene)
     scene.latents = encoder.source("float16")
     texts = encoder.encode_texts([scene], "float16")
     tensors = {name: texts[text].clone() for name, text in scene_texts(scene).items()}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import json
+from datetime import UTC, datetime, timedelta
 
 import httpx
 import numpy as np
 import pytest
 from PIL import Image
 
-from infra.chat import ChatEndpoint, ChatError
+from infra.chat import ChatEndpoint, ChatError, retry_after
 
 IMAGE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
 
@@ -46,6 +47,23 @@ def test_a_question_with_images_goes_out_as_openai_has_it() -> None:
 def test_a_busy_server_is_asked_again() -> None:
     replies = iter([httpx.Response(503), httpx.Response(429, headers={"retry-after": "0"}), answer("now")])
     assert endpoint(lambda request: next(replies))([IMAGE], "?") == "now"
+
+
+def test_retry_after_is_seconds_or_a_date() -> None:
+    soon = (datetime.now(UTC) + timedelta(seconds=60)).strftime("%a, %d %b %Y %H:%M:%S GMT")
+    assert 50 < retry_after(soon) <= 60 and retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+    assert [retry_after(value) for value in ("7", "1.5", "", "soon", "-3", "nan")] == [7.0, 1.5, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_a_conversation_keeps_its_order_and_its_turns() -> None:
+    seen: list[dict] = []
+    ask = endpoint(lambda request: seen.append(json.loads(request.content)) or answer("ok"), pictures="JPEG")
+    assert ask.chat([("user", ["one", IMAGE, "two"]), ("assistant", ["said"]), ("user", ["again"])]) == "ok"
+    first, said, again = seen[0]["messages"]
+    assert [part["type"] for part in first["content"]] == ["text", "image_url", "text"]
+    assert first["content"][1]["image_url"]["url"].startswith("data:image/jpeg;base64,")
+    assert said == {"role": "assistant", "content": "said"} and again["content"][0]["text"] == "again"
+    assert "response_format" not in seen[0]
 
 
 def test_an_unreachable_server_is_given_up_with_its_address() -> None:

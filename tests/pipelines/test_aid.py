@@ -20,6 +20,7 @@ from pipelines.sample import SampleConfig, run_sample
 from pipelines.serve import ServeConfig, server_settings
 from pipelines.states import GrammarStates, StatesConfig, make_predictor, predictor_key
 from pipelines.train import TextDropConfig, TrainConfig, run_train
+from preprocess.asked import Asker
 from preprocess.encode import Encoder
 from preprocess.parts import part_path, part_samples
 from preprocess.settings import PrepareSettings
@@ -69,14 +70,13 @@ def prepared(root: Path, base: Path) -> tuple[Path, Watched, list[tuple[Scene, d
         scene = sample_scene("small", seed=3, index=index, num_shots=1, num_characters=1)
         write_toy_video(scene, root / "videos" / f"{index}.mp4", size=64)
     watched = Watched()
-    encoder = Encoder.from_folder(base)
-    encoder.states = watched
+    encoder, asker = Encoder.from_folder(base), Asker(predictor=watched)
     settings = PrepareSettings(height=32, width=32, dtype="float32", states_key=predictor_key(TOYWORLD))
     samples = []
     (root / "data" / "shards").mkdir(parents=True)
     with webdataset.ShardWriter(str(root / "data" / "shards" / "scenes-%06d.tar"), verbose=0) as writer:
         for file in list_sources([root / "videos"]).files:
-            part = prepare_video(file, settings, encoder, root / "parts")
+            part = prepare_video(file, settings, encoder, root / "parts", asker=asker)
             assert part.source["status"] == "written", part.source["reason"]
             for key, files in part_samples(part_path(root / "parts", part.source["video_id"])):
                 writer.write({"__key__": key, **files})

@@ -165,9 +165,9 @@ def test_a_threshold_redoes_only_what_it_changes(
 def test_the_shots_of_one_video_are_not_compared() -> None:
     row = {"filtered": "", "signature": make_signature([np.asarray(image)[:27, :48] for image in pan(4)])}
     rows = [row | {"shot_id": f"v-0000/s00{i}"} for i in range(3)]
-    part = Part({"sha256": "1", "video_id": "v"}, rows)
+    part = Part({"sha256": "1", "video_id": "v", "status": "written"}, rows)
     assert not any(verdict.reason for verdict in find_duplicates([part], FilterSettings()).values())
-    other = Part({"sha256": "2", "video_id": "w"}, [row | {"shot_id": "w-0000/s000"}])
+    other = Part({"sha256": "2", "video_id": "w", "status": "written"}, [row | {"shot_id": "w-0000/s000"}])
     (verdict,) = find_duplicates([part, other], FilterSettings()).values()
     assert rule_of(verdict.reason) == "hash_duplicate" and verdict.scores == {"similarity": 1.0, "hash_distance": 0.0}
     off = FilterSettings(max_similarity=None, min_hash_distance=None)
@@ -183,7 +183,7 @@ def test_a_shot_that_went_is_no_reason_for_another(monkeypatch: pytest.MonkeyPat
     for i in range(30):
         noisy = [np.clip(image + rng.normal(0, 8, image.shape), 0, 255).astype(np.uint8) for image in base[i % 4]]
         row = {"filtered": "", "shot_id": f"v{i}-0000/s000", "signature": make_signature(noisy)}
-        parts.append(Part({"sha256": str(i), "video_id": f"v{i}"}, [row]))
+        parts.append(Part({"sha256": str(i), "video_id": f"v{i}", "status": "written"}, [row]))
     limit = 0.995
     found = find_duplicates(parts, FilterSettings(max_similarity=limit, min_hash_distance=None))
     vectors = read_signatures([part.shots[0]["signature"] for part in parts])

@@ -76,9 +76,9 @@ def test_each_text_is_encoded_once(encoder: Encoder, monkeypatch: pytest.MonkeyP
 
 
 def test_texts_longer_than_the_model_reads_are_refused_by_shot(encoder: Encoder) -> None:
-    assert encoder.encode_texts([make_scene(["p" * 99], story="s" * 99)], "float32")
+    encoder.check_texts(make_scene(["p" * 99], story="s" * 99))
     with pytest.raises(Failed, match=r"shot 1 of s have 202 tokens \(story 101, prompt 101\), the model reads 200"):
-        encoder.encode_texts([make_scene(["p", "p" * 100], story="s" * 100)], "float32")
+        encoder.check_texts(make_scene(["p", "p" * 100], story="s" * 100))
 
 
 def test_values_that_are_not_finite_are_refused(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:

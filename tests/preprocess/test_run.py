@@ -19,9 +19,10 @@ from models.scene import Scene
 from models.states import StatePredictor
 from models.tiny import build_tiny_folder
 from preprocess import run, unit
+from preprocess.asked import Asker, Chat
 from preprocess.dataset import known_hashes
 from preprocess.encode import Encoder
-from preprocess.rows import EncodeRow, caption_row, decode_row, probe_row
+from preprocess.rows import CaptionRow, EncodeRow, caption_row, decode_row, probe_row
 from preprocess.run import Work, plan_work
 from preprocess.settings import PrepareSettings
 from preprocess.shards import read_samples
@@ -74,16 +75,17 @@ def run_here(
     retry_failed: bool = False,
     states: StatePredictor | None = None,
     frames_fps: float | None = None,
+    chat: Chat | None = None,
 ) -> tuple[Work, int]:
     """The chain of `pipelines.prepare.run_stages` in this process; returns the work and how many videos it did."""
     work = plan_work(list_sources([videos], frames_fps=frames_fps).files, output, settings, model, retry_failed)
     todo = len(work.todo)
-    encode = EncodeRow(work.place, str(model), "cpu", 1, lambda: states)
+    encode = EncodeRow(work.place, str(model), "cpu", 1)
+    caption = CaptionRow(work.place, lambda: Asker(chat, states, 2))
     for manifest in work.rounds():
         for row in pq.read_table(manifest).to_pylist():
-            for stage in (probe_row, decode_row, caption_row):
-                row = stage(row, work.place)
-            encode(row)
+            row = decode_row(probe_row(row, work.place), work.place)
+            encode(caption(row) if chat or states else caption_row(row, work.place))
     if not work.unchanged(SHARD):
         work.compact(SHARD)
     work.clean()
