@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from models.scene import Transition
-from preprocess.blocks import unexplained, uneven
+from preprocess.blocks import uneven, unexplained
 from preprocess.gradual import FADE_SIDE, LENGTHS, Gradual, find_dissolve, find_fade
 from preprocess.pixels import TO_YCC
 
