@@ -4,7 +4,7 @@
 
 ToyWorld scenes of seeds that chose no threshold (cuts; cuts, dissolves and fades), and the annotated videos of `data`,
 where that folder is there. The videos that earlier versions of the detector were tuned on are listed apart and judged
-in no goal. Every detector runs with its defaults on the file; what it finds is compared by PTS. A cut counts as found
+in no goal. Every detector runs with its defaults on the file; frames are counted as decoded. A cut counts as found
 within the tolerance of its first frame, a dissolve, fade or other gradual transition within the tolerance of its
 extent, once each; what is found besides is a false alarm, other than in stretches whose truth is no change of shot.
 """
@@ -133,8 +133,8 @@ def ours(film: Film, info: VideoInfo, settings: PrepareSettings) -> list[tuple[i
     return [(shot.start_frame, shot.transition) for shot in shots[1:]]
 
 
-def peers(film: Film, info: VideoInfo) -> dict[str, list[tuple[int, str]]]:
-    """What PySceneDetect's detectors find, both on one decode, with the frame that is shown at the time they give."""
+def peers(film: Film) -> dict[str, list[tuple[int, str]]]:
+    """What PySceneDetect's detectors find, both on one decode, as numbers of decoded frames."""
     import scenedetect
 
     class Recorded:
@@ -143,9 +143,11 @@ def peers(film: Film, info: VideoInfo) -> dict[str, list[tuple[int, str]]]:
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             self.found: list[Any] = []
+            self.shown: list[float] = []  # seconds of each frame
 
-        def process_frame(self, *arguments: Any, **named: Any) -> list[Any]:
-            cuts = super().process_frame(*arguments, **named)  # type: ignore[misc]
+        def process_frame(self, timecode: Any, frame_img: Any) -> list[Any]:
+            self.shown.append(timecode.seconds)
+            cuts = super().process_frame(timecode, frame_img)  # type: ignore[misc]
             self.found += cuts
             return cuts
 
@@ -161,15 +163,9 @@ def peers(film: Film, info: VideoInfo) -> dict[str, list[tuple[int, str]]]:
     video = scenedetect.open_video(str(film.path), backend="pyav", suppress_output=True)
     manager.detect_scenes(video)
     return {
-        name: [(_shown_at(cut.seconds, info), "cut") for cut in detector.found] for name, detector in detectors.items()
+        name: [(bisect_left(detector.shown, cut.seconds - 1e-6), "cut") for cut in detector.found]
+        for name, detector in detectors.items()
     }
-
-
-def _shown_at(seconds: float, info: VideoInfo) -> int:
-    """The frame whose PTS is nearest; PySceneDetect counts from the first frame or from PTS 0, whichever fits."""
-    ticks = seconds / info.seconds_per_tick
-    at = bisect_left(info.pts, ticks)
-    return min((k for k in (at - 1, at) if 0 <= k < len(info.pts)), key=lambda k: abs(info.pts[k] - ticks))
 
 
 def main() -> int:
@@ -195,7 +191,7 @@ def main() -> int:
             found = {"shotloom": ours(film, info, settings)}
             seconds["shotloom"] += time.process_time() - began
             began = time.process_time()
-            found |= peers(film, info) if with_peers else {}
+            found |= peers(film) if with_peers else {}
             seconds["PySceneDetect"] += time.process_time() - began
             group = scores.setdefault(film.group, {name: {t: Score() for t in TOLERANCES} for name in names})
             for name in names:

@@ -21,10 +21,12 @@ from preprocess.pixels import TO_YCC
 SIDE = 5  # frames on each side that say how much change is normal
 PEAK = 1.1  # a candidate differs more than both neighbours by this factor
 MIN_CHANGE = 0.8  # grey levels, mean over pixels and channels: below it nothing is a cut
-MIN_STRONGEST = 24.0  # grey levels of what is explained worst: a key frame of the encoder changes all a little
 OVER_MAX = 1.4  # a cut's residual exceeds the largest one around (one neighbouring cut forgiven) by this factor
 OVER_NEAR = 2.5  # and the mean of the two frames on each side by this one
-MARGIN = 0.5  # grey levels on top of both
+MARGIN = 1.5  # grey levels on top of both
+MARGIN_PLAIN = 0.5  # the same where the worst is plain: a key frame of the encoder changes all a little, a cut much
+PLAIN = 24.0  # grey levels of what is explained worst
+NEAR_MISS = 0.6  # of the residual that a cut needs: from here on another detector may be asked
 FLASH = 3  # frames: a change that is undone this soon is a flash, not a cut
 STEADY = 1.5  # motion is steady where changes on one side differ by no more than this factor
 STEADY_CHANGE = 0.7  # grey levels: less is no motion
@@ -68,6 +70,7 @@ class ShotDetector:
         self._residuals: dict[int, tuple[float, float]] = {}
         self._unevenness: dict[int, float] = {}
         self._pending: list[Boundary] = []
+        self._near_misses: list[int] = []
         self._decided_to = -1  # last frame of the last boundary given out
         self._last_cut = -LOOKAHEAD
         self._finished = False
@@ -101,6 +104,12 @@ class ShotDetector:
         self._pending = self._pending[len(final) :]
         if final:
             self._decided_to = max(final[-1].at, final[-1].end)
+        return final
+
+    def take_near_misses(self) -> list[int]:
+        """Frames before `settled` that nearly were cuts, in order, each given once."""
+        final = [i for i in self._near_misses if i < self.settled]
+        self._near_misses = self._near_misses[len(final) :]
         return final
 
     # ------------------------------------------------------------------ decisions
@@ -146,13 +155,17 @@ class ShotDetector:
             return 0.0
         residual, strongest = self._residual(i)
         near = self._around(i, 2)
-        needed = OVER_NEAR * (sum(near) / len(near) if near else 0.0) + MARGIN
-        if residual < needed or strongest < MIN_STRONGEST:
+        margin = MARGIN_PLAIN if strongest >= PLAIN else MARGIN
+        needed = OVER_NEAR * (sum(near) / len(near) if near else 0.0) + margin
+        if residual < NEAR_MISS * needed:
             return 0.0
         wide = sorted(self._around(i, SIDE))
         calm = wide[:-1] if len(wide) > 4 else wide
-        needed = max(needed, OVER_MAX * max(calm, default=0.0) + MARGIN)
-        if residual < needed or self._flash(at, change):
+        needed = max(needed, OVER_MAX * max(calm, default=0.0) + margin)
+        if residual < NEAR_MISS * needed or self._flash(at, change):
+            return 0.0
+        if residual < needed:
+            self._near_misses.append(i)
             return 0.0
         return round(1.0 - 0.5 * needed / residual, 4)
 
