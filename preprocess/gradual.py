@@ -15,7 +15,8 @@ import numpy as np
 LENGTHS = (4, 5, 6, 7, 8, 9, 11, 13, 16, 20, 24, 30, 36)  # of a dissolve, frames from one whole picture to the other
 MIN_CHANGE = 4.0  # grey levels of luma between the ends of a dissolve
 OFF_LINE = 0.25  # how far the share of the second picture may be from even growth
-OFF_BLEND = 0.45  # of the change: what the average of the ends may leave unexplained
+OFF_BLEND = 0.3  # of the change: what the average of the ends may leave unexplained
+NO_MOTION = 0.7  # of the change from picture to picture: what motion must leave unexplained
 BUSY = 1.05  # motion-free change inside over that outside, times one minus the worst of OFF_BLEND
 LIGHT = 0.12  # of the change: what scaling the brighter picture leaves unexplained in a mere change of light
 FADE_SIDE = 16  # frames within which a fade reaches its darkest
@@ -69,6 +70,9 @@ def find_dissolve(
     if _only_light_changes(pictures[start], pictures[end]):
         return None
     inside = np.array([residual(k) for k in range(start + 1, end + 1)])
+    steps = [float(np.abs(pictures[k] - pictures[k - 1]).mean()) for k in range(start + 1, end + 1)]
+    if inside.sum() < NO_MOTION * sum(steps):
+        return None
     around = [*range(max(1, start - 2), start + 1), *range(end + 1, min(end + 4, len(luma)))]
     outside = np.array([residual(k) for k in around])
     busy = float(inside.mean() / (0.2 + outside.mean())) * (1.0 - off)

@@ -70,6 +70,8 @@ def _shot(raw: RawShot, info: VideoInfo, settings: PrepareSettings) -> Shot:
         time_base=list(info.time_base),
         transition=raw.transition,
         confidence=raw.confidence,
+        blend_frames=list(raw.blend_frames),
+        blend_pts=list(raw.blend_pts),
         encoded=span,
         scores=dict(raw.scores),
         filtered=raw.filtered,

@@ -50,7 +50,7 @@ class TransNetDetector:
         self.small: deque[np.ndarray] = deque(maxlen=WAIT + 2 * WINDOW + LOOKAHEAD)  # uint8 [27,48,3]
         self.waiting: list[_Doubt] = []
         self._final: list[Boundary] = []
-        self._boundaries: deque[int] = deque([0], maxlen=8)  # where the last ones found ended
+        self._found: deque[Boundary] = deque(maxlen=16)  # the last ones that the detector gave, kept or not
         self._looked_to = 0  # slow changes have been looked for up to this frame
         self._finished = False
 
@@ -85,7 +85,7 @@ class TransNetDetector:
     def _collect(self) -> None:
         """Sort what the detector found into what is sure and what is in doubt."""
         for boundary in self.inner.take():
-            self._boundaries.append(boundary.end)
+            self._found.append(boundary)
             if boundary.confidence >= SURE:
                 self._keep(boundary)
             else:
@@ -99,7 +99,7 @@ class TransNetDetector:
     def _look_for_slow_change(self, start: int) -> None:
         end, first = start + SLOW, self.inner.count - len(self.small)
         known = self.waiting[-1].end if self.waiting else 0
-        if start < first or any(start - 2 <= at <= end + 2 for at in self._boundaries) or start < known:
+        if start < first or start < known or any(b.start <= end + 2 and start <= b.end + 2 for b in self._found):
             return
         a, b = self.small[start - first], self.small[end - first]
         if float(np.abs(a.astype(np.int16) - b).mean()) >= SLOW_CHANGE:
