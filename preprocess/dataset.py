@@ -299,8 +299,8 @@ SHOT_SCHEMA = _schema(
     video_id="str", source="str", scene_id="str", shot_id="str", index="int", key="str", shard="str", start_s="float",
     duration_s="float", start_pts="int", end_pts="int", time_base_num="int", time_base_den="int", start_frame="int",
     end_frame="int", transition="str", confidence="float", blend_frames="ints", blend_pts="ints", encoded_frames="int",
-    encoded_start_frame="int", prompt="str", sentence="str", camera="str", label="int", captions="str", scores="str", filtered="str",
-    duplicate_of="str", signature="str", **{f"score_{name}": "float" for name in SCORES},
+    encoded_start_frame="int", prompt="str", sentence="str", camera="str", label="int", captions="str", scores="str",
+    filtered="str", duplicate_of="str", signature="str", **{f"score_{name}": "float" for name in SCORES},
 )  # fmt: skip
 
 
