@@ -28,7 +28,8 @@ def group_shots(signatures: list[str], most: int) -> list[int]:
     "Automated high-level movie segmentation", 1999). A shot without a signature, which has no frames to encode, stays
     with the one before. Groups of more than `most` shots are split evenly.
     """
-    count = len(signatures)
+    if not (count := len(signatures)):
+        return []
     known = [i for i, one in enumerate(signatures) if one]
     # whether shot i belongs to the scene of shot i-1; before the first signature nothing tells shots apart
     tied = [not one or not any(signatures[:i]) for i, one in enumerate(signatures)]

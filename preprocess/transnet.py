@@ -57,7 +57,8 @@ class TransNetDetector:
     @property
     def settled(self) -> int:
         """Frames before this one will see no further boundary."""
-        return min([self.inner.settled, *(doubt.start for doubt in self.waiting)])
+        held_back = 0 if self._finished else SLOW  # so far a transition may reach back from where it is in doubt
+        return max(0, min([self.inner.settled, *(doubt.start for doubt in self.waiting)]) - held_back)
 
     def push(self, small: np.ndarray) -> float:
         """Take the next frame, uint8 [27,48,3]; returns its change against the frame before, in grey levels."""
@@ -133,18 +134,17 @@ class TransNetDetector:
         if doubt.found is not None:
             found = doubt.found
             self._keep(Boundary(found.at, found.start, found.end, found.transition, confidence))
-        elif doubt.end == doubt.start:
-            self._keep(Boundary(doubt.start, doubt.start, doubt.start, "cut", confidence))
         else:
             begin, end = peak, peak + 1
-            while begin > first and answer[begin - 1, 1] >= ACCEPT:
+            while begin > max(0, doubt.start - SLOW - offset) and answer[begin - 1, 1] >= ACCEPT:
                 begin -= 1
-            while end < last and answer[end, 1] >= ACCEPT:
+            while end < WINDOW and answer[end, 1] >= ACCEPT:
                 end += 1
             at = offset + peak + 1
             if end - begin > 2:
                 self._keep(Boundary(at, offset + begin, offset + end, "dissolve", confidence))
             else:
+                at = doubt.start if doubt.end == doubt.start else at
                 self._keep(Boundary(at, at, at, "cut", confidence))
 
     def _keep(self, boundary: Boundary) -> None:
