@@ -57,8 +57,10 @@ class TransNetDetector:
     @property
     def settled(self) -> int:
         """Frames before this one will see no further boundary."""
-        held_back = 0 if self._finished else SLOW  # so far a transition may reach back from where it is in doubt
-        return max(0, min([self.inner.settled, *(doubt.start for doubt in self.waiting)]) - held_back)
+        if self._finished:
+            return self.inner.settled
+        # a transition may reach back by SLOW from where it is in doubt
+        return max(0, min([self._looked_to, *(doubt.start for doubt in self.waiting)]) - SLOW)
 
     def push(self, small: np.ndarray) -> float:
         """Take the next frame, uint8 [27,48,3]; returns its change against the frame before, in grey levels."""
