@@ -77,6 +77,8 @@ class Shot:
     next_id: str | None = None
     transition: Transition = "cut"  # how this shot begins
     confidence: float = 1.0
+    blend_frames: list[int] = field(default_factory=list)  # [first, end) of that transition; empty for a hard cut
+    blend_pts: list[int] = field(default_factory=list)
     encoded: EncodedSpan | None = None
     scores: dict[str, float] = field(default_factory=dict)
     filtered: str = ""  # why it is not encoded, "rule: value"; "" for a shot that is
@@ -238,6 +240,13 @@ def _validate_span(at: str, shot: Shot) -> None:
         )
     if not 0.0 <= shot.confidence <= 1.0:
         raise SceneError(f"{at}: confidence is {shot.confidence}, expected 0 to 1")
+    for name, (start, end) in {
+        "frames": (shot.start_frame, shot.end_frame),
+        "pts": (shot.start_pts, shot.end_pts),
+    }.items():
+        blend = getattr(shot, f"blend_{name}")
+        if blend and not (len(blend) == 2 and blend[0] <= start <= blend[1] <= end and blend[0] < blend[1]):
+            raise SceneError(f"{at}: blend_{name} is {blend}, expected [first, end) around the start, {start}..{end}")
     span = shot.encoded
     if span is None:
         return

@@ -26,6 +26,7 @@ from pipelines.states import StatesConfig, predictor_key
 from preprocess.filters import FilterSettings
 from preprocess.report import PrepareReport
 from preprocess.settings import CaptionBackend, Cuts, Ids, PrepareSettings, StoreType
+from preprocess.transnet import require_transnet
 from preprocess.watch import MAX_ATTEMPTS
 
 if TYPE_CHECKING:
@@ -52,7 +53,11 @@ class PrepareConfig:
     shot_frames: int | None = knob(None, "encoded frames per shot at most (Wan: 4k+1); null = the model's")
     min_shot_frames: int = knob(5, "a shot with fewer encoded frames is recorded but not encoded")
     max_shots: int = knob(9, "shots per scene at most")
-    cuts: Cuts = knob("detect", "where shots begin: captions = where the shots of X.json beside X.mp4 begin and end")
+    cuts: Cuts = knob(
+        "detect",
+        "where shots begin; transnet = TransNetV2 judges where the detector is in doubt; captions = where the shots of "
+        "X.json beside X.mp4 begin and end",
+    )
     captions: CaptionBackend = knob(
         "sidecar_or_describe",
         "sidecar = X.json beside X.mp4, describe = measured, endpoint = an OpenAI-compatible vision chat server, "
@@ -249,6 +254,8 @@ def make_settings(config: PrepareConfig) -> PrepareSettings:
     from models.codecs import VideoCodec
     from models.folder import load_settings
 
+    if config.cuts == "transnet":
+        require_transnet()
     model = load_settings(config.model)
     return PrepareSettings(
         height=config.height or model.height,

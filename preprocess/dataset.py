@@ -290,7 +290,13 @@ def recover(folder: Path) -> None:
 
 
 def _schema(**columns: str) -> pa.Schema:
-    kinds = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
+    kinds = {
+        "str": pa.string(),
+        "int": pa.int64(),
+        "float": pa.float64(),
+        "bool": pa.bool_(),
+        "ints": pa.list_(pa.int64()),
+    }
     return pa.schema([(name, kinds[kind]) for name, kind in columns.items()])
 
 
@@ -307,9 +313,10 @@ SOURCE_SCHEMA = _schema(
 SHOT_SCHEMA = _schema(
     video_id="str", source="str", scene_id="str", shot_id="str", index="int", key="str", shard="str", start_s="float",
     duration_s="float", start_pts="int", end_pts="int", time_base_num="int", time_base_den="int", start_frame="int",
-    end_frame="int", transition="str", confidence="float", encoded_frames="int", encoded_start_frame="int",
-    prompt="str", sentence="str", camera="str", label="int", captions="str", scores="str", filtered="str",
-    set_aside="str", duplicate_of="str", signature="str", **{f"score_{name}": "float" for name in SCORES},
+    end_frame="int", transition="str", confidence="float", blend_frames="ints", blend_pts="ints", encoded_frames="int",
+    encoded_start_frame="int", prompt="str", sentence="str", camera="str", label="int", captions="str", scores="str",
+    filtered="str", set_aside="str", duplicate_of="str", signature="str",
+    **{f"score_{name}": "float" for name in SCORES},
 )  # fmt: skip
 
 

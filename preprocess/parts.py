@@ -86,6 +86,8 @@ def shot_rows(scene: Scene, written: bool, aside: str = "") -> list[Row]:
             "end_frame": shot.end_frame,
             "transition": shot.transition,
             "confidence": shot.confidence,
+            "blend_frames": shot.blend_frames,
+            "blend_pts": shot.blend_pts,
             "encoded_frames": shot.encoded.num_frames if written and shot.encoded else 0,
             "encoded_start_frame": shot.encoded.start_frame if written and shot.encoded else -1,
             "prompt": shot.prompt,

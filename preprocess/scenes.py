@@ -7,8 +7,12 @@ from math import ceil
 from models.scene import EncodedSpan, Scene, Shot, Source, link_shots
 from preprocess.probe import VideoInfo
 from preprocess.settings import PrepareSettings
+from preprocess.signature import read_signatures
 from preprocess.sources import SourceFile
 from preprocess.spans import RawShot
+
+SAME_PLACE = 0.5  # cosine of two signatures from which on two shots are taken to belong together
+REACH = 4  # shots back and forth over which a scene may leave a picture and return to it
 
 
 def scene_sizes(count: int, most: int) -> list[int]:
@@ -17,13 +21,44 @@ def scene_sizes(count: int, most: int) -> list[int]:
     return [count // groups + (i < count % groups) for i in range(groups)]
 
 
+def group_shots(signatures: list[str], most: int) -> list[int]:
+    """Sizes of scenes of consecutive shots: a scene goes on while some shot returns to what an earlier one showed.
+
+    Shots up to `REACH` apart whose signatures agree tie all between them together (overlapping links: Hanjalic et al.,
+    "Automated high-level movie segmentation", 1999). A shot without a signature, which has no frames to encode, stays
+    with the one before. Groups of more than `most` shots are split evenly.
+    """
+    if not (count := len(signatures)):
+        return []
+    known = [i for i, one in enumerate(signatures) if one]
+    # whether shot i belongs to the scene of shot i-1; before the first signature nothing tells shots apart
+    tied = [not one or not any(signatures[:i]) for i, one in enumerate(signatures)]
+    if known:
+        vectors = read_signatures([signatures[i] for i in known])
+        alike = vectors @ vectors.T >= SAME_PLACE
+        for a in range(len(known)):
+            for b in range(a + 1, min(a + 1 + REACH, len(known))):
+                if alike[a, b]:
+                    tied[known[a] + 1 : known[b] + 1] = [True] * (known[b] - known[a])
+    starts = [i for i in range(count) if i == 0 or not tied[i]]
+    sizes = [end - start for start, end in zip(starts, [*starts[1:], count], strict=True)]
+    return [part for size in sizes for part in scene_sizes(size, most)]
+
+
 def make_scenes(
     file: SourceFile, sha256: str, info: VideoInfo, shots: list[RawShot], settings: PrepareSettings
 ) -> list[Scene]:
-    """Records of consecutive shots; a scene in which no shot is long enough to encode keeps its record too."""
+    """Records of consecutive shots; a scene in which no shot is long enough to encode keeps its record too.
+
+    A caption file tells one story, so its shots stay together, up to `max_shots`; without one pictures decide.
+    """
+    if file.captions:
+        sizes = scene_sizes(len(shots), settings.max_shots)
+    else:
+        sizes = group_shots([shot.signature for shot in shots], settings.max_shots)
     scenes = []
     first = 0
-    for number, size in enumerate(scene_sizes(len(shots), settings.max_shots)):
+    for number, size in enumerate(sizes):
         scene_id = f"{file.video_id}-{number:04d}"
         group = [_shot(shot, info, settings) for shot in shots[first : first + size]]
         group[0].transition = "start" if number == 0 else group[0].transition
@@ -70,6 +105,8 @@ def _shot(raw: RawShot, info: VideoInfo, settings: PrepareSettings) -> Shot:
         time_base=list(info.time_base),
         transition=raw.transition,
         confidence=raw.confidence,
+        blend_frames=list(raw.blend_frames),
+        blend_pts=list(raw.blend_pts),
         encoded=span,
         scores=dict(raw.scores),
         filtered=raw.filtered,

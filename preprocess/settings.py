@@ -12,11 +12,11 @@ from preprocess.filters import FilterSettings
 CaptionBackend = Literal["sidecar", "describe", "sidecar_or_describe", "endpoint", "transformers"]
 ASKED: tuple[CaptionBackend, ...] = ("endpoint", "transformers")  # a model is shown pictures
 Ids = Literal["path", "content"]  # what a source's id is made of
-Cuts = Literal["detect", "captions"]
+Cuts = Literal["detect", "transnet", "captions"]
 StoreType = Literal["float32", "float16", "bfloat16"]
 
 # raise when a stage gives other results for the same settings, so that earlier work is done again
-STAGES_VERSION = 2
+STAGES_VERSION = 3
 # thresholds of shots are not in the key: what they would change is seen in the recorded scores (`preprocess.dataset`)
 _NOT_VISION = (
     "captions", "caption_model", "caption_frames", "caption_words", "seconds_per_video", "states_key", "states_frames",

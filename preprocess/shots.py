@@ -1,10 +1,8 @@
 """Shot boundaries, found while the frames stream by: hard cuts, dissolves and fades, exact to the frame.
 
 Works on the small stream [27,48,3] of every frame. A hard cut is a change that motion does not explain and that stands
-out from its surroundings: frame differences pick candidates, a block of pixels is then looked for near its place in
-the other frame, and what is found nowhere is compared with the same residual of the frames around. A dissolve is a
-stretch whose middle is the average of its ends; a fade is a dip of brightness to a third and back. Decisions lag
-`LOOKAHEAD` frames behind the newest frame, which bounds the memory.
+out from its surroundings, or a break in otherwise steady motion. Dissolves and fades: `preprocess.gradual`. Decisions
+lag `LOOKAHEAD` frames behind the newest frame, which bounds the memory.
 """
 
 from __future__ import annotations
@@ -15,29 +13,28 @@ from dataclasses import dataclass
 import numpy as np
 
 from models.scene import Transition
+from preprocess.blocks import uneven, unexplained
+from preprocess.gradual import FADE_SIDE, LENGTHS, Gradual, find_dissolve, find_fade
 from preprocess.pixels import TO_YCC
 
-# chosen on ToyWorld and on annotated real clips, hard cuts at zero frames tolerance
+# chosen on ToyWorld and on real clips of one shot each, none of which benchmarks/shots.py reports
 SIDE = 5  # frames on each side that say how much change is normal
 PEAK = 1.1  # a candidate differs more than both neighbours by this factor
 MIN_CHANGE = 0.8  # grey levels, mean over pixels and channels: below it nothing is a cut
 OVER_MAX = 1.4  # a cut's residual exceeds the largest one around (one neighbouring cut forgiven) by this factor
 OVER_NEAR = 2.5  # and the mean of the two frames on each side by this one
 MARGIN = 1.5  # grey levels on top of both
+MARGIN_PLAIN = 0.5  # the same where the worst is plain: a key frame of the encoder changes all a little, a cut much
+PLAIN = 24.0  # grey levels of what is explained worst
+NEAR_MISS = 0.6  # of the residual that a cut needs: from here on another detector may be asked
 FLASH = 3  # frames: a change that is undone this soon is a flash, not a cut
-REACH = 3  # pixels at 48x27 that motion may carry a block between two frames
-DISSOLVES = (4, 6, 8, 12, 16, 24)  # lengths tried, frames
-DISSOLVE_CHANGE = 4.0  # grey levels of luma between the ends of a dissolve
-DISSOLVE_RESIDUAL = 0.22  # of that change: how far the middle may be from the average of the ends
-LIGHT_RESIDUAL = 0.3  # of that change: what scaling the brighter picture leaves unexplained in a mere change of light
-FADE_DEPTH = 3.0  # brightness on each side over brightness in the dip
-FADE_SIDE = 16  # frames within which a fade reaches its dip
-DARK = 40.0  # mean luma of a dip
-LOOKAHEAD = max(max(DISSOLVES) + SIDE, 2 * FADE_SIDE) + 3
-
-_SHIFTS = [
-    (dy, dx) for dy in range(-REACH, REACH + 1) for dx in range(-REACH, REACH + 1) if abs(dy) + abs(dx) <= REACH + 1
-]
+STEADY = 1.5  # motion is steady where changes on one side differ by no more than this factor
+STEADY_CHANGE = 0.7  # grey levels: less is no motion
+TURN_OVER = 1.3  # a break in steady motion exceeds the largest unevenness around by this factor
+TURN_MARGIN = 0.5  # and grey levels on top
+TURN_STEPS = 0.15  # by this much the way of three frames over a break differs from that beside it, or it is none
+TURN_SIDE = 4  # frames on each side that are compared
+LOOKAHEAD = max(max(LENGTHS) + SIDE, 2 * FADE_SIDE) + 3
 
 
 def to_picture(small: np.ndarray) -> np.ndarray:
@@ -67,10 +64,13 @@ class ShotDetector:
     def __init__(self) -> None:
         self.count = 0
         self.pictures: deque[np.ndarray] = deque(maxlen=2 * LOOKAHEAD)  # int16 [3,27,48]: luma and two colour axes
+        self.luma: deque[np.ndarray] = deque(maxlen=2 * LOOKAHEAD)  # float32 [1296]
         self.changes: deque[float] = deque(maxlen=2 * LOOKAHEAD)  # frame i against frame i-1
         self.brightness: deque[float] = deque(maxlen=2 * LOOKAHEAD)
-        self._residuals: dict[int, float] = {}
+        self._residuals: dict[int, tuple[float, float]] = {}
+        self._unevenness: dict[int, float] = {}
         self._pending: list[Boundary] = []
+        self._near_misses: list[int] = []
         self._decided_to = -1  # last frame of the last boundary given out
         self._last_cut = -LOOKAHEAD
         self._finished = False
@@ -80,6 +80,7 @@ class ShotDetector:
         picture = to_picture(small)
         change = change_between(self.pictures[-1], picture) if self.pictures else 0.0
         self.pictures.append(picture)
+        self.luma.append(picture[0].ravel().astype(np.float32))
         self.changes.append(change)
         self.brightness.append(float(picture[0].mean()))
         self.count += 1
@@ -105,6 +106,12 @@ class ShotDetector:
             self._decided_to = max(final[-1].at, final[-1].end)
         return final
 
+    def take_near_misses(self) -> list[int]:
+        """Frames before `settled` that nearly were cuts, in order, each given once."""
+        final = [i for i in self._near_misses if i < self.settled]
+        self._near_misses = self._near_misses[len(final) :]
+        return final
+
     # ------------------------------------------------------------------ decisions
 
     def _slot(self, i: int) -> int:
@@ -114,15 +121,16 @@ class ShotDetector:
     def _decide(self, i: int) -> None:
         """What ends at frame i, whose SIDE followers are known, and the fade whose FADE_SIDE followers are known."""
         self._residuals.pop(i - LOOKAHEAD, None)
-        gradual = [self._fade(i + SIDE - FADE_SIDE)]
+        self._unevenness.pop(i - LOOKAHEAD, None)
+        found = [self._fade(i + SIDE - FADE_SIDE)]
         if 1 <= i < self.count and self._slot(i) >= 1:
-            confidence = self._cut(i)
+            confidence = max(self._sudden(i), self._turn(i))
             if confidence > 0:
                 self._last_cut = i
-                gradual.append(Boundary(i, i, i, "cut", confidence))
+                found.append(Boundary(i, i, i, "cut", confidence))
             else:
-                gradual += [self._dissolve(i, length) for length in DISSOLVES]
-        for boundary in gradual:
+                found += [self._dissolve(i, length) for length in LENGTHS]
+        for boundary in found:
             if boundary is not None:
                 self._add(boundary)
 
@@ -136,8 +144,8 @@ class ShotDetector:
                 return
         self._pending = sorted([b for b in self._pending if b not in rivals] + [new], key=lambda b: b.at)
 
-    def _cut(self, i: int) -> float:
-        """Confidence that a new shot begins at frame i by a hard cut; 0 if not."""
+    def _sudden(self, i: int) -> float:
+        """Confidence that frame i begins a shot because it differs as no motion explains; 0 if not."""
         at = self._slot(i)
         change = self.changes[at]
         beside = max(
@@ -145,32 +153,70 @@ class ShotDetector:
         )
         if change < max(MIN_CHANGE, PEAK * beside):
             return 0.0
-        residual = self._residual(i)
+        residual, strongest = self._residual(i)
         near = self._around(i, 2)
-        needed = OVER_NEAR * (sum(near) / len(near) if near else 0.0) + MARGIN
-        if residual < needed:
+        margin = MARGIN_PLAIN if strongest >= PLAIN else MARGIN
+        needed = OVER_NEAR * (sum(near) / len(near) if near else 0.0) + margin
+        if residual < NEAR_MISS * needed:
             return 0.0
         wide = sorted(self._around(i, SIDE))
         calm = wide[:-1] if len(wide) > 4 else wide
-        needed = max(needed, OVER_MAX * max(calm, default=0.0) + MARGIN)
-        if residual < needed or self._flash(at, change):
+        needed = max(needed, OVER_MAX * max(calm, default=0.0) + margin)
+        if residual < NEAR_MISS * needed or self._flash(at, change):
+            return 0.0
+        if residual < needed:
+            self._near_misses.append(i)
             return 0.0
         return round(1.0 - 0.5 * needed / residual, 4)
+
+    def _turn(self, i: int) -> float:
+        """Confidence that frame i begins a shot because motion, steady on both sides, breaks there; 0 if not.
+
+        Two shots of one place differ little where one ends as the next begins. A turn within a shot breaks the motion
+        through the three frames around it, a cut also that through the next three.
+        """
+        at, changes = self._slot(i), list(self.changes)
+        before, after = changes[max(1, at - SIDE) : at], changes[at + 1 : at + 1 + SIDE]
+        for side in (before, after):
+            if len(side) < SIDE - 1 or float(np.median(side)) < STEADY_CHANGE or max(side) > STEADY * min(side) + 0.1:
+                return 0.0
+        if self._slot(i - TURN_SIDE - 2) < 0 or i + TURN_SIDE + 1 >= self.count:
+            return 0.0
+        beside = (self._three_steps(i - 3) + self._three_steps(i + 3)) / 2
+        if abs(self._three_steps(i) - beside) < TURN_STEPS * beside:
+            return 0.0
+        here = self._broken(i)
+        around = [self._broken(i + k) for side in (-1, 1) for k in range(2 * side, (TURN_SIDE + 1) * side, side)]
+        needed = max(TURN_OVER * max(around) + TURN_MARGIN, self._broken(i - 1), self._broken(i + 1))
+        return round(1.0 - 0.5 * needed / here, 4) if here >= needed else 0.0
+
+    def _three_steps(self, i: int) -> float:
+        """Change from two frames before frame i to the one after it: even motion always goes as far in three steps."""
+        at = self._slot(i)
+        return change_between(self.pictures[at - 2], self.pictures[at + 1])
+
+    def _broken(self, i: int) -> float:
+        """How uneven motion is both up to frame i and from it on: grey levels that no steady motion explains."""
+        return min(self._uneven(i), self._uneven(i + 1))
+
+    def _uneven(self, i: int) -> float:
+        if i not in self._unevenness:
+            at = self._slot(i)
+            self._unevenness[i] = uneven(*(self.pictures[k] for k in (at - 2, at - 1, at)))
+        return self._unevenness[i]
 
     def _around(self, i: int, side: int) -> list[float]:
         """Residuals of up to `side` frames on each side of frame i."""
         first, last = max(1, i - side, self.count - len(self.pictures) + 1), min(self.count - 1, i + side)
-        return [self._residual(k) for k in range(first, last + 1) if k != i]
+        return [self._residual(k)[0] for k in range(first, last + 1) if k != i]
 
-    def _residual(self, i: int) -> float:
-        """What motion does not explain between frames i-1 and i, in grey levels; the worse of both directions."""
+    def _residual(self, i: int) -> tuple[float, float]:
+        """What motion does not explain between frames i-1 and i, in grey levels: mean, and where it is worst."""
         if i not in self._residuals:
             at = self._slot(i)
             change = self.changes[at]
             before, after = self.pictures[at - 1], self.pictures[at]
-            self._residuals[i] = (
-                change if change < MIN_CHANGE else max(_unexplained(before, after), _unexplained(after, before))
-            )
+            self._residuals[i] = (change, 0.0) if change < 0.1 else unexplained(before, after)
         return self._residuals[i]
 
     def _flash(self, at: int, change: float) -> bool:
@@ -178,66 +224,24 @@ class ShotDetector:
         after = [self.pictures[k] for k in range(at + 1, min(at + 1 + FLASH, len(self.pictures)))]
         return any(float(np.abs(before - picture).mean()) < 0.35 * change for picture in after)
 
-    def _fade(self, i: int) -> Boundary | None:
-        """A dip of brightness whose darkest frame is i: at least two frames down and two up, each to a third."""
-        at, bright = self._slot(i), list(self.brightness)
-        if not 2 <= at < len(bright) - 2:
+    def _fade(self, dip: int) -> Boundary | None:
+        at = self._slot(dip)
+        if not 2 <= at < len(self.luma) - 2:
             return None
-        low = bright[at]
-        if low > DARK or not bright[at - 1] > low <= bright[at + 1]:
-            return None
-        down, up = at, at
-        while down > max(0, at - FADE_SIDE) and bright[down - 1] > bright[down]:
-            down -= 1
-        while up + 1 < min(len(bright), at + FADE_SIDE) and bright[up + 1] >= bright[up]:
-            up += 1
-        sides = min(bright[down], bright[up])
-        if at - down < 2 or up - at < 2 or sides < FADE_DEPTH * max(low, 1.0):
-            return None
-        offset = i - at
-        return Boundary(i + 1, down + offset + 1, up + offset, "fade", round(1.0 - max(low, 1.0) / sides, 4))
+        return self._boundary(find_fade(self.luma, self.brightness, at), "fade")
 
     def _dissolve(self, end: int, length: int) -> Boundary | None:
-        """A blend from frame end-length to frame `end`: its middle and quarters are averages of its ends."""
-        at, start = self._slot(end), self._slot(end - length)
-        if start < 3 or end - length <= self._last_cut <= end:
+        if self._slot(end - length) < 3 or end - length <= self._last_cut <= end:
             return None
-        first, last = self.pictures[start][0].astype(np.float32), self.pictures[at][0]
-        whole = float(np.abs(last - first).mean())
-        if whole < DISSOLVE_CHANGE:
+        shift = self.count - len(self.luma)
+        found = find_dissolve(
+            self.luma, self.pictures, self._slot(end), length, lambda at: self._residual(at + shift)[0]
+        )
+        return self._boundary(found, "dissolve")
+
+    def _boundary(self, found: Gradual | None, transition: Transition) -> Boundary | None:
+        """What was found by position in the bounded history, by frame number."""
+        if found is None:
             return None
-        for k in (length // 4, length // 2, 3 * length // 4):
-            blend = first + k / length * (last - first)
-            if float(np.abs(self.pictures[start + k][0] - blend).mean()) > DISSOLVE_RESIDUAL * whole:
-                return None
-        if _only_light_changes(first, last, whole):
-            return None
-        changes = list(self.changes)
-        inside = np.array(changes[start + 1 : at + 1])
-        outside = np.array(changes[max(1, start - 2) : start + 1] + changes[at + 1 : at + 4])
-        if inside.max() > 2.5 * inside.mean() or inside.mean() < 1.5 * (outside.mean() + 0.2):
-            return None
-        middle = end - length + (length + 1) // 2
-        return Boundary(middle, end - length + 1, end, "dissolve", round(min(0.99, whole / (whole + 10.0)), 4))
-
-
-def _only_light_changes(first: np.ndarray, last: np.ndarray, whole: float) -> bool:
-    """Whether one picture is the other made darker or brighter, black included: a fade's half, no blend of two."""
-    darker, brighter = sorted((first, last), key=lambda luma: float(luma.mean()))
-    scale = float((darker * brighter).sum() / max(float((brighter * brighter).sum()), 1.0))
-    return float(np.abs(darker - scale * brighter).mean()) < LIGHT_RESIDUAL * whole
-
-
-def _unexplained(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean over `b` of the best match of each 3x3 block of b within REACH pixels in `a`; int16 [3,27,48] each."""
-    height, width = b.shape[1:]
-    wide = np.pad(a, ((0, 0), (REACH + 1, REACH + 1), (REACH + 1, REACH + 1)), mode="edge")
-    block = np.pad(b, ((0, 0), (1, 1), (1, 1)), mode="edge")
-    best = np.full((height, width), np.iinfo(np.int16).max, np.int16)
-    for dy, dx in _SHIFTS:
-        there = wide[:, REACH + dy : REACH + dy + height + 2, REACH + dx : REACH + dx + width + 2]
-        difference = np.abs(there - block).sum(0, dtype=np.int16)
-        rows = difference[:-2] + difference[1:-1] + difference[2:]
-        np.minimum(best, rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:], out=best)
-    inside = best[REACH:-REACH, REACH:-REACH]  # what enters over the edge of the picture is no cut
-    return float(inside.mean()) / 27.0  # 3 channels, 3x3 pixels
+        shift = self.count - len(self.luma)
+        return Boundary(found.at + shift, found.start + shift, found.end + shift, transition, found.confidence)

@@ -24,6 +24,7 @@ from preprocess.quality import measure_quality
 from preprocess.settings import PrepareSettings
 from preprocess.shots import Boundary, ShotDetector
 from preprocess.signature import make_signature
+from preprocess.transnet import TransNetDetector, load_transnet
 
 if TYPE_CHECKING:
     from preprocess.known_cuts import KnownCuts
@@ -39,6 +40,8 @@ class RawShot:
     end_pts: int
     transition: Transition
     confidence: float
+    blend_frames: list[int] = field(default_factory=list)  # [first, end) of the transition it begins with; cut: empty
+    blend_pts: list[int] = field(default_factory=list)
     span_frames: list[int] = field(default_factory=list)  # source frame per encoded frame; empty: too short to encode
     span_pts: list[int] = field(default_factory=list)  # its PTS
     offset: int = 0  # encoded frames before this span in the scratch file
@@ -63,7 +66,7 @@ def read_shots(
     """
     count = DecodeCount()
     size = bars.decode_size(info, settings.height, settings.width)
-    detector = cuts or ShotDetector()
+    detector = cuts or (TransNetDetector(load_transnet()) if settings.cuts == "transnet" else ShotDetector())
     shots = _ShotBuilder(info, settings, scratch, bars)
     window: deque[tuple[Frame, np.ndarray, float]] = deque()
     boundaries: deque[Boundary] = deque()
@@ -99,11 +102,18 @@ class _ShotBuilder:
         self.opening = Boundary(0, 0, 0, "start", 1.0)
         self.start: Frame | None = None
         self.changes: list[float] = []
+        self.blend_pts: list[int] = []  # of the transition that opens the shot, as far as it has been seen
+        self.next_blend_pts: list[int] = []  # of the one that closes it
 
     def add(self, frame: Frame, small: np.ndarray, change: float, boundaries: deque[Boundary]) -> None:
+        if boundaries and frame.index == boundaries[0].start < boundaries[0].end:
+            self.next_blend_pts = [frame.pts]
         if boundaries and frame.index == boundaries[0].at:
             self._close(frame.pts)
             self.opening = boundaries.popleft()
+            self.blend_pts, self.next_blend_pts = self.next_blend_pts, []
+        if len(self.blend_pts) == 1 and frame.index == self.opening.end:
+            self.blend_pts.append(frame.pts)
         if self.start is None:
             self.start, self.span, self.changes = frame, _Span(self.step, self.settings.shot_frames), []
         else:
@@ -131,6 +141,9 @@ class _ShotBuilder:
             self.opening.transition,
             self.opening.confidence,
         )
+        if self.blend_pts:
+            shot.blend_pts = [self.blend_pts[0], *(self.blend_pts[1:] or [end_pts])]
+            shot.blend_frames = [self.opening.start, min(self.opening.end, shot.end_frame)]
         chosen = self.span.finish(end_pts)
         step = self.settings.frame_step
         keep = (len(chosen) - 1) // step * step + 1 if chosen else 0

@@ -62,6 +62,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, model: Path) -> tuple[Path, P
     shutil.copy(videos / "a.mp4", videos / "c.mp4")
     write(videos / "d.mp4", [pan(2)[0]] * 17)
     write(videos / "e.mp4", [*pan(1), *pan(3)])
+    (videos / "e.json").write_text('{"story": "Two pans.", "shots": []}')  # one story, so one scene
     run_here(videos, folder / "out", model, SETTINGS)
     return videos, folder / "out"
 

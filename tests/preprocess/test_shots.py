@@ -65,6 +65,24 @@ def test_motion_is_no_cut(speed: float) -> None:
     assert detect(small(moving_square(60, (30, 120, 40), (220, 40, 40), step=1.1))) == []
 
 
+def test_a_cut_between_shots_that_end_and_begin_alike_is_seen_by_its_motion() -> None:
+    """One object stays where it is and turns round: nothing stands out but its motion."""
+    first = moving_square(17, (110, 160, 200), (220, 40, 40), size=192, step=4, start=10)
+    second = moving_square(17, (110, 160, 200), (220, 40, 40), size=192, step=4, start=10)[::-1]
+    assert [b.at for b in detect(small(first + second))] == [17]
+
+
+def test_a_bounce_within_a_shot_is_no_cut() -> None:
+    """The turning point is passed once: the motion before it and after it meets in one frame."""
+    there = moving_square(18, (110, 160, 200), (220, 40, 40), size=192, step=4, start=10)
+    assert detect(small(there + there[-2::-1])) == []
+
+
+def test_a_cut_of_little_contrast_is_seen() -> None:
+    dull = [[(110 + 0.15 * (p.astype(float) - 128)).astype(np.uint8) for p in texture(s, 30, 0.2)] for s in (21, 22)]
+    assert [b.at for b in detect(dull[0] + dull[1])] == [30]
+
+
 def test_a_flash_is_no_cut() -> None:
     pictures = texture(2, 60, 0.2)
     pictures[30] = np.full_like(pictures[30], 250)

@@ -27,7 +27,7 @@ def read(path: Path, settings: PrepareSettings = SETTINGS) -> tuple[list[RawShot
     assert [shot.start_frame for shot in shots[1:]] == [shot.end_frame for shot in shots[:-1]]
     assert [shot.start_pts for shot in shots[1:]] == [shot.end_pts for shot in shots[:-1]]
     for shot in shots:
-        assert not shot.span_pts or len(shot.span_pts) % 4 == 1 and len(shot.span_pts) >= 5
+        assert not shot.span_pts or (len(shot.span_pts) - 1) % settings.frame_step == 0 and len(shot.span_pts) >= 5
         assert [info.pts[i] for i in shot.span_frames] == shot.span_pts
         assert all(shot.start_frame <= i < shot.end_frame for i in shot.span_frames)
     return shots, frames, info
@@ -83,10 +83,31 @@ def test_dissolves_stay_out_of_the_spans(tmp_path: Path) -> None:
     )
     mixed = [((1 - s) * a[-1].astype(float) + s * b[0]).astype(np.uint8) for s in np.linspace(0, 1, 10)[1:-1]]
     long = PrepareSettings(height=32, width=32, fps=8.0, shot_frames=81)
-    shots, _, _ = read(write(tmp_path / "a.mp4", a + mixed + b), long)
+    shots, _, info = read(write(tmp_path / "a.mp4", a + mixed + b), long)
     assert [s.transition for s in shots] == ["start", "dissolve"]
     assert 40 < shots[0].end_frame < 48  # the shot itself has no gap
     assert shots[0].span_frames[-1] <= 40 and shots[1].span_frames[0] >= 47
+    start, end = shots[1].blend_frames
+    assert abs(start - 40) <= 2 and abs(end - 48) <= 2 and shots[0].blend_frames == shots[0].blend_pts == []
+    assert shots[1].blend_pts == [info.pts[start], info.pts[end]]
+
+
+@pytest.mark.parametrize(("step", "fps"), [(4, 8.0), (8, 8.0), (4, 6.0), (1, 8.0)])
+def test_no_cut_and_no_transition_falls_inside_a_latent_frame(tmp_path: Path, step: int, fps: float) -> None:
+    """A causal VAE makes a latent of the first frame alone, then one of each `step` frames: all of one shot."""
+    scene = sample_scene("full", seed=6, index=3, num_shots=4)
+    settings = PrepareSettings(height=32, width=32, fps=fps, frame_step=step, shot_frames=8 * 2 + 1)
+    path = write_video(scene, tmp_path / "a.mp4", size=64, captions=False).video
+    shots, _, _ = read(path, settings)
+    blends = [range(*shot.blend_frames) for shot in shots if shot.blend_frames]
+    assert len(shots) > 1
+    for shot in shots:
+        frames = shot.span_frames
+        latents = [frames[:1], *(frames[k : k + step] for k in range(1, len(frames), step))] if frames else []
+        assert all(len(latent) == step for latent in latents[1:])
+        for latent in latents:
+            assert shot.start_frame <= latent[0] and latent[-1] < shot.end_frame
+            assert not any(frame in blend for frame in latent for blend in blends)
 
 
 def test_toyworld_variable_rate_and_rotation_keep_their_cuts(tmp_path: Path) -> None:

@@ -97,10 +97,18 @@ def test_same_video_same_bytes(tmp_path: Path, encoder: Encoder) -> None:
     assert files[0] == files[1]
 
 
-def test_scenes_are_cut_evenly(tmp_path: Path, encoder: Encoder) -> None:
+def test_shots_of_one_story_stay_together_and_long_scenes_are_cut_evenly(tmp_path: Path, encoder: Encoder) -> None:
+    path = write(tmp_path / "a.mp4", three_shots(17))
+    path.with_suffix(".json").write_text('{"story": "Three squares.", "shots": []}')
+    made = [scene for scene, _ in scenes_of(tmp_path / "parts", prepare(path, encoder, tmp_path / "parts"))]
+    assert [len(scene.shots) for scene in made] == [2, 1]
+    assert made[0].shots[0].transition == "start" and made[1].shots[0].transition == "cut"
+
+
+def test_shots_that_do_not_look_alike_are_scenes_of_their_own(tmp_path: Path, encoder: Encoder) -> None:
     part = prepare(write(tmp_path / "a.mp4", three_shots(17)), encoder, tmp_path / "parts")
     made = [scene for scene, _ in scenes_of(tmp_path / "parts", part)]
-    assert [len(scene.shots) for scene in made] == [2, 1]
+    assert [len(scene.shots) for scene in made] == [1, 1, 1]
     assert made[0].shots[0].transition == "start" and made[1].shots[0].transition == "cut"
     assert made[0].captions is not None and made[0].captions.backend == "describe"
 
