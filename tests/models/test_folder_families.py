@@ -189,8 +189,6 @@ def test_hunyuan_encodes_and_decodes_clips_of_4k_and_1(folders, pipelines):
 def test_what_hunyuan_cannot_is_refused_with_the_reason(folders, tmp_path):
     backbone = load_model(folders["hunyuan"], parts=("backbone",)).backbone
     for method, params, message in (
-        ("fca", {}, "modules beside its layers are only made for Wan"),
-        ("aid", {}, "modules beside its layers are only made for Wan"),
         ("lct", {"attention_rule": "group_causal"}, "HunyuanVideo joins text and frames in one attention"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -106,7 +106,7 @@ def test_texts_are_stored_as_the_model_reads_them(family, folder):
     length = TEXT_LENGTH[family]
     counts = "42, prompt 12" if family == "hunyuan" else f"{length + 1}, prompt 4"
     with pytest.raises(Failed, match=rf"story {counts}\), the model reads {length}"):
-        encoder.encode_texts([make_scene("s", ["red"], 9, story="s" * length)], "float32")
+        encoder.check_texts(make_scene("s", ["red"], 9, story="s" * length))
 
 
 def test_prepare_takes_as_many_frames_as_the_vae(family, folder, tmp_path):

@@ -149,7 +149,7 @@ def test_shots_of_other_toyworld_scenes_are_no_duplicates() -> None:
             np.asarray(Image.fromarray(one).resize((48, 27), Image.Resampling.BOX)) for one in render_shot(scene, 0)
         ]
         row = {"filtered": "", "shot_id": f"v{i}-0000/s000", "signature": make_signature(small[:17])}
-        parts.append(Part({"sha256": str(i), "video_id": f"v{i}"}, [row]))
+        parts.append(Part({"sha256": str(i), "video_id": f"v{i}", "status": "written"}, [row]))
     found = find_duplicates(parts, FilterSettings())
     assert len(found) == 39 and not any(verdict.reason for verdict in found.values())
 
