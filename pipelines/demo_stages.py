@@ -229,6 +229,7 @@ def generate(
                 independent=name == "before",
                 steps=config.sample_steps,
                 guidance=config.guidance,
+                scene_guidance=None if name == "before" else config.scene_guidance,
                 batch_size=len(boards),
                 seed=config.seed,
             ),
@@ -258,7 +259,14 @@ def serve_one(config: DemoConfig, model: Path, board: Storyboard, out: Path, sta
     """Serve the fine-tuned model with Ray Serve on a free loopback port and fetch one video over HTTP."""
     from pipelines.serve import ServeConfig, serving
 
-    served = ServeConfig(model=model, folder=out / "serve", port=0, steps=config.sample_steps, guidance=config.guidance)
+    served = ServeConfig(
+        model=model,
+        folder=out / "serve",
+        port=0,
+        steps=config.sample_steps,
+        guidance=config.guidance,
+        scene_guidance=config.scene_guidance,
+    )
     with serving(served) as url:
         result = fetch_video(url, board, config.seed, out / "served.mp4")
     stage.items, stage.what = 1, f"1 video over HTTP, {result.seconds:.1f} s after the request"

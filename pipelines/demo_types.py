@@ -25,6 +25,7 @@ class DemoConfig:
     compile: bool = knob(False, "torch.compile the fine-tuning's blocks: pays from about 1,000 steps on")
     sample_steps: int = knob(20, "denoising steps of each generated video")
     guidance: float = knob(3.0, "guidance scale of the text")
+    scene_guidance: float = knob(3.0, "guidance scale of a scene's other shots, of the fine-tuned model")
     seed: int = knob(0, "of scenes, training and noise")
 
     def __post_init__(self) -> None:

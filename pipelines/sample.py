@@ -45,6 +45,9 @@ class SampleConfig:
     steps: int = knob(30, "denoising steps")
     guidance: float = knob(5.0, "classifier-free guidance scale of the text; 1 = none")
     image_guidance: float = knob(1.5, "guidance scale of the given frames, for models of method aid; 1 = none")
+    scene_guidance: float | None = knob(
+        None, "guidance scale of a scene's other shots, for models of method lct; null = only the text is amplified"
+    )
     states: StatesConfig = knob(StatesConfig, "for models of method aid: who says the states a storyboard does not")
     solver: Literal["euler", "second_order", "ancestral"] = knob("euler", "how frames move between noise levels")
     min_side: int = knob(256, "smaller videos are enlarged by a whole factor to this many pixels a side; 0 = never")
@@ -105,7 +108,7 @@ def run_sample(
     from models.codecs import VideoCodec
     from models.folder import is_distilled, load_model
     from pipelines.storyboards import load_storyboards
-    from sample.generate import check_task
+    from sample.generate import check_scene_guidance, check_task
     from sample.guidance import check_guidance
 
     started = time.monotonic()
@@ -119,6 +122,7 @@ def run_sample(
     if len(set(names)) != len(names):
         raise ValueError(f"storyboard names must differ, they become file names: {sorted(names)}")
     check_guidance(config.guidance, is_distilled(config.model))
+    check_scene_guidance(config.scene_guidance, described)
     config.out.mkdir(parents=True, exist_ok=True)
     check_task(config.task, described)
     weights = folder_fingerprint(config.model)
@@ -191,6 +195,7 @@ def generate_settings(config: SampleConfig) -> GenerateSettings:
         config.task,
         config.history,
         config.image_guidance,
+        config.scene_guidance,
     )
 
 

@@ -36,6 +36,9 @@ class ServeConfig:
     image_guidance: float = knob(
         1.5, "guidance scale of the given frames, for models of method aid, of a request that names none; 1 = none"
     )
+    scene_guidance: float | None = knob(
+        None, "guidance scale of a scene's other shots, for models of method lct, of a request that names none"
+    )
     states: StatesConfig = knob(StatesConfig, "for models of method aid: who says the states a storyboard does not")
     max_shots: int = knob(9, "most shots of one storyboard")
     max_frames: int = knob(0, "most pixel frames of one shot; 0 = as many as the model was trained on")
@@ -109,7 +112,7 @@ def server_settings(config: ServeConfig) -> ServerSettings:
 
     from models.codecs import VideoCodec
     from models.folder import is_distilled, load_settings
-    from sample.generate import largest_scene, refused_fields, refused_tasks
+    from sample.generate import check_scene_guidance, largest_scene, refused_fields, refused_tasks
     from sample.guidance import check_guidance
     from sample.server_settings import ServerSettings
     from sample.video_io import enlarge
@@ -117,6 +120,7 @@ def server_settings(config: ServeConfig) -> ServerSettings:
 
     described, distilled = load_settings(config.model), is_distilled(config.model)
     check_guidance(config.guidance, distilled)
+    check_scene_guidance(config.scene_guidance, described)
     height, width = enlarge(np.empty((0, described.height, described.width, 3), np.uint8), config.min_side).shape[1:3]
     service = VideoService(
         model=config.model.resolve().name,
@@ -133,6 +137,7 @@ def server_settings(config: ServeConfig) -> ServerSettings:
         refused_tasks=refused_tasks(described),
         refused_fields=refused_fields(described),
         distilled=distilled,
+        lone_shots=largest_scene(described) == 1,
         results=config.folder.resolve() / "videos",
         max_queued=config.max_queued,
     )
@@ -143,6 +148,7 @@ def server_settings(config: ServeConfig) -> ServerSettings:
         steps=config.steps,
         guidance=config.guidance,
         image_guidance=config.image_guidance,
+        scene_guidance=config.scene_guidance,
         states=partial(make_predictor, config.states),
         min_side=config.min_side,
         device=config.device,

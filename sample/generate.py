@@ -27,6 +27,7 @@ from models.patches import own_places, padded_frames, take_frames
 from models.scene import MAX_HISTORY
 from models.solvers import SolverName
 from models.states import StatePredictor
+from sample.apart import OTHER_SHOTS
 from sample.contexts import encode_texts, image_contexts, labels_of, states_of
 from sample.frame_tasks import (
     check_given_frames,
@@ -61,6 +62,8 @@ class GenerateSettings:
     task: Task = "auto"  # of storyboards that name none
     history: int = MAX_HISTORY  # how many earlier shots a shot sees that is made after them, where nothing else is said
     image_guidance: float = 1.5  # of the given frames, where the method guides by them (aid); 1 is none
+    # of the other shots of a scene (lct); None: every pass of guidance sees them, so that only the text is amplified
+    scene_guidance: float | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -124,6 +127,10 @@ def generate_scenes(
     for board in storyboards:
         board.check_sequence(sequence)
     labels = labels_of(storyboards, method)
+    try:
+        check_scene_guidance(settings.scene_guidance, model.settings)
+    except ValueError as error:
+        raise StoryboardError(f"storyboard {first.name!r}: {error}", "scene_guidance") from error
     if sequence in ("autoregressive", "extension"):
         return _generate_in_turn(model, storyboards, settings, seeds, sequence, callback)
     check_given_frames(method, first)
@@ -152,13 +159,16 @@ def generate_scenes(
     given = None if given is None else given[:, :, places]
     clean = (torch.zeros(shape) if given is None else given).to(text.embeddings)
     scales = {"text": settings.guidance, "image": settings.image_guidance}
+    guided = [(name, scales[name]) for name in method.guided]
+    if settings.scene_guidance is not None and layout.num_shots - story_apart > 1:
+        guided.append((OTHER_SHOTS, settings.scene_guidance))
     options: dict[str, Any] = dict(
         shape=shape,
         generator=[
             shot_generators(board, seed, len(references)) for board, seed in zip(storyboards, seeds, strict=True)
         ],
         given=given,
-        guidance=Guidance([(name, scales[name]) for name in method.guided], method.guided),
+        guidance=Guidance(guided, method.guided),
         null={"text": null} | {name: value for name, (_, value) in read.items()},
         conditions=method.conditions(clean, made, labels) | {name: value for name, (value, _) in read.items()},
         solver=settings.solver,
@@ -174,6 +184,7 @@ def generate_scenes(
             text,
             model_levels=method.model_levels,
             prepare=partial(method.prepare, model.backbone, made),
+            apart=method.backbone_kwargs,
             **options,
             **method.backbone_kwargs(made),
         )
@@ -251,6 +262,15 @@ def check_task(task: Task, described: ModelSettings) -> None:
             raise ValueError(f"task={task}: {error}") from error
 
 
+def check_scene_guidance(scale: float | None, described: ModelSettings) -> None:
+    """Raises ValueError where a scale for the other shots is set for a model that sees none."""
+    if scale is not None and largest_scene(described) == 1:
+        raise ValueError(
+            f"scene_guidance={scale:g}: a model of method {described.method!r} makes one shot at a time and sees no "
+            "others; leave it out"
+        )
+
+
 def shot_generators(storyboard: Storyboard, seed: int, references: int = 0) -> list[torch.Generator]:
     """One CPU generator per shot, so that a shot's noise depends on its seed and on nothing else in the run.
 
@@ -298,6 +318,9 @@ def _generate_in_turn(
             zip(first.histories(settings.history), layout.shot_slices, strict=True)
         )
     ]
+    guided = [("text", settings.guidance)]
+    if settings.scene_guidance is not None:
+        guided.append((OTHER_SHOTS, settings.scene_guidance))
     made = rollout(
         model.backbone,
         method,
@@ -305,7 +328,7 @@ def _generate_in_turn(
         shots,
         base_levels(settings.steps, shift=model.settings.level_shift),
         size=(model.codec.latent_channels, *latent_size(model)),
-        guidance=Guidance([("text", settings.guidance)]),
+        guidance=Guidance(guided),
         solver=settings.solver,
         callback=callback,
         story=text.embeddings[:, -1] if story_apart else None,

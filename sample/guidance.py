@@ -52,6 +52,7 @@ class Guidance:
             if not math.isfinite(scale):
                 raise ValueError(f"guidance scale of {name!r} is {scale}; give a finite number")
         members = [tuple((together or {}).get(name, (name,))) for name in names]
+        self.together = dict(zip(names, members, strict=True))
         self.conditions = frozenset(one for group in members for one in group)  # all that some branch may drop
         if len(self.conditions) != sum(len(group) for group in members):
             raise ValueError(f"guidance drops a condition under two scales: {dict(zip(names, members, strict=True))}")
@@ -64,6 +65,10 @@ class Guidance:
             for kept in range(len(names) + 1)
             if weights[kept] != weights[kept + 1]
         )
+
+    def without(self, condition: str) -> Guidance:
+        """This guidance with no scale for `condition`, which every pass keeps."""
+        return Guidance([(name, scale) for name, scale in self.scales if name != condition], self.together)
 
     def combine(self, predictions: Sequence[Tensor]) -> Tensor:
         """The guided prediction from one prediction per branch, in the order of `self.branches`."""

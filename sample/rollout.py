@@ -22,6 +22,7 @@ from models.backbones.base import Backbone, require
 from models.layout import ClipLayout, Segment
 from models.solvers import SolverName
 from models.text import TextContext
+from sample.apart import OTHER_SHOTS
 from sample.guidance import Guidance
 from sample.sampler import Callback, draw_noise, sample
 
@@ -58,11 +59,19 @@ def rollout(
 
     The story's group, its text and one dummy token at level 0, stands in the cache before whatever history a shot sees.
 
-    Only the current shot loses its text in guidance; history keeps its own, so that one cache serves all branches.
+    Only the current shot loses its text in guidance; history keeps its own, so that one cache serves all branches but
+    those that drop the other shots (`sample.apart`), which see no history.
     Held at a time: keys and values of one shot's history, and the latents of shots that a later one still sees.
-    Raises ValueError, before the first step, for a backbone that keeps no keys and for a history that is not earlier.
+    Raises ValueError, before the first step, for a backbone that keeps no keys, for a history that is not earlier, and
+    for guidance over the other shots beside a story, which a pass without the cache would lose.
     """
     require(backbone.capabilities, attention_rule="group_causal", kv_cache=True)
+    guidance = guidance or Guidance()
+    if story is not None and OTHER_SHOTS in guidance.conditions:
+        raise ValueError(
+            "scene_guidance with a story that is a text group of its own: shots made in turn keep it in the cache of "
+            "the others; leave scene_guidance out, or make all shots at once (task auto)"
+        )
     layouts = []
     for index, shot in enumerate(shots):
         if len(set(shot.history)) != len(shot.history) or not set(shot.history) <= set(range(index)):
@@ -79,7 +88,7 @@ def _run(
     layouts: Sequence[ClipLayout],  # each shot's history and itself
     levels: Tensor,
     size: tuple[int, int, int],
-    guidance: Guidance | None,
+    guidance: Guidance,
     solver: SolverName,
     callback: Callback | None,
     story: Tensor | None,
@@ -115,9 +124,10 @@ def _run(
                 _context(shot.text, shot.frames),
                 shape=(len(shot.text), size[0], shot.frames, *size[1:]),
                 generator=shot.generators,
-                guidance=guidance,
+                guidance=guidance if shot.history else guidance.without(OTHER_SHOTS),
                 null={"text": _context(shot.null, shot.frames)},
                 model_levels=method.model_levels,
+                apart=method.backbone_kwargs,
                 solver=solver,
                 callback=None if callback is None else _after(callback, done, total),
                 **options | {"layout": own},

@@ -20,7 +20,8 @@ from models.layout import ClipLayout
 from models.process import Process
 from models.solvers import SolverName, make_solver
 from models.text import TextContext, stack_samples
-from sample.guidance import Guidance
+from sample.apart import OTHER_SHOTS, SeenAs, ShotsApart
+from sample.guidance import Branch, Guidance
 
 Text = TextContext | Tensor
 # one generator for the batch, or one per sample, or one per sample and shot
@@ -46,31 +47,30 @@ def sample(
     model_levels: Callable[[Tensor], Tensor] | None = None,  # what the backbone is told of levels [B, F]
     conditions: Mapping[str, Tensor] | None = None,  # besides the text, [B, ...] each; zeros stand in for a dropped one
     prepare: Callable[[Text, Mapping[str, Tensor]], Mapping[str, Any]] | None = None,  # `Method.prepare`
+    apart: SeenAs | None = None,  # `Method.backbone_kwargs`, for guidance that drops the other shots
     callback: Callback | None = None,
     **backbone_kwargs: Any,
 ) -> Tensor:
     """Latents [B, C, F, H, W] (fp32, normalised) made by following `plan`, each frame by its own levels.
 
     `given` frames keep the one noise they are given at the start (LCT 2503.10589 keeps history noise fixed).
-    Guidance branches run as one batch of B * branches samples. The state stays in fp32; the backbone reads it scaled
+    Guidance branches run as one batch of B * branches samples; those without the condition `OTHER_SHOTS` see each shot
+    by itself (`sample.apart`), in a batch of their own. The state stays in fp32; the backbone reads it scaled
     by the process and in the dtype of its text. `model_levels` is the method's (`Method.model_levels`); None tells the
     backbone every frame's level. `prepare` is called once with the text and the conditions of all rows, and says what
-    else the backbone is passed in every step. Raises ValueError where shapes, plan, given frames, solver or
-    guidance do not fit together; whatever `callback` raises passes through, which is how a run is cancelled.
+    else the backbone is passed in every step. Raises ValueError where shapes, plan, given frames, solver or guidance do
+    not fit together; whatever `callback` raises passes through, which is how a run is cancelled.
     """
     process, guidance = process or backbone.process, guidance or Guidance()
     _check(layout, plan, shape, given)
-    others = dict(conditions or {})
-    null = {name: torch.zeros_like(value) for name, value in others.items()} | dict(null or {})
-    stacked = _stack_branches(guidance, {"text": text, **others}, null)
-    text_rows = stacked.pop("text")
-    seen: dict[str, Any] = {"text": text_rows} | backbone_kwargs
-    if prepare is not None:
-        seen |= prepare(text_rows, stacked)  # type: ignore[arg-type]  # all others are tensors
-    elif stacked:
-        raise ValueError(
-            f"conditions {sorted(stacked)} are given, but no `prepare` says what the backbone does of them"
-        )
+    conditions = {"text": text, **(conditions or {})}
+    null = {name: torch.zeros_like(value) for name, value in conditions.items() if name != "text"} | dict(null or {})
+    _check_guidance(guidance, conditions, null, apart)
+
+    def told(levels: Tensor) -> Tensor:
+        return levels if model_levels is None else model_levels(levels)
+
+    passes = _passes(backbone, layout, guidance, conditions, null, told, prepare, apart, backbone_kwargs)
     noise = draw_noise(layout, shape, generator).to(plan.device)
     source = torch.zeros_like(noise) if given is None else given.to(noise)
     source = source.masked_fill(layout.is_dummy.to(noise.device).view(-1, 1, 1), 0.0)
@@ -78,14 +78,17 @@ def sample(
     x = torch.where(from_nothing, process.pure_noise(noise), process.add_noise(source, noise, plan[0]))
     stepper = make_solver(solver, process, lambda: draw_noise(layout, shape, generator))
 
-    steps, branches = len(plan) - 1, len(guidance.branches)
+    steps = len(plan) - 1
     dtype = text.dtype if isinstance(text, Tensor) else text.embeddings.dtype
+    predictions: list[Any] = [None] * len(guidance.branches)
     for k in range(steps):
-        levels = plan[k].expand(branches * shape[0], -1)  # [branches * B, F]
         scaled = process.precondition(x, plan[k]).to(dtype)
-        told = levels if model_levels is None else model_levels(levels)
-        predictions = backbone(torch.cat([scaled] * branches), told, **seen)
-        prediction = guidance.combine(predictions.float().chunk(branches))
+        for places, predict in passes:
+            levels = plan[k].expand(len(places) * shape[0], -1)  # [branches * B, F]
+            made = predict(torch.cat([scaled] * len(places)), levels).float().chunk(len(places))
+            for place, prediction in zip(places, made, strict=True):
+                predictions[place] = prediction
+        prediction = guidance.combine(predictions)
         x = stepper.step(x, prediction, plan[k], plan[k + 1])
         if callback is not None:
             callback(k + 1, steps)
@@ -120,17 +123,66 @@ def draw_noise(layout: ClipLayout, shape: tuple[int, int, int, int, int], genera
     return torch.stack(rows)
 
 
-def _stack_branches(guidance: Guidance, conditions: dict[str, Text], null: Mapping[str, Text]) -> dict[str, Text]:
+def _passes(
+    backbone: Backbone,
+    layout: ClipLayout,
+    guidance: Guidance,
+    conditions: Mapping[str, Text],
+    null: Mapping[str, Text],
+    told: Callable[[Tensor], Tensor],
+    prepare: Callable[[Text, Mapping[str, Tensor]], Mapping[str, Any]] | None,
+    apart: SeenAs | None,
+    backbone_kwargs: Mapping[str, Any],
+) -> list[tuple[list[int], Callable[[Tensor, Tensor], Tensor]]]:
+    """The model's calls of a step: the places of the branches in each, and x and levels to their predictions.
+
+    Branches that see the whole clip are one call, those that see each shot by itself another.
+    """
+    found: list[tuple[list[int], Callable[[Tensor, Tensor], Tensor]]] = []
+    whole = [place for place, branch in enumerate(guidance.branches) if OTHER_SHOTS not in branch.dropped]
+    if whole:
+        stacked = _stack_branches([guidance.branches[place] for place in whole], conditions, null)
+        rows = stacked.pop("text")
+        seen: dict[str, Any] = {"text": rows, **backbone_kwargs}
+        if prepare is not None:
+            seen |= prepare(rows, stacked)  # type: ignore[arg-type]  # all others are tensors
+        elif stacked:
+            raise ValueError(
+                f"conditions {sorted(stacked)} are given, but no `prepare` says what the backbone does of them"
+            )
+        found.append((whole, lambda x, levels: backbone(x, told(levels), **seen)))
+    if lone := [place for place in range(len(guidance.branches)) if place not in whole]:
+        rows = _stack_branches([guidance.branches[place] for place in lone], conditions, null)["text"]
+        assert apart is not None and isinstance(rows, TextContext)  # _check_guidance
+        found.append((lone, ShotsApart(backbone, layout, rows, apart, told)))
+    return found
+
+
+def _stack_branches(
+    branches: Sequence[Branch], conditions: Mapping[str, Text], null: Mapping[str, Text]
+) -> dict[str, Text]:
     """Each condition once per branch along the batch: the real one where it is kept, its null where it is dropped."""
-    dropped = set().union(*(branch.dropped for branch in guidance.branches))
-    if unknown := guidance.conditions - set(conditions):
+    return {
+        name: _concat([null[name] if name in branch.dropped else value for branch in branches])
+        for name, value in conditions.items()
+    }
+
+
+def _check_guidance(
+    guidance: Guidance, conditions: Mapping[str, Text], null: Mapping[str, Text], apart: SeenAs | None
+) -> None:
+    dropped = set().union(*(branch.dropped for branch in guidance.branches)) - {OTHER_SHOTS}
+    if unknown := guidance.conditions - set(conditions) - {OTHER_SHOTS}:
         raise ValueError(f"guidance over unknown conditions {sorted(unknown)}; this run has {sorted(conditions)}")
     if missing := dropped - set(null):
         raise ValueError(f"guidance drops {sorted(missing)} but `null` holds no stand-in for it")
-    return {
-        name: _concat([null[name] if name in branch.dropped else value for branch in guidance.branches])
-        for name, value in conditions.items()
-    }
+    if OTHER_SHOTS in guidance.conditions and (
+        apart is None or not isinstance(conditions["text"], TextContext) or len(conditions) > 1
+    ):
+        raise ValueError(
+            f"guidance over {OTHER_SHOTS!r} needs `apart` (how a shot is seen by itself) and a text of contexts, and "
+            f"knows no further conditions; this run has {sorted(conditions)}"
+        )
 
 
 def _concat(values: list[Text]) -> Text:

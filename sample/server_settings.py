@@ -24,6 +24,7 @@ class ServerSettings:
     steps: int = 30  # of requests that name none, as the next
     guidance: float = 5.0
     image_guidance: float = 1.5
+    scene_guidance: float | None = None
     states: Callable[[], StatePredictor | None] | None = None  # opens the predictor of states; runs in each replica
     min_side: int = 0  # smaller videos are enlarged to this
     device: str = "cpu"

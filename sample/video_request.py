@@ -54,6 +54,7 @@ class VideoService:
     refused_tasks: Mapping[str, str] = field(default_factory=dict)  # tasks of a storyboard that it cannot do, and why
     refused_fields: Mapping[str, str] = field(default_factory=dict)  # fields of a shot that it cannot use, and why
     distilled: bool = False  # it takes its guidance as an input, so that a request's can only be 1
+    lone_shots: bool = False  # it makes one shot at a time and sees no others, so that none can be guided by
     max_queued: int = 100
 
     @property
@@ -85,6 +86,7 @@ class VideoRequest(BaseModel):
     steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     guidance: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE)
     image_guidance: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE)
+    scene_guidance: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE)
     negative_prompt: str | None = Field(default=None, max_length=4000)
 
 
@@ -99,7 +101,7 @@ class ParsedRequest:
 def parse_request(
     body: Mapping[str, Any], service: VideoService, files: Mapping[str, bytes] | None = None
 ) -> ParsedRequest:
-    """The job's request (model, size, prompt, storyboard, steps, guidance, image_guidance) from a body's fields and
+    """The job's request (model, size, prompt, storyboard, steps and scales of guidance) from a body's fields and
     uploaded parts, or an ApiError that names the field."""
     request = _validated(body)
     if request.model not in (None, service.model):
@@ -112,6 +114,9 @@ def parse_request(
             check_guidance(request.guidance, service.distilled)
         except ValueError as error:
             raise ApiError(400, str(error), param="guidance") from error
+    if request.scene_guidance is not None and service.lone_shots:
+        message = "scene_guidance: the model served here makes one shot at a time and sees no others; leave it out"
+        raise ApiError(400, message, param="scene_guidance")
     uploads = dict(files or {})
     if request.input_reference is not None:
         uploads[INPUT_REFERENCE] = _from_reference(request.input_reference)
@@ -136,6 +141,7 @@ def parse_request(
             "steps": request.steps,
             "guidance": request.guidance,
             "image_guidance": request.image_guidance,
+            "scene_guidance": request.scene_guidance,
         },
         kept,
     )

@@ -5,6 +5,7 @@ Everything is of level small and split train; held-out prompts are of split test
     clips             single shots with a sentence and the states that the grammar predicts from it
     scenes            3 to 6 shots with story and prompts
     dressed-scenes    3 shots; every other scene `dressed`, for three times the identities
+    cast-scenes       the same, but three of four scenes have two characters: who is which is the hard part
     pairs-TASK        what is given and the shot that comes of it (toyworld.pairs)
     pairs-led-by-image  the same pairs of an image, which is the shot's own first latent frame: image-to-video data
 """
@@ -52,7 +53,8 @@ LEVEL: LevelName = "small"  # what the shipped model knows
 SEED = 11
 STATES = 4
 SHARD_BYTES = 50_000_000
-SHOTS = {"clips": 1, "scenes": (3, 6), "dressed-scenes": 3}
+SHOTS = {"clips": 1, "scenes": (3, 6), "dressed-scenes": 3, "cast-scenes": 3}
+DRESSED = {"dressed-scenes": 1, "cast-scenes": 4}  # so many scenes plain, then as many dressed, and so on
 LED_BY_IMAGE = "pairs-led-by-image"
 
 
@@ -77,8 +79,9 @@ def takes(kind: str, count: int, size: int) -> Iterator[Take]:
 
 
 def _scene_take(kind: str, index: int, size: int) -> Take:
-    scene = sample_scene(LEVEL, seed=SEED, index=index, split="train", num_shots=SHOTS[kind])
-    if kind == "dressed-scenes" and index % 2:
+    cast = None if kind != "cast-scenes" else 1 if index % 4 == 0 else 2  # None: as the world draws it
+    scene = sample_scene(LEVEL, seed=SEED, index=index, split="train", num_shots=SHOTS[kind], num_characters=cast)
+    if kind in DRESSED and (index // DRESSED[kind]) % 2:
         scene = dressed(scene)
     words = np.random.Generator(np.random.PCG64(np.random.SeedSequence([SEED, index, 17])))
     made = [

@@ -16,10 +16,15 @@ from _bootstrap import Difference, paired_bootstrap
 from _common import Goal
 
 from infra.config import knob
+from pipelines.demo_stages import LCT_PARAMS
 from pipelines.demo_types import DemoConfig
 
 SCENE_METRICS = ("identity_said", "place_agreement", "colour", "shape", "place", "style", "action", "legibility")
 MORE_THAN_THE_DEMO = DemoConfig(steps=6_000, batch_size=8, learning_rate=5e-4)
+# The tuning goes on with scenes of two characters, most of them with some shots given: who is which, and what the
+# others look like, is what a scene has to keep.
+CAST_PARAMS = LCT_PARAMS | {"context_prob": 0.3}
+CAST_SILENT = 0.1
 HELD_OUT = 0.006  # share of the training scenes that only tell how well the tuning goes
 EMA_DECAY = 0.998  # a run of thousands of steps is averaged over more of them than the demo's
 
@@ -30,6 +35,8 @@ class LctDemoClaim:
 
     model: Path | None = knob(None, "model fine-tuned with LCT; null = make one the way the demo does")
     scenes: int = knob(8_000, "training scenes of three shots, if the model is made here (claim_cells.data)")
+    cast_scenes: int = knob(5_000, "training scenes of mostly two characters, for the tuning that follows")
+    cast_steps: int = knob(4_000, "steps of that second tuning; 0 = none")
     pairs: int = knob(192, "held-out scenes of three shots, each made by every side")
     seed: int = knob(2, "of the held-out scenes and the start noise")
     batch_size: int = knob(8, "scenes made at once")
@@ -50,14 +57,17 @@ class Side:
     tuned: bool
     independent: bool
     text: str
+    guided: bool = True  # over the other shots, where there are any
 
 
 # The first is the claim's baseline, the last the claim. Between them: the same baseline with the sentences it knows
-# best, and the tuned model without the other shots, which tells what sharing a context adds to tuning.
+# best, the tuned model without the other shots, which tells what sharing a context adds to tuning, and with them, but
+# guided by text alone, which tells what guidance over them adds.
 SIDES = (
     Side("single-shot", tuned=False, independent=True, text="scene"),
     Side("single-shot, sentences", tuned=False, independent=True, text="sentence"),
     Side("LCT, shots alone", tuned=True, independent=True, text="scene"),
+    Side("LCT, only text guided", tuned=True, independent=False, text="scene", guided=False),
     Side("LCT", tuned=True, independent=False, text="scene"),
 )
 
@@ -65,7 +75,9 @@ SIDES = (
 def lct_demo(claim: LctDemoClaim, quick: bool, command: str) -> tuple[dict[str, Any], list[Goal], str]:
     """Figures, goals and a table of the claim."""
     if quick:
-        claim = replace(claim, pairs=4, demo=replace(claim.demo, steps=20, sample_steps=4), scenes=6)
+        claim = replace(
+            claim, pairs=4, demo=replace(claim.demo, steps=20, sample_steps=4), scenes=6, cast_scenes=6, cast_steps=20
+        )
     tuned = claim.model or _finetune(claim)
     readings = {side.name: _make(claim, side, tuned) for side in SIDES}
     sums = {name: _sums(side_readings) for name, side_readings in readings.items()}
@@ -93,6 +105,7 @@ def lct_demo(claim: LctDemoClaim, quick: bool, command: str) -> tuple[dict[str, 
         "seed": claim.seed,
         "sample_steps": claim.demo.sample_steps,
         "guidance": claim.demo.guidance,
+        "scene_guidance": claim.demo.scene_guidance,
         "trained": _trained(claim, tuned),
         "metrics": {metric: _rounded(difference) for metric, difference in differences.items()},
         "drawn_through_the_vae": {metric: round(value, 4) for metric, value in best.items()},
@@ -104,22 +117,45 @@ def lct_demo(claim: LctDemoClaim, quick: bool, command: str) -> tuple[dict[str, 
 
 
 def _finetune(claim: LctDemoClaim) -> Path:
-    """A model tuned as the demo tunes it, on more scenes; kept in `out` and taken up again by a run of equal keys."""
+    """A model tuned as the demo tunes it, on more scenes, then on scenes of more characters; kept in `out` and taken up
+    again by a run of equal keys."""
+    demo = claim.demo
+    kind = f"{claim.scenes}-scenes-{demo.steps}-steps-of-{demo.batch_size}-rate-{demo.learning_rate:g}"
+    model = _tune(claim, "dressed-scenes", claim.scenes, f"model-{kind}-seed-{demo.seed}", demo)
+    if not claim.cast_steps:
+        return model
+    onward = replace(demo, steps=claim.cast_steps, model=model)
+    then = f"{claim.cast_scenes}-casts-{claim.cast_steps}-steps"
+    return _tune(
+        claim, "cast-scenes", claim.cast_scenes, f"model-{kind}-then-{then}-seed-{demo.seed}", onward,
+        method_params=CAST_PARAMS, silent=CAST_SILENT,
+    )  # fmt: skip
+
+
+def _tune(
+    claim: LctDemoClaim,
+    kind: str,
+    scenes: int,
+    name: str,
+    demo: DemoConfig,
+    method_params: dict[str, Any] | None = None,
+    silent: float | None = None,
+) -> Path:
     from claim_cells.data import dataset
     from pipelines.demo_stages import train_config
     from pipelines.train import HeldOutConfig, run_train
 
-    demo = claim.demo
-    data = dataset(claim.out, "dressed-scenes", claim.scenes, demo.model)
-    kind = f"{claim.scenes}-scenes-{demo.steps}-steps-of-{demo.batch_size}-rate-{demo.learning_rate:g}"
-    folder = claim.out / f"model-{kind}-seed-{demo.seed}"
-    config = train_config(demo, data, folder)
+    config = train_config(demo, dataset(claim.out, kind, scenes, claim.demo.model), claim.out / name)
+    if method_params is not None:
+        config = replace(config, method_params=method_params)
+    if silent is not None:
+        config = replace(config, text_drop=replace(config.text_drop, shots=silent))
     run_train(
         replace(
             config, num_workers=0, ema_decay=EMA_DECAY, held_out=HeldOutConfig(share=HELD_OUT, every=500, batches=8)
         )
     )
-    return folder / "model"
+    return claim.out / name / "model"
 
 
 def _make(claim: LctDemoClaim, side: Side, tuned: Path) -> list[Any]:
@@ -139,6 +175,7 @@ def _make(claim: LctDemoClaim, side: Side, tuned: Path) -> list[Any]:
             text=side.text,  # type: ignore[arg-type]
             steps=claim.demo.sample_steps,
             guidance=claim.demo.guidance,
+            scene_guidance=claim.demo.scene_guidance if side.guided and not side.independent else None,
             batch_size=claim.batch_size,
             seed=claim.seed,
         ),
@@ -221,8 +258,9 @@ def _text(record: dict[str, Any]) -> str:
     rest = _common.table(["metric", "other side", "its score", "LCT minus it", "95 % interval"], other)
     how = (
         f"{record['pairs']} held-out scenes of three shots, seed {record['seed']}, {record['sample_steps']} steps, "
-        f"guidance {record['guidance']:g}. Each scene is made by both sides\n"
-        "from the same storyboard and start noise; intervals are percentiles of a paired bootstrap over scenes."
+        f"guidance {record['guidance']:g},\nof LCT's other shots {record['scene_guidance']:g}. Each scene is made by "
+        "both sides from the same storyboard and start noise; intervals are\npercentiles of a paired bootstrap over "
+        "scenes."
     )
     return f"""# LCT keeps who is in a scene from shot to shot
 
@@ -235,7 +273,7 @@ ToyWorld draws them, encoded and decoded by the model's VAE: about what a model 
 {main}
 
 "single-shot, sentences" reads self-contained sentences instead of story and shot prompt; "LCT, shots alone" is the
-fine-tuned model without the other shots in its context.
+fine-tuned model without the other shots in its context, "only text guided" with them, but not amplified.
 
 {rest}
 """

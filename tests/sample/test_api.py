@@ -99,7 +99,7 @@ def test_multipart_without_files_as_the_openai_client_sends_it(client: TestClien
 def test_a_storyboard_is_one_field(client: TestClient, store: JobStore, sent: str) -> None:
     shots = [{"prompt": "one", "seed": 3}, {"prompt": "two", "frames": 9, "sentence": "alone"}]
     board = {"name": "walk", "shots": shots, "task": "autoregressive", "history": 2, "negative": "dull"}
-    body = {"prompt": "[Story] x", "steps": 4, "guidance": 2.5, "image_guidance": 1, "seconds": 2}
+    body = {"prompt": "[Story] x", "steps": 4, "guidance": 2.5, "image_guidance": 1, "scene_guidance": 3, "seconds": 2}
     if sent == "field":
         response = client.post("/v1/videos", data={**body, "storyboard": json.dumps(board)})
     elif sent == "file":
@@ -110,7 +110,8 @@ def test_a_storyboard_is_one_field(client: TestClient, store: JobStore, sent: st
     video = response.json()
     assert [(s["start_frame"], s["num_frames"]) for s in video["shots"]] == [(0, 17), (17, 9)]
     request = store.get(video["id"]).request
-    assert (request["steps"], request["guidance"], request["image_guidance"]) == (4, 2.5, 1)
+    assert (request["steps"], request["guidance"]) == (4, 2.5)
+    assert (request["image_guidance"], request["scene_guidance"]) == (1, 3)
     asked = Storyboard.from_dict(request["storyboard"])
     assert (asked.name, asked.story, asked.task, asked.history) == ("walk", "[Story] x", "autoregressive", 2)
     assert asked.negative == "dull" and [s.seed for s in asked.shots] == [3, None]

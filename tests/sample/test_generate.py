@@ -113,6 +113,23 @@ def test_shots_of_a_scene_see_one_another_and_independent_ones_do_not(lct: Model
     assert not np.array_equal(first_shot(BOARD, False), first_shot(changed, False))
 
 
+def test_scene_guidance_amplifies_the_other_shots(lct: Model, fvdm: Model) -> None:
+    plain = generate_scene(lct, BOARD, SETTINGS, seed=3)[0]
+    alone = generate_scene(lct, BOARD, SETTINGS, seed=3, independent=True)[0]
+    guided = generate_scene(lct, BOARD, replace(SETTINGS, scene_guidance=2.0), seed=3)[0]
+    assert not np.array_equal(guided, plain) and not np.array_equal(guided, alone)
+    ignored = generate_scene(lct, BOARD, replace(SETTINGS, scene_guidance=0.0), seed=3)[0]
+    np.testing.assert_array_equal(ignored, alone, "scale 0: as if there were no other shots")
+    own = replace(BOARD, shots=BOARD.shots[:1])
+    for scale in (None, 4.0):  # a lone shot has no others
+        settings = replace(SETTINGS, scene_guidance=scale)
+        np.testing.assert_array_equal(generate_scene(lct, own, settings, seed=3)[0], alone[: len(alone) // 2])
+        np.testing.assert_array_equal(generate_scene(lct, BOARD, settings, seed=3, independent=True)[0], alone)
+    with pytest.raises(StoryboardError, match="scene_guidance=2: a model of method 'fvdm' makes one shot") as caught:
+        generate_scene(fvdm, SINGLE, replace(SETTINGS, scene_guidance=2.0), seed=3)
+    assert caught.value.param == "scene_guidance"
+
+
 def test_an_independent_shot_is_the_shot_made_alone(lct: Model) -> None:
     frames, cuts = generate_scene(lct, BOARD, SETTINGS, seed=3, independent=True)
     assert cuts == [5]

@@ -53,3 +53,11 @@ def test_senseless_scales_are_refused(scales: list[tuple[str, float]]) -> None:
 def test_every_branch_needs_its_prediction() -> None:
     with pytest.raises(ValueError, match="1 predictions for 2"):
         Guidance([("text", 2.0)]).combine([torch.zeros(1)])
+
+
+def test_a_condition_without_a_scale_is_kept_by_every_branch() -> None:
+    both = Guidance([("text", 3.0), ("shots", 2.0)], {"text": ("text", "states")})
+    left = both.without("shots")
+    assert left.scales == (("text", 3.0),)
+    assert [set(branch.dropped) for branch in left.branches] == [{"text", "states"}, set()]
+    assert both.without("image").scales == both.scales

@@ -93,6 +93,13 @@ def test_each_shot_sees_what_it_is_told_to(causal: Model) -> None:
     assert np.array_equal(*alone) and np.array_equal(alone[0][:5], first)
 
 
+def test_scene_guidance_reaches_the_shots_that_see_others(causal: Model) -> None:
+    plain, cuts = generate_scene(causal, BOARD, SETTINGS, seed=1)
+    guided, _ = generate_scene(causal, BOARD, replace(SETTINGS, scene_guidance=3.0), seed=1)
+    assert np.array_equal(guided[: cuts[0]], plain[: cuts[0]]), "the first shot sees none"
+    assert not np.array_equal(guided[cuts[0] : cuts[1]], plain[cuts[0] : cuts[1]])
+
+
 def test_a_batch_of_scenes_and_its_progress(causal: Model) -> None:
     calls: list[tuple[int, int]] = []
     other = replace(with_shot(BOARD, 0, prompt="[SHOT CUT] Another one."), name="other")

@@ -52,8 +52,11 @@ def run(backbone: WanBackbone, shots: list[RolloutShot], **options) -> list[Tens
     return list(rollout(backbone, METHOD, "autoregressive", shots, LEVELS, **options))
 
 
-def reference(plain, histories) -> list[Tensor]:
-    """LCT's recipe as it is written, on the diffusers model: no cache, float64."""
+def reference(plain, histories, *, apart: bool = False) -> list[Tensor]:
+    """LCT's recipe as it is written, on the diffusers model: no cache, float64.
+
+    `apart`: the branch without text sees no history either, as where text and other shots have the same scale.
+    """
     made: list[Tensor] = []
     noised: list[Tensor] = []
     for index, history in enumerate(histories):
@@ -67,11 +70,11 @@ def reference(plain, histories) -> list[Tensor]:
             own = test_kv_cache.frames_of(index)
             clip_x[:, :, own], levels[:, own] = x, s
             velocities = []
-            for text in (TEXTS[:, index], NULL):
+            for text, seen in ((TEXTS[:, index], history), (NULL, () if apart else history)):
                 texts = TEXTS.clone()
                 texts[:, index] = text  # history keeps its own text in both branches
-                out = test_kv_cache.masked(plain, (clip_x, levels, texts), [*history, index])
-                velocities.append(out[:, :, len(frames) :])
+                out = test_kv_cache.masked(plain, (clip_x, levels, texts), [*seen, index])
+                velocities.append(out[:, :, len(frames) if seen else 0 :])
             plain_v, null_v = velocities
             x = x + (after - s) * (null_v + SCALE * (plain_v - null_v))
         made.append(x)
@@ -88,6 +91,19 @@ def test_it_is_the_recipe_without_a_cache(name):
     for made, expected in zip(result, reference(plain, HISTORIES[name]), strict=True):
         assert made.dtype == torch.float32 and made.std() > 0.1
         torch.testing.assert_close(made.double(), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["all", "selected"])
+@torch.no_grad()
+def test_guidance_over_the_other_shots_is_the_recipe_with_a_branch_that_sees_none(name):
+    backbone, plain = make()
+    scales = Guidance([("text", SCALE), ("shots", SCALE)])
+    result = run(backbone, shots_of(HISTORIES[name]), guidance=scales)
+    for made, expected in zip(result, reference(plain, HISTORIES[name], apart=True), strict=True):
+        torch.testing.assert_close(made.double(), expected, rtol=0, atol=2e-5)
+    without = run(backbone, shots_of(HISTORIES[name]))
+    assert torch.equal(result[0], without[0]), "a shot that sees none has none to be guided by"
+    assert not torch.allclose(result[2], without[2])
 
 
 def test_histories_make_a_difference():

@@ -23,7 +23,7 @@ from sample.generate import GenerateSettings, generate_scene
 from sample.server_settings import ServerSettings
 from sample.storyboard import Storyboard, StoryboardShot
 from sample.video_io import read_video, write_video
-from sample.video_request import parse_request
+from sample.video_request import ApiError, parse_request
 from sample.worker import VideoSampler
 
 
@@ -147,14 +147,19 @@ def test_settings_and_predictor_of_states_reach_the_model(
     seen: list[Any] = []
 
     def generate(model: Any, board: Any, settings: Any, seed: int, **options: Any) -> Any:
-        seen.append((settings.steps, settings.guidance, settings.image_guidance, options["states"]))
+        scales = settings.guidance, settings.image_guidance, settings.scene_guidance
+        seen.append((settings.steps, *scales, options["states"]))
         return np.zeros((5, 32, 32, 3), np.uint8), []
 
     monkeypatch.setattr("sample.worker.generate_scene", generate)
     sampler.states = predictor
-    for body in ({}, {"steps": 7, "guidance": 0, "image_guidance": 3}):
+    with pytest.raises(ApiError, match="one shot at a time") as caught:
+        submit(sampler, scene_guidance=2)
+    assert caught.value.param == "scene_guidance"
+    sampler.settings = replace(settings, service=replace(settings.service, lone_shots=False))
+    for body in ({}, {"steps": 7, "guidance": 0, "image_guidance": 3, "scene_guidance": 2}):
         asyncio.run(sampler.run(submit(sampler, **body)))
-    assert seen == [(2, 5.0, 1.5, predictor), (7, 0, 3, predictor)]
+    assert seen == [(2, 5.0, 1.5, None, predictor), (7, 0, 3, 2, predictor)]
 
 
 def test_progress_and_cancel_between_steps(sampler: VideoSampler, monkeypatch: pytest.MonkeyPatch) -> None:
