@@ -30,8 +30,8 @@ NEAR_MISS = 0.6  # of the residual that a cut needs: from here on another detect
 FLASH = 3  # frames: a change that is undone this soon is a flash, not a cut
 STEADY = 1.5  # motion is steady where changes on one side differ by no more than this factor
 STEADY_CHANGE = 0.7  # grey levels: less is no motion
-TURN_OVER = 1.3  # a break in steady motion exceeds the largest unevenness around by this factor
-TURN_MARGIN = 0.5  # and grey levels on top
+TURN_OVER = 1.4  # a break in steady motion exceeds the largest unevenness around by this factor
+TURN_MARGIN = 0.1  # and grey levels on top
 TURN_STEPS = 0.15  # by this much the way of three frames over a break differs from that beside it, or it is none
 TURN_SIDE = 4  # frames on each side that are compared
 LOOKAHEAD = max(max(LENGTHS) + SIDE, 2 * FADE_SIDE) + 3
@@ -177,6 +177,8 @@ class ShotDetector:
             return 0.0
         here = self._broken(i)
         around = [self._broken(i + k) for side in (-1, 1) for k in range(2 * side, (TURN_SIDE + 1) * side, side)]
+        if max(around) > float(np.median(before + after)):
+            return 0.0  # steady motion explains nothing here: what changes are details and the encoder's noise
         needed = max(TURN_OVER * max(around) + TURN_MARGIN, self._broken(i - 1), self._broken(i + 1))
         return round(1.0 - 0.5 * needed / here, 4) if here >= needed else 0.0
 
