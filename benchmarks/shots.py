@@ -1,7 +1,8 @@
 """Shot boundaries found, as F1 against ground truth, beside PySceneDetect on the same files in the same run.
 
-    python benchmarks/shots.py data=../shared/data
+    python benchmarks/shots.py data=../shared/data [cuts=transnet]
 
+PySceneDetect (pip install scenedetect) is no dependency; without it there is nothing to compare with, and no goal.
 ToyWorld scenes of seeds that chose no threshold (cuts; cuts, dissolves and fades), and the annotated videos of `data`,
 where that folder is there. The videos that earlier versions of the detector were tuned on are listed apart and judged
 in no goal. Every detector runs with its defaults on the file; frames are counted as decoded. A cut counts as found
@@ -20,14 +21,18 @@ import time
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from _common import ROOT, Goal, finish, parser, table
 
+from infra.config import ConfigError, load_config
+from infra.knobs import knob
 from preprocess.probe import VideoInfo, probe
 from preprocess.settings import PrepareSettings
 from preprocess.spans import read_shots
+from preprocess.transnet import require_transnet
 
 TOLERANCES = (0, 1)  # frames
 TOYWORLD = (("small", 71, (2, 6)), ("full", 72, (2, 6)), ("full", 73, (2, 6)))  # level, seed, shots
@@ -37,6 +42,17 @@ TUNED_ON = {  # by detectors of earlier versions
 }  # fmt: skip
 SAME_AS = {"torchcodec__nasa_13013_hdr.mp4"}  # another encoding of a video that is there
 PEERS = ("ContentDetector", "AdaptiveDetector")
+JUDGED = {"ToyWorld": ("ToyWorld small", "ToyWorld full"), "real": ("real",)}  # by what goals call them
+
+
+@dataclass(kw_only=True)
+class ShotsConfig:
+    """Keys of this benchmark."""
+
+    data: Path = knob(ROOT.parent / "shared" / "data", "folder of annotated videos; left out where it is not there")
+    cuts: Literal["detect", "transnet"] = knob("detect", "how `shotloom prepare` is told to find shots")
+    count: int = knob(8, "ToyWorld scenes of each level and seed; --quick takes one")
+    size: int = knob(128, "pixels of a side of a ToyWorld video")
 
 
 @dataclass(frozen=True)
@@ -168,61 +184,80 @@ def peers(film: Film) -> dict[str, list[tuple[int, str]]]:
     }
 
 
+@dataclass
+class Tally:
+    """What the detectors called `names` made of the films counted so far."""
+
+    names: list[str]
+    films: int = 0
+    frames: int = 0
+    cpu_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("shotloom", "PySceneDetect"), 0.0))
+    scores: dict[str, dict[str, dict[int, Score]]] = field(default_factory=dict)  # by group, name and tolerance
+
+    def add(self, film: Film, settings: PrepareSettings) -> str:
+        """Run every detector on a film and count what it finds; returns a line that says it."""
+        info = probe(str(film.path))
+        self.films, self.frames = self.films + 1, self.frames + len(info.pts)
+        began = time.process_time()
+        found = {"shotloom": ours(film, info, settings)}
+        self.cpu_s["shotloom"] += time.process_time() - began
+        if len(self.names) > 1:
+            began = time.process_time()
+            found |= peers(film)
+            self.cpu_s["PySceneDetect"] += time.process_time() - began
+        group = self.scores.setdefault(film.group, {name: {t: Score() for t in TOLERANCES} for name in self.names})
+        for name in self.names:
+            for tolerance in TOLERANCES:
+                group[name][tolerance].add(film, found[name], tolerance)
+        return _line(film, found)
+
+
 def main() -> int:
-    arguments = parser(__doc__.splitlines()[0]).parse_args()
-    options = dict(item.split("=", 1) for item in arguments.overrides)
-    count = int(options.get("count", 1 if arguments.quick else 8))  # scenes of each level and seed
-    data = Path(options.get("data", ROOT.parent / "shared" / "data"))
-    settings = PrepareSettings(cuts=options.get("cuts", "detect"))  # type: ignore[arg-type]
+    arguments = parser(__doc__.splitlines()[0]).parse_intermixed_args()
+    try:
+        config = load_config(ShotsConfig, None, arguments.overrides)
+        if config.cuts == "transnet":
+            require_transnet()
+    except (ConfigError, ValueError) as error:
+        print(f"shots: {error}", file=sys.stderr)
+        return 2
+    count = 1 if arguments.quick else config.count
+    settings = PrepareSettings(cuts=config.cuts)
     with_peers = _have_scenedetect()
-    names = ["shotloom", *(PEERS if with_peers else ())]
-    scores: dict[str, dict[str, dict[int, Score]]] = {}
-    wrong: list[str] = []
-    seconds = dict.fromkeys(("shotloom", "PySceneDetect"), 0.0)
-    films = frames = 0
+    tally = Tally(["shotloom", *(PEERS if with_peers else ())])
     with tempfile.TemporaryDirectory() as folder:
-        sources: list[Iterator[Film]] = [toyworld(Path(folder), count, int(options.get("size", 128)))]
-        if (data / "truth").is_dir() and not arguments.quick:
-            sources.append(annotated(data))
-        for film in (film for source in sources for film in source):
-            info = probe(str(film.path))
-            films, frames = films + 1, frames + len(info.pts)
-            began = time.process_time()
-            found = {"shotloom": ours(film, info, settings)}
-            seconds["shotloom"] += time.process_time() - began
-            began = time.process_time()
-            found |= peers(film) if with_peers else {}
-            seconds["PySceneDetect"] += time.process_time() - began
-            group = scores.setdefault(film.group, {name: {t: Score() for t in TOLERANCES} for name in names})
-            for name in names:
-                for tolerance in TOLERANCES:
-                    group[name][tolerance].add(film, found[name], tolerance)
-            wrong.append(_line(film, found))
+        real = annotated(config.data) if not arguments.quick else iter(())
+        for film in chain(toyworld(Path(folder), count, config.size), real):
+            line = tally.add(film, settings)
             if not arguments.json:
-                print(wrong[-1], file=sys.stderr, flush=True)
-    sets = {"ToyWorld": [g for g in scores if g.startswith("ToyWorld")], "real": [g for g in scores if g == "real"]}
-    goals = []
-    for name, groups in sets.items():
-        for tolerance in TOLERANCES if groups and with_peers else ():
-            f1 = {who: _sum([scores[g][who][tolerance] for g in groups]).f1 for who in names}
-            best = max(f1[peer] for peer in PEERS)
-            goals.append(
-                Goal(f"F1 on {name}, {tolerance} frames, over the better peer's", f1["shotloom"], ">", round(best, 4),
-                     not arguments.quick)
-            )  # fmt: skip
+                print(line, file=sys.stderr, flush=True)
     record = {
         "benchmark": "shots",
         "scenedetect": importlib.metadata.version("scenedetect") if with_peers else None,
         "settings": {"cuts": settings.cuts, "scenes_per_seed": count, "toyworld": [list(one) for one in TOYWORLD]},
-        "films": films,
-        "frames": frames,
-        "cpu_s": {name: round(value, 1) for name, value in seconds.items()},
-        "groups": {g: {who: _figures(by) for who, by in scores[g].items()} for g in scores},
+        "films": tally.films,
+        "frames": tally.frames,
+        "cpu_s": {name: round(value, 1) for name, value in tally.cpu_s.items()},
+        "groups": {g: {who: _figures(by) for who, by in group.items()} for g, group in tally.scores.items()},
     }
     header = ["videos", "detector", "F1, 0 frames", "F1, 1 frame", "found, 0 frames", "false alarms", "by transition"]
-    rows = [_row(g, who, scores[g][who]) for g in scores for who in names]
-    note = "" if with_peers else "\nPySceneDetect is not installed: pip install scenedetect; no goal is judged\n"
+    rows = [_row(g, who, by) for g, group in tally.scores.items() for who, by in group.items()]
+    note = "" if with_peers else "\nPySceneDetect is not installed (pip install scenedetect), so no goal is judged\n"
+    goals = _goals(tally, judged=not arguments.quick) if with_peers else []
     return finish(record, goals, table(header, rows) + "\n" + note, as_json=arguments.json)
+
+
+def _goals(tally: Tally, judged: bool) -> list[Goal]:
+    """On ToyWorld and on real videos, at each tolerance: better than both peers."""
+    goals = []
+    for name, members in JUDGED.items():
+        groups = [by for group, by in tally.scores.items() if group in members]
+        for tolerance in TOLERANCES if groups else ():
+            f1 = {who: _sum([by[who][tolerance] for by in groups]).f1 for who in tally.names}
+            best = max(f1[peer] for peer in PEERS)
+            goal = f"F1 on {name}, {tolerance} frames, over the better peer's"
+            goals.append(Goal(goal, f1["shotloom"], ">", round(best, 4), judged))
+    return goals
 
 
 def _have_scenedetect() -> bool:

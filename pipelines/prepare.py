@@ -26,7 +26,6 @@ from pipelines.states import StatesConfig, predictor_key
 from preprocess.filters import FilterSettings
 from preprocess.report import PrepareReport
 from preprocess.settings import CaptionBackend, Cuts, Ids, PrepareSettings, StoreType
-from preprocess.transnet import require_transnet
 from preprocess.watch import MAX_ATTEMPTS
 
 if TYPE_CHECKING:
@@ -255,6 +254,8 @@ def make_settings(config: PrepareConfig) -> PrepareSettings:
     from models.folder import load_settings
 
     if config.cuts == "transnet":
+        from preprocess.transnet import require_transnet
+
         require_transnet()
     model = load_settings(config.model)
     return PrepareSettings(

@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from infra.chat import Turn
 from models.scene import Scene, Shot, State
 from models.states import StatePredictor, instruction_of
 from preprocess.answers import Answer, Answers, question_key
@@ -32,6 +31,9 @@ from preprocess.scene_question import (
     shown_shots,
 )
 from preprocess.settings import ASKED, PrepareSettings
+
+if TYPE_CHECKING:
+    from infra.chat import Turn
 
 _LONGEST_REASON = 600  # characters of what a server said, or of what is wrong with an answer
 

@@ -50,7 +50,7 @@ class Sidecar:
 
 
 def template_hash(backend: CaptionBackend = "describe") -> str:
-    """Changes when `describe` would say something else about the same measurements, or a model would be asked so."""
+    """Changes when `describe` would say other words of the same measurements, or a model would be asked otherwise."""
     asked = question_hash() if backend in ASKED else ""
     return hashlib.sha256((json.dumps(TEMPLATES, sort_keys=True) + asked).encode()).hexdigest()[:16]
 

@@ -1,6 +1,6 @@
 """The finished dataset folder: what an earlier run left in it, and how a new run takes its place in one step.
 
-    shards/scenes-000000.tar ...   index.parquet   manifest.parquet   sources.parquet   dataset.json
+    shards/scenes-000000.tar ...   index.parquet   manifest.parquet   sources.parquet   answers.parquet   dataset.json
 
 Parts are compacted in the order of the source list, never by arrival, so equal input gives equal shards. A new dataset
 is built whole in `next/` and moved over the old one; a run killed in between is completed by the next.

@@ -34,9 +34,8 @@ def is_duplicate(row: Row) -> bool:
 
 
 def find_duplicates(parts: Sequence[Part], settings: FilterSettings) -> dict[str, Verdict]:
-    """Verdicts by shot id, for all written shots of `parts`, those that no other filter took.
+    """Verdicts by shot id, for the shots of `parts`, in the order of the sources, that no other filter took.
 
-    Parts lie in the order of the sources.
     A shot that an earlier run took as a duplicate stays what it was: its latents are gone.
     """
     verdicts: dict[str, Verdict] = {}

@@ -95,7 +95,7 @@ RULES = (
 )
 DATASET_RULES = RULES[-2:]
 SAME_FILE = "same_file"
-# what a record holds per shot besides: measured for captions and for readers, judged by no rule
+# columns of manifest.parquet; `bars` is measured for readers, judged by no rule
 SCORES = tuple(dict.fromkeys(rule.score for rule in RULES)) + ("bars",)
 
 

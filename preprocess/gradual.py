@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# chosen on ToyWorld and on real clips of one shot each; benchmarks/shots.py says which
+from preprocess.pixels import change_between
+
+# what they were chosen on: benchmarks/results/shots.md
 LENGTHS = (4, 5, 6, 7, 8, 9, 11, 13, 16, 20, 24, 30, 36)  # of a dissolve, frames from one whole picture to the other
 MIN_CHANGE = 4.0  # grey levels of luma between the ends of a dissolve
 OFF_LINE = 0.25  # how far the share of the second picture may be from even growth
@@ -70,7 +72,7 @@ def find_dissolve(
     if _only_light_changes(pictures[start], pictures[end]):
         return None
     inside = np.array([residual(k) for k in range(start + 1, end + 1)])
-    steps = [float(np.abs(pictures[k] - pictures[k - 1]).mean()) for k in range(start + 1, end + 1)]
+    steps = [change_between(pictures[k - 1], pictures[k]) for k in range(start + 1, end + 1)]
     if inside.sum() < NO_MOTION * sum(steps):
         return None
     around = [*range(max(1, start - 2), start + 1), *range(end + 1, min(end + 4, len(luma)))]

@@ -8,7 +8,8 @@ import numpy as np
 
 from preprocess.captions import SidecarShot, read_sidecar
 from preprocess.outcome import Failed
-from preprocess.shots import Boundary, change_between, to_picture
+from preprocess.pixels import change_between, to_picture
+from preprocess.shots import Boundary
 
 
 class KnownCuts:

@@ -155,16 +155,6 @@ def sha256_at(path: str, span: list[int] | None = None) -> str:
     return digest.hexdigest()
 
 
-def read_at(path: str, span: list[int] | None, limit: int) -> bytes:
-    """At most `limit` bytes of what lies at a place."""
-    data = b""
-    for part in chunks(path, span):
-        data += part
-        if len(data) >= limit:
-            break
-    return data[:limit]
-
-
 def copy_here(path: str, span: list[int] | None, target: Path) -> None:
     """Copy what lies at a place to `target`, whole or not at all. Raises Failed; OSError where there is no room."""
     try:

@@ -109,9 +109,8 @@ def make_waterfall(parts: Sequence[Part], settings: PrepareSettings) -> Waterfal
             if any(rule.reason(_shape(part.source)) for rule in on_videos):
                 found.taken += 1
             else:
-                found.undecoded, found.undecoded_seconds = (
-                    found.undecoded + 1, found.undecoded_seconds + part.source["duration_s"]
-                )  # fmt: skip
+                found.undecoded += 1
+                found.undecoded_seconds += part.source["duration_s"]
     left = [Part(part.source, [_fresh(row) for row in part.shots]) for part in known]
     found.shots, found.seconds = _size(left)
 

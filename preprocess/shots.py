@@ -15,9 +15,9 @@ import numpy as np
 from models.scene import Transition
 from preprocess.blocks import uneven, unexplained
 from preprocess.gradual import FADE_SIDE, LENGTHS, Gradual, find_dissolve, find_fade
-from preprocess.pixels import TO_YCC
+from preprocess.pixels import change_between, to_picture
 
-# chosen on ToyWorld and on real clips of one shot each, none of which benchmarks/shots.py reports
+# what they were chosen on: benchmarks/results/shots.md
 SIDE = 5  # frames on each side that say how much change is normal
 PEAK = 1.1  # a candidate differs more than both neighbours by this factor
 MIN_CHANGE = 0.8  # grey levels, mean over pixels and channels: below it nothing is a cut
@@ -30,21 +30,11 @@ NEAR_MISS = 0.6  # of the residual that a cut needs: from here on another detect
 FLASH = 3  # frames: a change that is undone this soon is a flash, not a cut
 STEADY = 1.5  # motion is steady where changes on one side differ by no more than this factor
 STEADY_CHANGE = 0.7  # grey levels: less is no motion
-TURN_OVER = 1.3  # a break in steady motion exceeds the largest unevenness around by this factor
-TURN_MARGIN = 0.5  # and grey levels on top
+TURN_OVER = 1.4  # a break in steady motion exceeds the largest unevenness around by this factor
+TURN_MARGIN = 0.1  # and grey levels on top
 TURN_STEPS = 0.15  # by this much the way of three frames over a break differs from that beside it, or it is none
 TURN_SIDE = 4  # frames on each side that are compared
 LOOKAHEAD = max(max(LENGTHS) + SIDE, 2 * FADE_SIDE) + 3
-
-
-def to_picture(small: np.ndarray) -> np.ndarray:
-    """Luma and two colour axes, int16 [3,27,48], of a frame uint8 [27,48,3]."""
-    return np.rint(np.moveaxis(small.astype(np.float32) @ TO_YCC.T, -1, 0)).astype(np.int16)
-
-
-def change_between(before: np.ndarray, after: np.ndarray) -> float:
-    """Mean difference of two pictures, in grey levels."""
-    return float(np.abs(after - before).mean())
 
 
 @dataclass(frozen=True)
@@ -187,6 +177,8 @@ class ShotDetector:
             return 0.0
         here = self._broken(i)
         around = [self._broken(i + k) for side in (-1, 1) for k in range(2 * side, (TURN_SIDE + 1) * side, side)]
+        if max(around) > float(np.median(before + after)):
+            return 0.0  # steady motion explains nothing here: what changes are details and the encoder's noise
         needed = max(TURN_OVER * max(around) + TURN_MARGIN, self._broken(i - 1), self._broken(i + 1))
         return round(1.0 - 0.5 * needed / here, 4) if here >= needed else 0.0
 
@@ -222,7 +214,7 @@ class ShotDetector:
     def _flash(self, at: int, change: float) -> bool:
         before = self.pictures[at - 1]
         after = [self.pictures[k] for k in range(at + 1, min(at + 1 + FLASH, len(self.pictures)))]
-        return any(float(np.abs(before - picture).mean()) < 0.35 * change for picture in after)
+        return any(change_between(before, picture) < 0.35 * change for picture in after)
 
     def _fade(self, dip: int) -> Boundary | None:
         at = self._slot(dip)

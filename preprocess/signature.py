@@ -15,7 +15,7 @@ from functools import cache
 
 import numpy as np
 
-from preprocess.pixels import TO_YCC
+from preprocess.pixels import to_ycc
 
 MOMENTS = 3
 _LUMA, _COLOUR = (8, 8), (3, 4)  # frequencies kept: rows, columns
@@ -32,7 +32,7 @@ def make_signature(small: Sequence[np.ndarray]) -> str:
     moments = [small[k] for k in (0, (len(small) - 1) // 2, len(small) - 1)]
     luma, colour = [], []
     for picture in moments:
-        axes = np.moveaxis(picture.astype(np.float32) @ TO_YCC.T, -1, 0)  # [3,27,48]
+        axes = to_ycc(picture)
         luma.append(_low_frequencies(axes[0], _LUMA).ravel()[1:])
         colour.append(np.stack([_low_frequencies(axis, _COLOUR) for axis in axes[1:]]).ravel())
     size = max(float(np.linalg.norm(np.concatenate(luma))), _FLAT)

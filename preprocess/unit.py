@@ -13,7 +13,7 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -288,17 +288,19 @@ def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
                 tensors |= {reference_tensor_key(i): mean for i, mean in enumerate(references(scene))}
                 yield scene.scene_id, {"json": scene.to_json().encode(), "safetensors": save(tensors)}
 
-    rows = [row for scene in unit.scenes for row in shot_rows(scene, scene in written, _why_aside(unit, scene))]
     unit.status = "written"
     try:
-        write_part(place.parts, Part(source_row(unit, place), rows), samples())
+        write_part(place.parts, _part(unit, place, written), samples())
     except BaseException:
         unit.status = ""
         raise
 
 
-def _why_aside(unit: Unit, scene: Scene) -> str:
-    return unit.aside.get(scene.scene_id, "")
+def _part(unit: Unit, place: Workplace, written: Sequence[Scene] = ()) -> Part:
+    """The rows of a unit; what was measured of scenes that are not written is kept, to try other thresholds on."""
+    ids = {scene.scene_id for scene in written}
+    rows = [shot_rows(one, one.scene_id in ids, unit.aside.get(one.scene_id, "")) for one in unit.scenes]
+    return Part(source_row(unit, place), [row for of_scene in rows for row in of_scene])
 
 
 def _score_aesthetics(unit: Unit, place: Workplace, scorer: AestheticScorer) -> None:
@@ -322,9 +324,7 @@ def _score_aesthetics(unit: Unit, place: Workplace, scorer: AestheticScorer) -> 
 def close_stage(unit: Unit, place: Workplace) -> Unit:
     """Last step of every unit: a part for those set aside, and no scratch left."""
     if unit.status != "written":
-        # what was measured is kept, so that other thresholds can be tried on it
-        rows = [row for scene in unit.scenes for row in shot_rows(scene, False, _why_aside(unit, scene))]
-        write_part(place.parts, Part(source_row(unit, place), rows), iter(()))
+        write_part(place.parts, _part(unit, place), iter(()))
     place.forget(unit)
     return unit
 

@@ -24,9 +24,8 @@ from models.scene import LATENT_TENSORS, STORY_TEXT, Scene, SceneError, Shot, re
 from preprocess.dataset import FORMAT, scenes_aside
 from preprocess.encode import scene_texts
 from preprocess.index import INDEX, sample_places, sha256_of
+from preprocess.parts import Row
 from preprocess.shards import ShardReader
-
-Row = dict[str, Any]
 
 
 @dataclass

@@ -74,6 +74,19 @@ def test_help_starts_within_half_a_second_and_imports_no_job(repo_root: Path) ->
     assert min(took) < 0.5
 
 
+def test_help_of_a_command_imports_no_library_of_its_work(repo_root: Path) -> None:
+    code = (
+        "import sys; from pipelines import cli\n"
+        "for job in cli.JOBS:\n"
+        "    try: cli.main([job.name, '--help'])\n"
+        "    except SystemExit: pass\n"
+        "heavy = {'torch', 'ray', 'diffusers', 'transformers', 'numpy', 'av', 'PIL', 'pyarrow', 'httpx'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=repo_root, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_help_lists_the_commands_in_the_order_of_the_work() -> None:
     shown = invoke(cli.main, "--help").output
     names = ["demo", "prepare", "train", "sample", "serve", "evaluate", "toyworld", "doctor"]

@@ -19,7 +19,7 @@ from pipelines.cli import main
 from pipelines.dataset_card import histogram, write_card
 from pipelines.report_media import frames_at, source_here
 from preprocess.settings import PrepareSettings
-from tests.preprocess.test_run import run_here
+from tests.preprocess.runs import run_here
 from tests.preprocess.videos import pan, write
 
 

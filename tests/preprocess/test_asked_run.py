@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.chat import ChatEndpoint
-from models.tiny import build_tiny_folder
 from models.vision_chat import LocalVisionChat
 from pipelines.captioner import CaptionerConfig, captioner_name, make_asker
 from pipelines.dataset_card import write_card
@@ -32,44 +31,17 @@ from preprocess.sources import list_sources
 from preprocess.unit import Unit, prepare_video
 from preprocess.verify import verify
 from tests.preprocess.chat_server import ChatServer, Reply, Request, chat_server, good, scene_answer
-from tests.preprocess.test_run import Predictor, records, run_here
+from tests.preprocess.runs import Predictor, count_calls, records, run_here
 from tests.preprocess.tiny_qwen_vl import write_tiny_qwen_vl
-from toyworld.video import write_video
-from toyworld.world import sample_scene
 
 # one shot per scene, so that the two videos are four scenes
 SETTINGS = PrepareSettings(height=32, width=32, max_shots=1, captions="endpoint", caption_model="some-vlm")
 SHARD = "shards/scenes-000000.tar"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "tiny"
-    build_tiny_folder(path)
-    return path
-
-
-@pytest.fixture
-def videos(tmp_path: Path) -> Path:
-    folder = tmp_path / "videos"
-    for i in range(2):
-        write_video(sample_scene("small", seed=31, index=i, num_shots=2), folder / f"toy{i}.mp4", size=64)
-    return folder
-
-
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often the costly functions ran."""
-    counts: Counter[str] = Counter()
-    for module, name in ((unit, "read_shots"), (Encoder, "encode_shots")):
-        real = getattr(module, name)
-
-        def counted(*args, real=real, name=name, **kwargs):
-            counts[name] += 1
-            return real(*args, **kwargs)
-
-        monkeypatch.setattr(module, name, counted)
-    return counts
+    return count_calls(monkeypatch, (unit, "read_shots"), (Encoder, "encode_shots"))
 
 
 def chat(server: ChatServer) -> ChatEndpoint:

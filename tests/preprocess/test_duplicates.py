@@ -20,7 +20,6 @@ import pytest
 from safetensors.torch import load, save
 
 from models.scene import Scene
-from models.tiny import build_tiny_folder
 from preprocess import unit
 from preprocess.duplicates import find_duplicates
 from preprocess.filters import FilterSettings, rule_of
@@ -35,21 +34,12 @@ from preprocess.shards import ShardWriter, read_samples
 from preprocess.signature import HASH_BITS, hash_signs, make_signature, read_signatures
 from preprocess.spans import read_shots
 from preprocess.verify import verify
-from tests.preprocess.test_run import run_here
+from tests.preprocess.runs import SETTINGS, run_here
 from tests.preprocess.videos import pan, write
-
-SETTINGS = PrepareSettings(height=32, width=32)
 
 
 def loosened(**filters: object) -> PrepareSettings:
     return replace(SETTINGS, filters=replace(SETTINGS.filters, **filters))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "tiny"
-    build_tiny_folder(path)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from safetensors.torch import load
 from models.codecs import to_video
 from models.methods import get_method
 from models.scene import Reference, Scene
-from models.tiny import build_tiny_folder
 from preprocess.encode import Encoder
 from preprocess.outcome import Failed
 from preprocess.parts import part_path, part_samples
@@ -31,13 +30,6 @@ from tests.preprocess.videos import pan, write
 from toyworld.pairs import render_reference, sample_pair, write_pair
 
 SETTINGS = PrepareSettings(height=32, width=32, dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
-    path = tmp_path_factory.mktemp("model") / "tiny"
-    build_tiny_folder(path)
-    return Encoder.from_folder(path)
 
 
 def prepare(videos: Path, encoder: Encoder) -> Part:

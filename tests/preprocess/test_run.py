@@ -10,94 +10,31 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from safetensors.torch import load
 
-from models.scene import Scene
-from models.states import StatePredictor
 from models.tiny import build_tiny_folder
 from preprocess import run, unit
-from preprocess.asked import Asker, Chat
 from preprocess.dataset import known_hashes
 from preprocess.encode import Encoder
-from preprocess.rows import CaptionRow, EncodeRow, caption_row, decode_row, probe_row
-from preprocess.run import Work, plan_work
-from preprocess.settings import PrepareSettings
-from preprocess.shards import read_samples
+from preprocess.rows import EncodeRow, caption_row, decode_row, probe_row
+from preprocess.run import plan_work
 from preprocess.sources import list_sources
 from preprocess.watch import MAX_ATTEMPTS
+from tests.preprocess.runs import SETTINGS, SHARD_BYTES, Predictor, count_calls, records, run_here
 from tests.preprocess.videos import three_shots, write
-from toyworld.video import write_video
-from toyworld.world import sample_scene
-
-SETTINGS = PrepareSettings(height=32, width=32)
-SHARD = 10**6
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "tiny"
-    build_tiny_folder(path)
-    return path
 
 
 @pytest.fixture
-def videos(tmp_path: Path) -> Path:
-    folder = tmp_path / "videos"
-    for i in range(2):
-        write_video(sample_scene("small", seed=31, index=i, num_shots=2), folder / f"toy{i}.mp4", size=64)
-    (folder / "empty.mp4").touch()
-    return folder
+def videos(videos: Path) -> Path:
+    """Two toy videos, and a file that is none."""
+    (videos / "empty.mp4").touch()
+    return videos
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often the costly functions ran."""
-    counts: Counter[str] = Counter()
-    for module, name in ((unit, "read_shots"), (Encoder, "encode_shots"), (Encoder, "encode_texts")):
-        real = getattr(module, name)
-
-        def counted(*args, real=real, name=name, **kwargs):
-            counts[name] += 1
-            return real(*args, **kwargs)
-
-        monkeypatch.setattr(module, name, counted)
-    return counts
-
-
-def run_here(
-    videos: Path,
-    output: Path,
-    model: Path,
-    settings: PrepareSettings = SETTINGS,
-    retry_failed: bool = False,
-    states: StatePredictor | None = None,
-    frames_fps: float | None = None,
-    chat: Chat | None = None,
-) -> tuple[Work, int]:
-    """The chain of `pipelines.prepare.run_stages` in this process; returns the work and how many videos it did."""
-    work = plan_work(list_sources([videos], frames_fps=frames_fps).files, output, settings, model, retry_failed)
-    todo = len(work.todo)
-    encode = EncodeRow(work.place, str(model), "cpu", 1)
-    caption = CaptionRow(work.place, lambda: Asker(chat, states, 2))
-    for manifest in work.rounds():
-        for row in pq.read_table(manifest).to_pylist():
-            row = decode_row(probe_row(row, work.place), work.place)
-            encode(caption(row) if chat or states else caption_row(row, work.place))
-    if not work.unchanged(SHARD):
-        work.compact(SHARD)
-    work.clean()
-    return work, todo
-
-
-def records(output: Path) -> dict[str, tuple[Scene, dict]]:
-    return {
-        key: (Scene.from_json(files["json"]), load(files["safetensors"]))
-        for path in sorted((output / "shards").glob("*.tar"))
-        for key, files in read_samples(path)
-    }
+    return count_calls(monkeypatch, (unit, "read_shots"), (Encoder, "encode_shots"), (Encoder, "encode_texts"))
 
 
 def test_a_run_and_its_repetition(videos: Path, tmp_path: Path, model: Path, calls: Counter[str]) -> None:
@@ -152,19 +89,6 @@ def test_another_caption_backend_keeps_the_pictures(
     scenes = [scene for scene, _ in records(tmp_path / "out").values()]
     assert {scene.captions.backend for scene in scenes if scene.captions} == {"describe"}
     assert not any(shot.states or "caption_overlap" in shot.scores for scene in scenes for shot in scene.shots)
-
-
-class Predictor:
-    """Says `count` states, or fails as an endpoint that is down does."""
-
-    def __init__(self, count: int, error: str = "") -> None:
-        self.count, self.key, self.error, self.calls = count, f"{count} {error}", error, 0
-
-    def __call__(self, frames: np.ndarray, instruction: str) -> list[str]:
-        self.calls += 1
-        if self.error:
-            raise RuntimeError(self.error)
-        return [f"{index} of {frames.mean():.0f}" for index in range(self.count)]
 
 
 def test_states_of_another_predictor_are_asked_for_anew(
@@ -288,7 +212,7 @@ def test_ids_of_the_content_keep_what_is_done(videos: Path, tmp_path: Path, mode
                 for stage in (probe_row, decode_row, caption_row):
                     row = stage(row, work.place)
                 encode(row)
-        work.compact(SHARD)
+        work.compact(SHARD_BYTES)
         return todo
 
     assert prepare() == 3
@@ -342,5 +266,5 @@ def test_rows_that_never_come_back_end_as_failed(videos: Path, tmp_path: Path, m
     ends = [one.part.source for one in work.finished.values()]
     assert [row["status"] for row in ends] == ["failed"] * 3
     assert all("worker process died, 3 attempts" in row["reason"] for row in ends)
-    totals = work.compact(SHARD)["totals"]
+    totals = work.compact(SHARD_BYTES)["totals"]
     assert totals["sources"] == totals["failed"] == 3

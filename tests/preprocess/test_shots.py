@@ -78,6 +78,17 @@ def test_a_bounce_within_a_shot_is_no_cut() -> None:
     assert detect(small(there + there[-2::-1])) == []
 
 
+@pytest.mark.parametrize("refresh", [3.0, 5.0])
+def test_a_key_frame_of_the_encoder_is_no_cut(refresh: float) -> None:
+    """It changes every detail a little, where noise is all that moves: nothing that steady motion explains breaks."""
+    rng = np.random.default_rng(9)
+    picture, pictures = texture(9, 1)[0].astype(float), []
+    for i in range(60):
+        picture = picture + rng.normal(0, refresh, picture.shape) * (i == 30)
+        pictures.append(np.clip(picture + rng.normal(0, 1.0, picture.shape), 0, 255).astype(np.uint8))
+    assert detect(pictures) == []
+
+
 def test_a_cut_of_little_contrast_is_seen() -> None:
     dull = [[(110 + 0.15 * (p.astype(float) - 128)).astype(np.uint8) for p in texture(s, 30, 0.2)] for s in (21, 22)]
     assert [b.at for b in detect(dull[0] + dull[1])] == [30]

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load
 
 from models.scene import Scene
-from models.tiny import build_tiny_folder
 from models.tiny_cogvideox import build_tiny_cogvideox_folder
 from preprocess.dataset import SOURCE_SCHEMA
 from preprocess.decode import DecodeCount
@@ -26,13 +25,6 @@ from toyworld.video import write_video
 from toyworld.world import sample_scene
 
 SETTINGS = PrepareSettings(height=32, width=32, max_shots=2)
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
-    path = tmp_path_factory.mktemp("model") / "tiny"
-    build_tiny_folder(path)
-    return Encoder.from_folder(path)
 
 
 def prepare(path: Path, encoder: Encoder, parts: Path, settings: PrepareSettings = SETTINGS) -> Part:
