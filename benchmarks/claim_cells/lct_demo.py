@@ -234,8 +234,12 @@ def _trained(claim: LctDemoClaim, tuned: Path) -> dict[str, Any]:
     from models.folder import load_model
 
     settings = load_model(tuned, parts=()).settings
-    made = {} if claim.model else {k: v for k, v in asdict(claim.demo).items() if isinstance(v, int | float)}
-    return {"method": settings.method, "method_params": settings.method_params, "demo": made}
+    record = {"method": settings.method, "method_params": settings.method_params}
+    if claim.model:
+        return record
+    demo = {k: v for k, v in asdict(claim.demo).items() if isinstance(v, int | float)}
+    onward = {"scenes": claim.cast_scenes, "steps": claim.cast_steps, "text_drop.shots": CAST_SILENT}
+    return record | {"demo": demo, "scenes": claim.scenes, "then_on_casts": onward}
 
 
 def _rounded(difference: Difference) -> dict[str, float]:

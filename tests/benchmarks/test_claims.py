@@ -76,7 +76,13 @@ def test_whole_claim_with_tiny_models(tmp_path: Path, capsys: pytest.CaptureFixt
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [goal["met"] for goal in record["goals"]] == [False, False, False]
     assert record["pairs"] == 3 and record["trained"]["method"] == "lct"
-    assert set(record["against_other_sides"]) == {"single-shot, sentences", "LCT, shots alone"}
+    others = {"single-shot, sentences", "LCT, shots alone", "LCT, only text guided"}
+    assert set(record["against_other_sides"]) == others
+    made = {
+        name: {p.name: p.read_bytes() for p in (tmp_path / "out/videos" / name).glob("*.mp4")}
+        for name in ("LCT", "LCT-only-text-guided")
+    }
+    assert made["LCT"] != made["LCT-only-text-guided"] and all(len(videos) == 3 for videos in made.values())
     assert record["metrics"]["identity_unsaid"]["before"] == 1.0
     assert set(record["drawn_through_the_vae"]) == set(record["metrics"])
     assert json.loads((tmp_path / "results" / "lct_demo.json").read_text())["metrics"] == record["metrics"]
