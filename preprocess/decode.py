@@ -81,8 +81,8 @@ def frames(
         count: filled in while frames are taken.
         max_seconds: stop after this much of the video.
         deadline: `time.monotonic()` after which the file is given up.
-        first: begin at this frame of the index, a key frame; it gets this number. What the file lacks is then not judged
-            (`check_decoded`), as it may lack it elsewhere.
+        first: begin at this frame of the index, a key frame; it gets this number. Whether too much is missing is then
+            not judged (`check_decoded`): the rest of the file counts, too.
     Raises:
         Failed: nothing can be decoded, more than a tenth of the packets is damaged, or the time is over.
     """

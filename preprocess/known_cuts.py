@@ -48,7 +48,7 @@ class KnownCuts:
 
 
 def caption_cuts(path: str | None) -> list[int]:
-    """Frames at which shots begin, but for the first: where the shots of a caption file begin and end; what lies between two of them is a shot of its own.
+    """Frames where the shots of a caption file begin and end; what lies between two of them is a shot of its own.
 
     Raises Failed where there is no such file, or its shots overlap.
     """

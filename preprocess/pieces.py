@@ -3,7 +3,7 @@
 Pieces are cut at key frames. Each begins to decode `WARM_UP` frames before the frames it owns, so that the detector has
 seen all that its decisions depend on, and goes on after them until the last shot that it owns is complete. Both
 neighbours of a border record the state of their detector there: where the states agree, so does all that follows, and
-the shots are those of one pass. Where they do not (a file whose key frames are none), the video is decoded as one piece.
+the shots are those of one pass. Where they do not (key frames that are none, say), the video is decoded as one piece.
 """
 
 from __future__ import annotations

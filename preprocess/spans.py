@@ -113,7 +113,7 @@ def read_piece(
     cuts: Sequence[int] | None = None,
     bars: Bars = NO_BARS,
 ) -> PieceShots:
-    """`read_shots` for the shots that a piece owns. Of a piece of several, what was read before decoding fails is kept."""
+    """`read_shots` for the shots that a piece owns. Of a piece of several, what was read before a failure is kept."""
     found = PieceShots()
     size = bars.decode_size(info, settings.height, settings.width)
     detector: TransNetDetector | ShotDetector | KnownCuts
@@ -174,7 +174,7 @@ def _moved(boundary: Boundary, by: int) -> Boundary:
 
 
 class _Changes:
-    """Mean change from frame to frame over a shot, from exact sums: parts add up to what one pass gives, bit for bit."""
+    """Mean change from frame to frame over a shot, from exact sums: parts add up to what one pass gives."""
 
     _VALUES = SMALL_WIDTH * SMALL_HEIGHT * 3  # differences of whole grey levels that a change is the mean of
 

@@ -18,7 +18,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from preprocess.filters import AESTHETIC, check_shots, check_video, judge, thres
 from preprocess.known_cuts import caption_cuts
 from preprocess.letterbox import NO_BARS, find_bars
 from preprocess.outcome import Failed, SetAside, short
-from preprocess.parts import Part, Row, part_path, part_samples, read_part, shot_rows, write_part
+from preprocess.parts import Part, Row, join_parts, part_path, read_part, shot_rows, write_part
 from preprocess.pieces import SideBySide, frames_file, in_turn, make_jobs, plan_pieces, read_pieces
 from preprocess.probe import VideoInfo, probe
 from preprocess.recall import recall_latents, recall_scenes, recalled_count
@@ -102,7 +101,7 @@ class Workplace:
         return frames_file(self.film(unit), piece) if piece else self.scratch / f"{unit.file.video_id}.frames"
 
     def film(self, unit: Unit) -> Path:
-        """The folder of a long video that is under way. Its name says what all in it depends on, so it outlives a run."""
+        """The folder of a long video that is under way. Its name says what it depends on, so it outlives a run."""
         depends = [unit.sha256, unit.captions_sha256, fields_text(unit.file), asdict(self.settings), self.keys()]
         return self.parts / "films" / f"{unit.file.video_id}-{question_key(depends, sorted(unit.recall))[:12]}"
 
@@ -357,7 +356,8 @@ def close_stage(unit: Unit, place: Workplace) -> Unit:
         rows = [row for scene in unit.scenes for row in shot_rows(scene, False, _why_aside(unit, scene))]
         write_part(place.part_folder(unit), Part(source_row(unit, place), rows), iter(()))
     if unit.group:
-        whole = _join_groups(unit, place)
+        folders = [place.part_folder(replace(unit, group=[k, unit.group[1]])) for k in range(unit.group[1])]
+        whole = join_parts([part_path(folder, unit.file.video_id) for folder in folders], place.parts)
         unit.status, unit.stage = (whole["status"], whole["stage"]) if whole else ("", "")
     if unit.status:
         place.forget(unit)
@@ -392,36 +392,6 @@ def spread(unit: Unit, place: Workplace) -> list[Unit]:
 def part_is_there(unit: Unit, place: Workplace) -> bool:
     """Whether some scenes of a long video were done by an earlier run or attempt."""
     return bool(unit.group) and read_part(part_path(place.part_folder(unit), unit.file.video_id)) is not None
-
-
-_SUMMED = (
-    "scenes", "shots", "encoded_shots", "encoded_frames", "source_frames", "used_frames", "decoded_frames",
-    "damaged_packets",
-)  # fmt: skip
-
-
-def _join_groups(unit: Unit, place: Workplace) -> Row | None:
-    """The part of a long video, once all its scenes are there: its row. None where others are still under way."""
-    name = unit.file.video_id
-    paths = [part_path(place.part_folder(replace(unit, group=[k, unit.group[1]])), name) for k in range(unit.group[1])]
-    parts = [read_part(path) for path in paths]
-    whole = [part for part in parts if part is not None]
-    if len(whole) < len(parts):
-        return None
-    sources, rows = [part.source for part in whole], [row for part in whole for row in part.shots]
-    written = [source["status"] == "written" and source["scenes"] > 0 for source in sources]
-    first = sources[written.index(True)] if any(written) else next((s for s in sources if s["stage"]), sources[0])
-    ended = {name: first[name] for name in ("status", "stage", "reason")}
-    if any(written):
-        for part in whole:
-            if part.source["status"] == "failed":
-                for row in part.shots:
-                    row["set_aside"] = row["set_aside"] or f"{part.source['stage']}: {part.source['reason']}"
-                part.source |= {"encoded_shots": 0, "encoded_frames": 0}
-    source = sources[0] | ended | {name: sum(one[name] for one in sources) for name in _SUMMED}
-    source["attempts"] = max(one["attempts"] for one in sources)
-    write_part(place.parts, Part(source, rows), chain.from_iterable(map(part_samples, paths)))
-    return source
 
 
 def prepare_video(

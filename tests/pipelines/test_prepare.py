@@ -178,13 +178,13 @@ def test_a_file_that_kills_or_hangs_its_worker_is_set_aside(
     config, _ = first
     real = preprocess.rows.decode_row
 
-    def decode(row: dict[str, str], place: Workplace) -> dict[str, str]:
+    def decode(row: dict[str, str], place: Workplace, **options: object) -> dict[str, str]:
         with Attempts(place.parts / "attempts").attempt(row["video_id"], "decode", 3.0):
             if row["video_id"].startswith("toy1"):
                 os.kill(os.getpid(), signal.SIGKILL)
             if row["video_id"].startswith("toy2"):
                 time.sleep(600)
-        return real(row, place)
+        return real(row, place, **options)
 
     monkeypatch.setattr(preprocess.rows, "decode_row", decode)
     config = PrepareConfig(sources=config.sources, output=tmp_path / "out", model=config.model)
