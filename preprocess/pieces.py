@@ -69,7 +69,8 @@ def plan_pieces(info: VideoInfo, settings: PrepareSettings) -> list[Piece]:
     firsts = [0]
     for k in range(1, number):
         found = bisect_right(keys, k * total // number - WARM_UP) - 1
-        if found >= 0 and keys[found] - firsts[-1] >= length / 2:
+        owned = keys[found] + WARM_UP - (firsts[-1] + WARM_UP if firsts[-1] else 0)  # by the piece before
+        if found >= 0 and keys[found] and owned >= length / 2:
             firsts.append(keys[found])
     return cut_at(firsts)
 
