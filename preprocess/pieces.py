@@ -65,13 +65,13 @@ def plan_pieces(info: VideoInfo, settings: PrepareSettings) -> list[Piece]:
     number = int(total / length + 0.5)
     if number < 2 or settings.cuts == "transnet" or info.decoder == "images":
         return [Piece()]  # TransNetV2's batches depend on all doubts before
-    keys = [bisect_left(info.pts, pts) for pts in info.key_pts]
+    keys = [0, *(bisect_left(info.pts, pts) for pts in info.key_pts)]
     firsts = [0]
     for k in range(1, number):
-        found = bisect_right(keys, k * total // number - WARM_UP) - 1
-        owned = keys[found] + WARM_UP - (firsts[-1] + WARM_UP if firsts[-1] else 0)  # by the piece before
-        if found >= 0 and keys[found] and owned >= length / 2:
-            firsts.append(keys[found])
+        key = keys[max(0, bisect_right(keys, k * total // number - WARM_UP) - 1)]
+        owned = key + WARM_UP - (firsts[-1] + WARM_UP if firsts[-1] else 0)  # by the piece before
+        if key > firsts[-1] and owned >= length / 2:
+            firsts.append(key)
     return cut_at(firsts)
 
 

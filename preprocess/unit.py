@@ -122,7 +122,7 @@ class Workplace:
         """Drop all that lies in scratch for a source."""
         for path in (self.scratch_file(unit), *self._copies(unit)):
             path.unlink(missing_ok=True)
-        if unit.sha256:
+        if (self.parts / "films").is_dir():
             shutil.rmtree(self.film(unit), ignore_errors=True)
 
     def forget_video(self, unit: Unit) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -71,6 +73,40 @@ def run_here(
     work.compact(SHARD)
     work.clean()
     return work, ended
+
+
+_PEAK = """
+import resource, sys
+from pathlib import Path
+from preprocess.encode import Encoder
+from preprocess.filters import NO_FILTERS
+from preprocess.settings import PrepareSettings
+from preprocess.sources import list_sources
+from preprocess.unit import prepare_video
+model, video, parts = map(Path, sys.argv[1:])
+settings = PrepareSettings(height=64, width=64, filters=NO_FILTERS)
+row = prepare_video(list_sources([video]).files[0], settings, Encoder.from_folder(model), parts).source
+assert row["status"] == "written", row
+print(row["source_frames"], row["decoded_frames"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_memory_is_flat_up_to_half_an_hour(model: Path, tmp_path: Path) -> None:
+    """Peak of a process that prepares 3 and 30 minutes, within 15 %; half an hour is five units at 8 frames/s."""
+    peaks, looks = {}, np.random.default_rng(5).integers(30, 225, (8, 2, 3)).tolist()
+    for minutes in (3, 30):
+        images = []
+        for shot in range(minutes * 6):
+            ground, square = looks[shot % 8]
+            images += moving_square(80, tuple(ground), tuple(square), size=64, step=0.2, y=0.1 * (shot % 7))
+        video = write(tmp_path / f"{minutes}.mp4", images, fps=8)
+        command = [sys.executable, "-c", _PEAK, str(model), str(video), str(tmp_path / f"parts-{minutes}")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+        frames, decoded, peaks[minutes] = (int(word) for word in done.stdout.split()[-3:])
+        assert frames == minutes * 480 and decoded <= 1.15 * frames
+    assert peaks[30] <= 1.15 * peaks[3], peaks
 
 
 @pytest.fixture(scope="module")
