@@ -359,8 +359,9 @@ def close_stage(unit: Unit, place: Workplace) -> Unit:
         folders = [place.part_folder(replace(unit, group=[k, unit.group[1]])) for k in range(unit.group[1])]
         whole = join_parts([part_path(folder, unit.file.video_id) for folder in folders], place.parts)
         unit.status, unit.stage = (whole["status"], whole["stage"]) if whole else ("", "")
-    if unit.status:
-        place.forget(unit)
+        if whole is None:
+            return unit
+    place.forget(unit)
     return unit
 
 
