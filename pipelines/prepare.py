@@ -2,8 +2,9 @@
 
     sources -> probe -> decode once (shots, encoded spans) -> captions -> text and latents -> parts -> shards
 
-One row per video from the first stage until its part is on disk. The chain of stages is `run_stages`; what a stage
-does lies in `preprocess/`, one file each. Started again on the same output it does only what is missing or changed.
+One row per video from the first stage until its part is on disk; a long video is decoded in pieces, and its scenes
+are rows of their own from then on. The chain of stages is `run_stages`; what a stage does lies in `preprocess/`, one
+file each. Started again on the same output it does only what is missing or changed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +30,9 @@ from preprocess.settings import CaptionBackend, Cuts, Ids, PrepareSettings, Stor
 from preprocess.watch import MAX_ATTEMPTS
 
 if TYPE_CHECKING:
+    from preprocess.pieces import Job
     from preprocess.replay import Waterfall
+    from preprocess.spans import PieceShots
     from preprocess.unit import Workplace
 
 
@@ -76,7 +79,10 @@ class PrepareConfig:
     )
     dtype: StoreType = knob("float16", "how latents and text embeddings are stored")
     shard_mb: float = knob(256.0, "target size of a shard")
-    seconds_limit: float = knob(3600.0, "time limit for one stage of one video")
+    unit_minutes: float = knob(
+        5.0, "longer videos are decoded and encoded in units of about this, side by side; changes no result"
+    )
+    seconds_limit: float = knob(3600.0, "time limit for one stage of one video, or of one unit of a long video")
     retry_failed: bool = knob(False, "try sources again that failed in an earlier run")
     decode_cpus: float = knob(0.75, "CPUs counted for one decoding task; how many run at once follows from it")
     encoders: int = knob(1, "actors that run the VAE and the text encoder")
@@ -88,6 +94,8 @@ class PrepareConfig:
             raise ValueError("sources is empty; name folders, globs, list files, tars or videos")
         if self.frames_fps is not None and not 0 < self.frames_fps <= 1000:
             raise ValueError(f"frames_fps={self.frames_fps} must lie above 0 and at most at 1000 frames per second")
+        if self.unit_minutes <= 0:
+            raise ValueError(f"unit_minutes={self.unit_minutes} must be positive")
         if self.shard_mb <= 0 or self.encoders < 1:
             raise ValueError("shard_mb must be positive and encoders at least 1")
         self.captioner.check(self.captions)
@@ -141,8 +149,9 @@ def prepare(config: PrepareConfig) -> PrepareReport:
             with ray_session(), progress("prepare", len(todo)) as shown:
                 for manifest in work.rounds():
                     for row in run_stages(config, work.place, manifest):
-                        report.count_done(json.loads(row["seconds"]), row["stage"])
-                        shown.advance(**{row["status"]: shown.figures.get(row["status"], 0) + 1})
+                        report.count_done(json.loads(row["seconds"]), row["stage"], bool(row["status"]))
+                        if row["status"]:  # else more of a long video is under way
+                            shown.advance(**{row["status"]: shown.figures.get(row["status"], 0) + 1})
         shard_bytes = int(config.shard_mb * 2**20)
         if work.unchanged(shard_bytes):
             log.info("nothing has changed; the dataset stays as it is")
@@ -171,18 +180,19 @@ def run_stages(config: PrepareConfig, place: Workplace, manifest: Path) -> Itera
     import ray.data
     from ray.data import ActorPoolStrategy
 
-    from preprocess.rows import CaptionRow, EncodeRow, caption_row, decode_row, probe_row
+    from preprocess.rows import CaptionRow, EncodeRow, caption_row, decode_row, probe_row, spread_row
 
     # bounded: Ray's default is to run a row that kills its worker for ever
     on_cpu: dict[str, Any] = {"num_cpus": config.decode_cpus, "max_retries": MAX_ATTEMPTS - 1, "fn_args": (place,)}
     with _data_context():
         chain = (
-            ray.data.read_parquet(str(manifest))
+            ray.data.read_parquet(str(manifest), override_num_blocks=1)
             .repartition(target_num_rows_per_block=1)  # a dying worker takes its whole block with it
             .map(probe_row, **on_cpu)
-            .map(decode_row, **on_cpu)
+            .map(decode_row, fn_kwargs={"side_by_side": partial(_side_by_side, config.decode_cpus)}, **on_cpu)
         )
         if asks(config.captions, config.states):
+            chain = chain.flat_map(spread_row, **on_cpu)
             captioner = config.captioner
             at_once = captioner.at_once(config.captions, config.states)
             chain = chain.map(
@@ -201,7 +211,7 @@ def run_stages(config: PrepareConfig, place: Workplace, manifest: Path) -> Itera
                 max_task_retries=MAX_ATTEMPTS - 1,
             )
         else:
-            chain = chain.map(caption_row, **on_cpu)
+            chain = chain.map(caption_row, **on_cpu).flat_map(spread_row, **on_cpu)
         chain = chain.map(
             EncodeRow,
             fn_constructor_kwargs={
@@ -219,6 +229,23 @@ def run_stages(config: PrepareConfig, place: Workplace, manifest: Path) -> Itera
         yield from chain.iter_rows()
 
 
+def _side_by_side(cpus: float, work: Callable[[Job], PieceShots], jobs: Sequence[Job]) -> list[PieceShots | None]:
+    """The pieces of a long video as tasks of their own; the task that waits for them lends them its CPU."""
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    task = ray.remote(num_cpus=cpus, max_retries=MAX_ATTEMPTS - 1)(work)
+    found: list[PieceShots | None] = []
+    for result in [task.remote(job) for job in jobs]:
+        try:
+            found.append(ray.get(result))
+        except RayTaskError as error:
+            raise error.cause from error  # a full disk, say: it ends the run
+        except RayError:  # its worker or its node died
+            found.append(None)
+    return found
+
+
 @contextmanager
 def _data_context() -> Iterator[None]:
     """Ray Data's switches for this job, put back afterwards."""
@@ -226,6 +253,7 @@ def _data_context() -> Iterator[None]:
 
     context = DataContext.get_current()
     wanted = {
+        "target_max_block_size": 1,  # bytes, so a row is a block: rows of one block would be done in turn, by one actor
         "max_errored_blocks": -1,  # a video that kills its worker must not end the run; `Work.rounds` misses it
         "execution_no_progress_timeout_s": -1,  # one long video is no hang; every stage has its own limit
         "enable_progress_bars": False,
@@ -279,6 +307,7 @@ def make_settings(config: PrepareConfig) -> PrepareSettings:
         caption_words=config.captioner.words,
         dtype=config.dtype,
         seconds_per_video=config.seconds_limit,
+        unit_seconds=60 * config.unit_minutes,
         states_key=predictor_key(config.states),
         states_frames=config.states.frames,
         texts_apart=config.texts_apart,

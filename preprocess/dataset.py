@@ -109,7 +109,8 @@ def _still_holds(
     row = part.source
     if row["name"] != file.name:
         return False
-    if retry_failed and (row["status"] == "failed" or any(shot.get("set_aside") for shot in part.shots)):
+    unfinished = row["status"] == "failed" or row.get("lost") or any(shot.get("set_aside") for shot in part.shots)
+    if retry_failed and unfinished:
         return False
     stage = row["stage"]
     depends = _DEPENDS.get(stage, ("vision_key",))
@@ -302,7 +303,8 @@ def _schema(**columns: str) -> pa.Schema:
 
 INDEX_SCHEMA = _schema(key="str", shard="str", offset="int", length="int", sha256="str")
 SOURCE_SCHEMA = _schema(
-    video_id="str", name="str", path="str", status="str", stage="str", reason="str", attempts="int", scenes="int",
+    video_id="str", name="str", path="str", status="str", stage="str", reason="str", lost="str", attempts="int",
+    scenes="int",
     shots="int", encoded_shots="int", encoded_frames="int", source_frames="int", used_frames="int",
     decoded_frames="int", damaged_packets="int", decoder="str", decoder_reason="str", container="str", codec="str",
     pix_fmt="str", width="int", height="int", fps="float", variable_rate="bool", duration_s="float", rotation="int",

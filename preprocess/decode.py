@@ -8,6 +8,7 @@ and as SDR BT.709.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ def frames(
     count: DecodeCount,
     max_seconds: float | None = None,
     deadline: float | None = None,
+    first: int = 0,
 ) -> Iterator[Frame]:
     """Frames of a probed video in order of presentation, each scaled to cover [height,width].
 
@@ -79,6 +81,8 @@ def frames(
         count: filled in while frames are taken.
         max_seconds: stop after this much of the video.
         deadline: `time.monotonic()` after which the file is given up.
+        first: begin at this frame of the index, a key frame; it gets this number. Whether too much is missing is then
+            not judged (`check_decoded`): the rest of the file counts, too.
     Raises:
         Failed: nothing can be decoded, more than a tenth of the packets is damaged, or the time is over.
     """
@@ -87,9 +91,9 @@ def frames(
     if info.decoder == "images":
         source = _images(path, info, size, count)
     elif info.decoder == "decord":
-        source = _decord(path, info, size, count)
+        source = _decord(path, info, size, count, first)
     if source is None:
-        source = _pyav(path, info, size, count)
+        source = _pyav(path, info, size, count, first)
     end = info.pts[0] + max_seconds / info.seconds_per_tick if max_seconds is not None else None
     last: int | None = None
     for pts, image in source:
@@ -102,8 +106,14 @@ def frames(
             count.dropped += 1
             continue
         last = pts
-        yield Frame(count.shown, pts, image)
+        yield Frame(first + count.shown, pts, image)
         count.shown += 1
+    if not first:
+        check_decoded(count, info)
+
+
+def check_decoded(count: DecodeCount, info: VideoInfo) -> None:
+    """Raises Failed where a whole pass over a file has shown too little."""
     if count.shown == 0:
         raise Failed("decode", f"no frame can be decoded ({count.damaged} damaged packets of {len(info.pts)})")
     if count.damaged > _MAX_DAMAGED * (count.decoded + count.damaged):
@@ -120,7 +130,7 @@ def _images(path: str, info: VideoInfo, size: tuple[int, int], count: DecodeCoun
 
 
 def _decord(
-    path: str, info: VideoInfo, size: tuple[int, int], count: DecodeCount
+    path: str, info: VideoInfo, size: tuple[int, int], count: DecodeCount, first: int
 ) -> Iterator[tuple[int, np.ndarray]] | None:
     """Frames through decord, or None if it does not see the frames that the index shows."""
     import decord
@@ -132,13 +142,13 @@ def _decord(
     if len(reader) != len(info.pts):
         return None
     count.decoder = "decord"
-    return _read_decord(reader, info)
+    return _read_decord(reader, info, first)
 
 
-def _read_decord(reader: object, info: VideoInfo) -> Iterator[tuple[int, np.ndarray]]:
+def _read_decord(reader: object, info: VideoInfo, first: int) -> Iterator[tuple[int, np.ndarray]]:
     import decord
 
-    for i, pts in enumerate(info.pts):
+    for i, pts in enumerate(info.pts[first:], first):
         try:
             yield pts, _rgb(reader[i].asnumpy())  # type: ignore[index]
         except (decord.DECORDError, RuntimeError) as error:
@@ -151,17 +161,25 @@ def _rgb(image: np.ndarray) -> np.ndarray:
     return image if depth == 3 else image.reshape(height, -1)[:, : 3 * width].reshape(height, width, 3)
 
 
-def _pyav(path: str, info: VideoInfo, size: tuple[int, int], count: DecodeCount) -> Iterator[tuple[int, np.ndarray]]:
+def _pyav(
+    path: str, info: VideoInfo, size: tuple[int, int], count: DecodeCount, first: int
+) -> Iterator[tuple[int, np.ndarray]]:
     count.decoder = "pyav"
     with open_video(path) as (container, stream):
-        decoded = _decoded(container, stream, info, count)
+        if first:
+            with contextlib.suppress(av.error.FFmpegError, OSError):  # it cannot be searched: read from its beginning
+                container.seek(info.pts[first], stream=stream)
+        decoded = _decoded(container, stream, info, count, first)
         for frame in _progressive(decoded, Fraction(*info.time_base)) if info.interlaced else decoded:
-            yield frame.pts, _displayed(frame, info, size)
+            if first and frame.pts < info.pts[first]:
+                count.decoded += 1
+            else:
+                yield frame.pts, _displayed(frame, info, size)
 
 
-def _decoded(container: Any, stream: Any, info: VideoInfo, count: DecodeCount) -> Iterator[Any]:
+def _decoded(container: Any, stream: Any, info: VideoInfo, count: DecodeCount, first: int) -> Iterator[Any]:
     """Frames as they leave the decoder, each with a PTS; damaged packets are counted."""
-    last = info.pts[0] - info.frame_ticks
+    last = info.pts[first] - info.frame_ticks
     packets = container.demux(stream)
     while True:
         try:

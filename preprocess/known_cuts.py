@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,10 +14,13 @@ from preprocess.shots import Boundary
 
 
 class KnownCuts:
-    """Gives the boundaries `at` (frame numbers) as a `ShotDetector` gives those it finds, without any delay."""
+    """Gives the boundaries `at` (frame numbers) as a `ShotDetector` gives those it finds, without any delay.
 
-    def __init__(self, at: Sequence[int]) -> None:
-        self.at = sorted(at, reverse=True)
+    `first`: the frame that is pushed first; boundaries are counted from it, as a detector counts.
+    """
+
+    def __init__(self, at: Sequence[int], first: int = 0) -> None:
+        self.at = sorted((one - first for one in at if one > first), reverse=True)
         self.settled = 0
         self._before: np.ndarray | None = None
 
@@ -27,6 +31,10 @@ class KnownCuts:
         self._before = picture
         self.settled += 1
         return change
+
+    def state(self) -> str:
+        """Hash of all that later answers depend on, but for the boundaries themselves."""
+        return hashlib.sha256(b"" if self._before is None else self._before.tobytes()).hexdigest()
 
     def finish(self) -> None:
         """No more frames."""
@@ -40,8 +48,8 @@ class KnownCuts:
         return found
 
 
-def caption_cuts(path: str | None) -> KnownCuts:
-    """Where the shots of a caption file begin and end; what lies between two of them is a shot of its own.
+def caption_cuts(path: str | None) -> list[int]:
+    """Frames where the shots of a caption file begin and end; what lies between two of them is a shot of its own.
 
     Raises Failed where there is no such file, or its shots overlap.
     """
@@ -51,7 +59,7 @@ def caption_cuts(path: str | None) -> KnownCuts:
     for one, following in zip(shots, shots[1:], strict=False):
         if following.start_frame < one.end_frame:
             raise Failed("captions", f"{path}: shots {_frames(one)} and {_frames(following)} overlap; cut them apart")
-    return KnownCuts(sorted({at for shot in shots for at in (shot.start_frame, shot.end_frame)} - {0}))
+    return sorted({at for shot in shots for at in (shot.start_frame, shot.end_frame)} - {0})
 
 
 def _frames(shot: SidecarShot) -> str:

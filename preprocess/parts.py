@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,36 @@ def read_part(path: Path) -> Part | None:
 def part_samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Samples of a part, in order."""
     return ((key, files) for key, files in read_samples(path) if key != "part")
+
+
+_SUMMED = (
+    "scenes", "shots", "encoded_shots", "encoded_frames", "source_frames", "used_frames", "decoded_frames",
+    "damaged_packets",
+)  # fmt: skip
+
+
+def join_parts(paths: Sequence[Path], folder: Path) -> Row | None:
+    """One part from those of the scenes of one source, in order; its row. None where some are not there yet.
+
+    If any scene is written, those of a part that failed are set aside. Joined twice, they give the same bytes.
+    """
+    parts = [part for path in paths if (part := read_part(path)) is not None]
+    if len(parts) < len(paths):
+        return None
+    written = [part for part in parts if part.source["scenes"]]
+    if written:
+        for part in parts:
+            if part.source["status"] == "failed":
+                for row in part.shots:
+                    row["set_aside"] = row["set_aside"] or f"{part.source['stage']}: {part.source['reason']}"
+                part.source |= {"encoded_shots": 0, "encoded_frames": 0}
+    first = next(iter(written or [part for part in parts if part.source["stage"]]), parts[0]).source
+    source = parts[0].source | {name: first[name] for name in ("status", "stage", "reason")}
+    source |= {name: sum(part.source[name] for part in parts) for name in _SUMMED}
+    source["attempts"] = max(part.source["attempts"] for part in parts)
+    rows = [row for part in parts for row in part.shots]
+    write_part(folder, Part(source, rows), (sample for path in paths for sample in part_samples(path)))
+    return source
 
 
 def shot_rows(scene: Scene, written: bool, aside: str = "") -> list[Row]:

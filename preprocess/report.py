@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,6 +45,7 @@ class PrepareReport:
     decoded_frames: int = 0
     set_aside: list[Row] = field(default_factory=list)  # name, status, stage, reason, attempts
     filtered_shots: dict[str, int] = field(default_factory=dict)  # by the filter that took them
+    lost: dict[str, list[str]] = field(default_factory=dict)  # of sources that are written: name -> stretches, why
     scenes_aside: dict[str, str] = field(default_factory=dict)  # of sources that are written: id -> "stage: reason"
 
     @property
@@ -51,12 +53,17 @@ class PrepareReport:
         """How often a frame was decoded, over the videos of this run; the promise is at most 1.15."""
         return self.decoded_frames / self.source_frames if self.source_frames else 0.0
 
-    def count_done(self, seconds: dict[str, float], stage: str) -> None:
-        """Add the stage times of one video, and where it was set aside ("" if it was written)."""
+    def count_done(self, seconds: dict[str, float], stage: str, last: bool = True) -> None:
+        """Add the stage times of one video, and where it was set aside ("" if it was written).
+
+        A long video is counted with the last of its units.
+        """
         for name, spent in seconds.items():
             entry = self.stages.setdefault(name, StageReport())
-            entry.items += 1
+            entry.items += last
             entry.seconds += spent
+        if not last:
+            return
         if "probe" in seconds and stage not in ("probe", "sources"):
             self.stages.setdefault("filters", StageReport()).items += 1
         if stage:
@@ -71,6 +78,8 @@ class PrepareReport:
         for row in rows:
             if row["status"] != "written":
                 self.set_aside.append({k: row[k] for k in ("name", "status", "stage", "reason", "attempts")})
+            if row.get("lost") and row["status"] == "written":
+                self.lost[row["name"]] = json.loads(row["lost"])
             if row["video_id"] in done:
                 self.source_frames += row["used_frames"]
                 self.decoded_frames += row["decoded_frames"] if row["used_frames"] else 0
@@ -114,6 +123,8 @@ class PrepareReport:
             lines.append(f"{len(self.repeated)} entries name a file already listed: {', '.join(self.repeated[:3])}")
         for row in self.set_aside:
             lines.append(f"  {row['status']} {row['name']} ({row['stage']}): {row['reason']}")
+        for name, stretches in self.lost.items():
+            lines += [f"  lost of {name}: {stretch}" for stretch in stretches]
         for scene, reason in self.scenes_aside.items():
             lines.append(f"  set aside scene {scene} ({reason})")
         for name, stage in self.stages.items():

@@ -1,5 +1,7 @@
 """The stages as functions on Ray Data rows: a row is a video's id and its unit as JSON, a few kilobytes.
 
+A long video is one row until its scenes are known, and then one for the scenes of each of its pieces.
+
 No frame travels in a row. Each call is one counted attempt under a time limit, because a broken file can kill or hang
 the worker that opens it; what a stage raises ends its own unit only.
 """
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from preprocess.outcome import Failed
+from preprocess.pieces import SideBySide, in_turn, plan_pieces
 from preprocess.unit import (
     Unit,
     Workplace,
@@ -19,8 +22,10 @@ from preprocess.unit import (
     close_stage,
     decode_stage,
     encode_stage,
+    part_is_there,
     probe_stage,
     run_stage,
+    spread,
 )
 from preprocess.watch import MAX_ATTEMPTS, Attempts
 
@@ -35,12 +40,17 @@ def probe_row(row: Row, place: Workplace) -> Row:
     return _stage("probe", lambda unit: probe_stage(unit, place), row, place)
 
 
-def decode_row(row: Row, place: Workplace) -> Row:
-    return _stage("decode", lambda unit: decode_stage(unit, place), row, place)
+def decode_row(row: Row, place: Workplace, side_by_side: SideBySide = in_turn) -> Row:
+    return _stage("decode", lambda unit: decode_stage(unit, place, side_by_side), row, place)
 
 
 def caption_row(row: Row, place: Workplace) -> Row:
     return _stage("captions", lambda unit: caption_stage(unit, place), row, place)
+
+
+def spread_row(row: Row, place: Workplace) -> list[Row]:
+    """The scenes of a long video as rows of their own."""
+    return [{"video_id": row["video_id"], "unit": one.to_json()} for one in spread(Unit.from_json(row["unit"]), place)]
 
 
 class CaptionRow:
@@ -80,8 +90,12 @@ class EncodeRow:
         self.encoder = Encoder.from_folder(Path(model), device, threads, make_aesthetic())
 
     def __call__(self, row: Row) -> Row:
-        """Returns only what the driver reports: id, status, stage, seconds."""
-        unit = _run("encode", lambda unit: encode_stage(unit, self.place, self.encoder), row, self.place)
+        """Returns only what the driver reports: id, status ("": more of this video is under way), stage, seconds."""
+        unit = Unit.from_json(row["unit"])
+        if part_is_there(unit, self.place):
+            unit.status = "written"
+        else:
+            unit = _run("encode", lambda unit: encode_stage(unit, self.place, self.encoder), row, self.place)
         close_stage(unit, self.place)
         return {
             "video_id": unit.file.video_id,
@@ -102,8 +116,10 @@ def _run(name: str, stage: Callable[[Unit], None], row: Row, place: Workplace) -
     attempts = Attempts(place.parts / "attempts")
     # the stage's own deadline comes first and names what was slow; this one is for code that never returns
     hard_limit = 1.25 * place.settings.seconds_per_video + 10
+    if name == "decode" and unit.info and len(plan_pieces(unit.info, place.settings)) > 1:
+        return run_stage(name, stage, unit)  # it waits for its pieces, each of which is an attempt of its own
     try:
-        with attempts.attempt(row["video_id"], name, hard_limit) as attempt:
+        with attempts.attempt("-".join([row["video_id"], *map(str, unit.group)]), name, hard_limit) as attempt:
             unit.attempts = max(unit.attempts, attempt)
             return run_stage(name, stage, unit)
     except Failed as end:

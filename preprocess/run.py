@@ -120,7 +120,8 @@ class Work:
             self.finished[file.video_id] = without_duplicates(self.finished[file.video_id], verdicts)
         finished = [self.finished[file.video_id] for file in self.files]
         clean = partial(cleaned_sample, scenes=gone_by_scene(verdicts))
-        settings = {k: v for k, v in asdict(self.place.settings).items() if k != "seconds_per_video"}
+        no_result = ("seconds_per_video", "unit_seconds")  # depends on these
+        settings = {k: v for k, v in asdict(self.place.settings).items() if k not in no_result}
         facts = {"settings": settings, **self.place.keys()}
         record = dataset.build(self.output, finished, self.earlier, shard_bytes, facts, clean, self.place.answers())
         dataset.commit(self.output)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import ceil
+
+import numpy as np
 
 from models.scene import EncodedSpan, Scene, Shot, Source, link_shots
 from preprocess.probe import VideoInfo
@@ -35,11 +38,10 @@ def group_shots(signatures: list[str], most: int) -> list[int]:
     tied = [not one or not any(signatures[:i]) for i, one in enumerate(signatures)]
     if known:
         vectors = read_signatures([signatures[i] for i in known])
-        alike = vectors @ vectors.T >= SAME_PLACE
-        for a in range(len(known)):
-            for b in range(a + 1, min(a + 1 + REACH, len(known))):
-                if alike[a, b]:
-                    tied[known[a] + 1 : known[b] + 1] = [True] * (known[b] - known[a])
+        for reach in range(1, min(REACH + 1, len(known))):
+            alike = (vectors[:-reach] * vectors[reach:]).sum(1) >= SAME_PLACE
+            for a in np.flatnonzero(alike):
+                tied[known[a] + 1 : known[a + reach] + 1] = [True] * (known[a + reach] - known[a])
     starts = [i for i in range(count) if i == 0 or not tied[i]]
     sizes = [end - start for start, end in zip(starts, [*starts[1:], count], strict=True)]
     return [part for size in sizes for part in scene_sizes(size, most)]
@@ -50,12 +52,16 @@ def make_scenes(
 ) -> list[Scene]:
     """Records of consecutive shots; a scene in which no shot is long enough to encode keeps its record too.
 
-    A caption file tells one story, so its shots stay together, up to `max_shots`; without one pictures decide.
+    A caption file tells one story, so its shots stay together, up to `max_shots`; without one pictures decide. Where a
+    stretch of the video is lost, a scene ends.
     """
-    if file.captions:
-        sizes = scene_sizes(len(shots), settings.max_shots)
-    else:
-        sizes = group_shots([shot.signature for shot in shots], settings.max_shots)
+    gaps = [i for i in range(1, len(shots)) if shots[i].start_frame != shots[i - 1].end_frame]
+    sizes = []
+    for begin, end in pairwise([0, *gaps, len(shots)]):
+        if file.captions:
+            sizes += scene_sizes(end - begin, settings.max_shots)
+        else:
+            sizes += group_shots([shot.signature for shot in shots[begin:end]], settings.max_shots)
     scenes = []
     first = 0
     for number, size in enumerate(sizes):

@@ -20,7 +20,7 @@ STAGES_VERSION = 3
 # thresholds of shots are not in the key: what they would change is seen in the recorded scores (`preprocess.dataset`)
 _NOT_VISION = (
     "captions", "caption_model", "caption_frames", "caption_words", "seconds_per_video", "states_key", "states_frames",
-    "texts_apart", "filters",
+    "texts_apart", "filters", "unit_seconds",
 )  # fmt: skip
 
 
@@ -45,7 +45,8 @@ class PrepareSettings:
     caption_frames: int = 3  # encoded frames per shot that it is shown
     caption_words: int = 130  # of story and one prompt together
     dtype: StoreType = "float16"  # of latents and text embeddings
-    seconds_per_video: float = 600.0  # time limit for the work on one video
+    seconds_per_video: float = 600.0  # time limit for the work on one video, or on one unit of a long one
+    unit_seconds: float = 300.0  # longer videos are cut into units of about this; it changes no result
     states_key: str = ""  # of the state predictor (`models.states`); "" = states are not predicted
     states_frames: int = 1  # encoded frames of a shot that the predictor is shown, from the first
     texts_apart: bool = False  # where story and prompt are encoded as one text, encode each alone, too
@@ -69,6 +70,8 @@ class PrepareSettings:
             )
         if self.caption_frames < 1 or self.caption_words < 1:
             raise ValueError("caption_frames and caption_words must be at least 1")
+        if self.unit_seconds <= 0:
+            raise ValueError(f"unit_seconds={self.unit_seconds} must be positive")
         if self.max_seconds is not None and self.max_seconds <= 0:
             raise ValueError(f"max_seconds={self.max_seconds} must be positive; null takes whole videos")
 

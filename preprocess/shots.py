@@ -7,6 +7,8 @@ lag `LOOKAHEAD` frames behind the newest frame, which bounds the memory.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import deque
 from dataclasses import dataclass
 
@@ -82,6 +84,22 @@ class ShotDetector:
         for i in range(max(0, self.count - SIDE), self.count + FADE_SIDE):
             self._decide(i)
         self._finished = True
+
+    def state(self) -> str:
+        """Hash of all that later decisions depend on. Two detectors in one state go on alike, whatever each saw before.
+
+        2 * LOOKAHEAD frames after the last that they did not both see, they are in one state, but for a chain of
+        boundaries so dense that each suppresses the next.
+        """
+        known = [
+            [b.at - self.count, b.start - self.count, b.end - self.count, b.transition, b.confidence]
+            for b in self._pending
+        ]
+        reach = [max(at - self.count, -2 * LOOKAHEAD) for at in (self._last_cut, self._decided_to)]
+        digest = hashlib.sha256(json.dumps([known, reach]).encode())
+        for picture in self.pictures:
+            digest.update(picture.tobytes())
+        return digest.hexdigest()
 
     @property
     def settled(self) -> int:

@@ -8,26 +8,26 @@ file as raw uint8, so memory holds one window and one span, whatever the length 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
 from models.scene import Transition
-from preprocess.decode import DecodeCount, Frame, frames
+from preprocess.decode import SMALL_HEIGHT, SMALL_WIDTH, DecodeCount, Frame, frames
 from preprocess.filters import judge, thresholds
+from preprocess.known_cuts import KnownCuts
 from preprocess.letterbox import NO_BARS, Bars
 from preprocess.measure import measure_shot
+from preprocess.outcome import Failed
 from preprocess.probe import VideoInfo
 from preprocess.quality import measure_quality
 from preprocess.settings import PrepareSettings
 from preprocess.shots import Boundary, ShotDetector
 from preprocess.signature import make_signature
 from preprocess.transnet import TransNetDetector, load_transnet
-
-if TYPE_CHECKING:
-    from preprocess.known_cuts import KnownCuts
 
 
 @dataclass
@@ -44,10 +44,45 @@ class RawShot:
     blend_pts: list[int] = field(default_factory=list)
     span_frames: list[int] = field(default_factory=list)  # source frame per encoded frame; empty: too short to encode
     span_pts: list[int] = field(default_factory=list)  # its PTS
-    offset: int = 0  # encoded frames before this span in the scratch file
+    offset: int = 0  # encoded frames before this span in the scratch file,
+    piece: int = 0  # which is that of this piece
     scores: dict[str, float] = field(default_factory=dict)
     filtered: str = ""  # why it has no span; "" for a shot that has one
     signature: str = ""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a video that is decoded by itself, from key frame `first` on: what `preprocess.pieces` cuts it into.
+
+    It owns the frames begin..end-1 of the index and the shots that begin in them. What is decoded before is for the
+    detector, which decides by what came before; what is decoded from `end` on completes the last shot.
+    """
+
+    number: int = 0  # from 1; 0 is a whole video
+    first: int = 0
+    begin: int = 0
+    end: int | None = None  # None: the end of the video
+
+
+WHOLE = Piece()
+_EVER = 2**62  # ticks
+
+
+@dataclass
+class PieceShots:
+    """What was found in a piece. Frames are numbered as if all frames of the index before `first` were shown."""
+
+    shots: list[RawShot] = field(default_factory=list)
+    count: DecodeCount = field(default_factory=DecodeCount)
+    first_owned: int = -1  # number of the first owned frame that was shown; -1: none was
+    owned: int = 0  # how many were
+    end_pts: int = 0  # where the last of them ends
+    lead: list[int] = field(default_factory=lambda: [0, 0])  # changes (`_Changes`) of the shot that was going on
+    tail: list[int] = field(default_factory=lambda: [0, 0])  # of the last shot, as far as its frames are owned
+    begin_state: str = ""  # of the detector before the first owned frame,
+    end_state: str = ""  # and after the last; "" where there is no neighbour, or it was not reached
+    lost: str = ""  # why the rest could not be decoded
 
 
 def read_shots(
@@ -56,7 +91,7 @@ def read_shots(
     settings: PrepareSettings,
     scratch: BinaryIO,
     deadline: float | None = None,
-    cuts: KnownCuts | None = None,
+    cuts: Sequence[int] | None = None,
     bars: Bars = NO_BARS,
 ) -> tuple[list[RawShot], DecodeCount]:
     """Decode once; find the shots, or take `cuts`; write the encoded spans, one after another, to `scratch`.
@@ -64,44 +99,120 @@ def read_shots(
     A span is uint8 [n,H,W,3], of the picture inside of `bars`. A shot that a filter takes has no span.
     Shots are gap-free and cover what was read. Raises Failed where decoding fails.
     """
-    count = DecodeCount()
+    found = read_piece(path, info, settings, scratch, WHOLE, deadline, cuts, bars)
+    return found.shots, found.count
+
+
+def read_piece(
+    path: str,
+    info: VideoInfo,
+    settings: PrepareSettings,
+    scratch: BinaryIO,
+    piece: Piece,
+    deadline: float | None = None,
+    cuts: Sequence[int] | None = None,
+    bars: Bars = NO_BARS,
+) -> PieceShots:
+    """`read_shots` for the shots that a piece owns. Of a piece of several, what was read before a failure is kept."""
+    found = PieceShots()
     size = bars.decode_size(info, settings.height, settings.width)
-    detector = cuts or (TransNetDetector(load_transnet()) if settings.cuts == "transnet" else ShotDetector())
-    shots = _ShotBuilder(info, settings, scratch, bars)
+    detector: TransNetDetector | ShotDetector | KnownCuts
+    if cuts is not None:
+        detector = KnownCuts(cuts, piece.first)
+    else:
+        detector = TransNetDetector(load_transnet()) if settings.cuts == "transnet" else ShotDetector()
+    # by PTS: where frames are missing, numbers of frames are known only when all pieces are
+    own = range(info.pts[piece.begin] if piece.begin else -_EVER, _EVER if piece.end is None else info.pts[piece.end])
+    shots = _ShotBuilder(info, settings, scratch, bars, own, found)
     window: deque[tuple[Frame, np.ndarray, float]] = deque()
     boundaries: deque[Boundary] = deque()
 
     def settle() -> None:
-        boundaries.extend(detector.take())
-        while window and window[0][0].index < detector.settled:
+        boundaries.extend(_moved(boundary, piece.first) for boundary in detector.take())
+        while window and window[0][0].index < piece.first + detector.settled:
             shots.add(*window.popleft(), boundaries)
 
-    for frame in frames(path, info, *size, count=count, max_seconds=settings.max_seconds, deadline=deadline):
-        frame.image = bars.inside(frame.image)
-        small = frame.small()
-        change = detector.push(small)
-        frame.image = frame.cropped(settings.height, settings.width).copy()  # the rest of the picture can go
-        window.append((frame, small, change))
+    count = found.count
+    decoded = frames(
+        path, info, *size, count=count, max_seconds=settings.max_seconds, deadline=deadline, first=piece.first
+    )
+    try:
+        for frame in decoded:
+            if frame.pts >= own.start and found.first_owned < 0 and piece.begin:
+                found.begin_state = _state(detector)
+            if frame.pts >= own.stop and not found.end_state and piece.end is not None:
+                found.end_state = _state(detector)
+            if frame.pts in own:
+                found.first_owned = frame.index if found.first_owned < 0 else found.first_owned
+                found.owned += 1
+            frame.image = bars.inside(frame.image)
+            small = frame.small()
+            change = detector.push(small)
+            frame.image = frame.cropped(settings.height, settings.width).copy()  # the rest of the picture can go
+            window.append((frame, small, change))
+            settle()
+            if shots.complete:
+                break
+    except Failed as end:
+        if not piece.number:
+            raise
+        found.lost = "" if found.end_state else end.reason  # what is owned has been read
+    if not shots.complete:
+        detector.finish()
         settle()
-    detector.finish()
-    settle()
-    return shots.finish(), count
+    shots.finish()
+    return found
+
+
+def _state(detector: TransNetDetector | ShotDetector | KnownCuts) -> str:
+    return "" if isinstance(detector, TransNetDetector) else detector.state()
+
+
+def _moved(boundary: Boundary, by: int) -> Boundary:
+    """A boundary of a detector that was pushed frame `by` first."""
+    return replace(boundary, at=boundary.at + by, start=boundary.start + by, end=boundary.end + by) if by else boundary
+
+
+class _Changes:
+    """Mean change from frame to frame over a shot, from exact sums: parts add up to what one pass gives."""
+
+    _VALUES = SMALL_WIDTH * SMALL_HEIGHT * 3  # differences of whole grey levels that a change is the mean of
+
+    def __init__(self) -> None:
+        self.parts = [0, 0]  # sum in grey levels over all values, number of changes
+
+    def add(self, change: float) -> None:
+        self.parts = [self.parts[0] + round(change * self._VALUES), self.parts[1] + 1]
+
+
+def motion(parts: Sequence[int], fps: float) -> float:
+    """Grey levels per second, over every frame of a shot; `parts` as `_Changes` has them."""
+    total, number = parts
+    return round(fps * (total / _Changes._VALUES / number if number else 0.0), 3)
 
 
 class _ShotBuilder:
     """Receives settled frames in order; cuts them into shots and samples each at the training rate."""
 
-    def __init__(self, info: VideoInfo, settings: PrepareSettings, scratch: BinaryIO, bars: Bars) -> None:
+    def __init__(
+        self,
+        info: VideoInfo,
+        settings: PrepareSettings,
+        scratch: BinaryIO,
+        bars: Bars,
+        own: range,
+        found: PieceShots,
+    ) -> None:
         self.info, self.settings, self.scratch, self.bars = info, settings, scratch, bars
+        self.own, self.found = own, found  # PTS of the frames whose shots are kept, and where to put them
         self.limits = thresholds(settings)
-        self.shots: list[RawShot] = []
         self.written = 0
         self.step = Fraction(info.time_base[1], info.time_base[0]) / Fraction(settings.fps).limit_denominator(1000)
         self.last: Frame | None = None
         self.span: _Span | None = None
         self.opening = Boundary(0, 0, 0, "start", 1.0)
         self.start: Frame | None = None
-        self.changes: list[float] = []
+        self.changes = _Changes()
         self.blend_pts: list[int] = []  # of the transition that opens the shot, as far as it has been seen
         self.next_blend_pts: list[int] = []  # of the one that closes it
 
@@ -115,9 +226,11 @@ class _ShotBuilder:
         if len(self.blend_pts) == 1 and frame.index == self.opening.end:
             self.blend_pts.append(frame.pts)
         if self.start is None:
-            self.start, self.span, self.changes = frame, _Span(self.step, self.settings.shot_frames), []
-        else:
-            self.changes.append(change)
+            self.start, self.span, self.changes = frame, _Span(self.step, self.settings.shot_frames), _Changes()
+        elif frame.pts in self.own:
+            self.changes.add(change)
+        if frame.pts in self.own:
+            self.found.end_pts = frame.pts + self.info.frame_ticks
         self.last = frame
         assert self.span is not None
         blending = frame.index < self.opening.end or (boundaries and frame.index >= boundaries[0].start)
@@ -126,12 +239,26 @@ class _ShotBuilder:
         else:
             self.span.add(frame, small)
 
-    def finish(self) -> list[RawShot]:
+    @property
+    def complete(self) -> bool:
+        """Whether frames after those seen would change no shot that is owned, but for its end."""
+        if self.start is None or self.last is None or self.span is None or self.last.pts < self.own.stop:
+            return False
+        return self.start.pts not in self.own or self.span.complete
+
+    def finish(self) -> None:
         if self.last is not None:
             self._close(self.last.pts + self.info.frame_ticks)
-        return self.shots
 
     def _close(self, end_pts: int) -> None:
+        assert self.start is not None and self.last is not None and self.span is not None
+        if self.start.pts < self.own.start:
+            self.found.lead = self.changes.parts
+        if self.start.pts in self.own:
+            self._keep(end_pts)
+        self.start = self.last = self.span = None
+
+    def _keep(self, end_pts: int) -> None:
         assert self.start is not None and self.last is not None and self.span is not None
         shot = RawShot(
             self.start.index,
@@ -149,7 +276,7 @@ class _ShotBuilder:
         keep = (len(chosen) - 1) // step * step + 1 if chosen else 0
         if keep >= self.settings.min_shot_frames:
             chosen = chosen[:keep]
-        shot.scores = self._scores(chosen, self.changes) | {"frames": float(keep)}
+        shot.scores = self._scores(chosen) | {"frames": float(keep)}
         shot.signature = make_signature([small for _, small in chosen])
         shot.filtered = judge(shot.scores, self.limits)
         if not shot.filtered:
@@ -159,18 +286,17 @@ class _ShotBuilder:
             self.written += keep
             for frame, _ in chosen:
                 self.scratch.write(np.ascontiguousarray(frame.image).tobytes())
-        self.shots.append(shot)
-        self.start = self.last = self.span = None
+        self.found.shots.append(shot)
+        self.found.tail = self.changes.parts
 
-    def _scores(self, chosen: list[tuple[Frame, np.ndarray]], changes: list[float]) -> dict[str, float]:
+    def _scores(self, chosen: list[tuple[Frame, np.ndarray]]) -> dict[str, float]:
         """All that is measured of a shot, from the frames that would be encoded and the changes of all frames."""
         small = [one for _, one in chosen]
         images, source = [frame.image for frame, _ in chosen], [frame.index for frame, _ in chosen]
-        rate = self.info.fps * (float(np.mean(changes)) if changes else 0.0)
         return {
             **measure_shot(small, self.settings.fps),
             **measure_quality(images, small, source, self.settings.fps),
-            "motion": round(rate, 3),  # grey levels per second, over every frame
+            "motion": motion(self.changes.parts, self.info.fps),
             "bars": round(self.bars.area, 4),
         }
 
@@ -186,7 +312,7 @@ class _Span:
         self.end: int | None = None
 
     def add(self, frame: Frame, small: np.ndarray) -> None:
-        if self.end is not None or len(self.chosen) >= self.limit:
+        if self.complete:
             return
         if self.origin is None:
             self.origin = frame.pts
@@ -198,6 +324,11 @@ class _Span:
         """Frames from `pts` on are part of a transition; before the first frame this only delays the start."""
         if self.origin is not None and self.end is None:
             self.end = pts
+
+    @property
+    def complete(self) -> bool:
+        """Whether no later frame can become part of it."""
+        return self.end is not None or len(self.chosen) >= self.limit
 
     def finish(self, end_pts: int) -> list[tuple[Frame, np.ndarray]]:
         if self.previous is not None:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import tempfile
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -26,7 +28,7 @@ from torch import Tensor
 from models.records import decode as from_json
 from models.scene import Scene, reference_tensor_key, shot_tensor_key
 from preprocess.aesthetic import AestheticScorer
-from preprocess.answers import ANSWERS, Answers
+from preprocess.answers import ANSWERS, Answers, question_key
 from preprocess.asked import Asker, Questions, Unasked
 from preprocess.captions import caption_scenes, finish_asked, template_hash
 from preprocess.decode import DecodeCount
@@ -35,7 +37,8 @@ from preprocess.filters import AESTHETIC, check_shots, check_video, judge, thres
 from preprocess.known_cuts import caption_cuts
 from preprocess.letterbox import NO_BARS, find_bars
 from preprocess.outcome import Failed, SetAside, short
-from preprocess.parts import Part, Row, read_part, shot_rows, write_part
+from preprocess.parts import Part, Row, join_parts, part_path, read_part, shot_rows, write_part
+from preprocess.pieces import SideBySide, frames_file, in_turn, make_jobs, plan_pieces, read_pieces
 from preprocess.probe import VideoInfo, probe
 from preprocess.recall import recall_latents, recall_scenes, recalled_count
 from preprocess.references import read_reference, reference_here
@@ -61,6 +64,8 @@ class Unit:
     shots: list[RawShot] = field(default_factory=list)
     scenes: list[Scene] = field(default_factory=list)
     aside: dict[str, str] = field(default_factory=dict)  # scenes that are not written -> "stage: reason"
+    lost: list[str] = field(default_factory=list)  # stretches of a long video that could not be decoded, and why
+    group: list[int] = field(default_factory=list)  # [number, of how many]: some scenes of a long video; else empty
     status: str = ""  # "" while under way, then written, filtered or failed
     stage: str = ""
     reason: str = ""
@@ -91,8 +96,18 @@ class Workplace:
     scratch: Path
     encoder_key: str
 
-    def scratch_file(self, unit: Unit) -> Path:
-        return self.scratch / f"{unit.file.video_id}.frames"
+    def scratch_file(self, unit: Unit, piece: int = 0) -> Path:
+        """Where the encoded spans of a video wait, or those of one piece of it."""
+        return frames_file(self.film(unit), piece) if piece else self.scratch / f"{unit.file.video_id}.frames"
+
+    def film(self, unit: Unit) -> Path:
+        """The folder of a long video that is under way. Its name says what it depends on, so it outlives a run."""
+        depends = [unit.sha256, unit.captions_sha256, fields_text(unit.file), asdict(self.settings), self.keys()]
+        return self.parts / "films" / f"{unit.file.video_id}-{question_key(depends, sorted(unit.recall))[:12]}"
+
+    def part_folder(self, unit: Unit) -> Path:
+        """Where the part of a unit goes: that of some scenes of a long video waits for the others."""
+        return self.film(unit) / f"scenes-{unit.group[0]:04d}" if unit.group else self.parts
 
     def video(self, unit: Unit) -> str:
         """The source as a local path; one in a tar or at an address is copied to scratch until it is decoded."""
@@ -107,6 +122,8 @@ class Workplace:
         """Drop all that lies in scratch for a source."""
         for path in (self.scratch_file(unit), *self._copies(unit)):
             path.unlink(missing_ok=True)
+        if (self.parts / "films").is_dir():
+            shutil.rmtree(self.film(unit), ignore_errors=True)
 
     def forget_video(self, unit: Unit) -> None:
         """Drop the copy that was made for the decode."""
@@ -177,8 +194,11 @@ def probe_stage(unit: Unit, place: Workplace) -> None:
     check_video(unit.info, place.settings)
 
 
-def decode_stage(unit: Unit, place: Workplace) -> None:
-    """The one decode: shots, and their encoded spans in the scratch file; an earlier result is recalled."""
+def decode_stage(unit: Unit, place: Workplace, side_by_side: SideBySide = in_turn) -> None:
+    """The one decode: shots, and their encoded spans in the scratch file; an earlier result is recalled.
+
+    `side_by_side` runs the pieces of a long video.
+    """
     assert unit.info is not None
     anew = place.settings.cuts == "captions"  # other captions may have other cuts
     recalled = recall_scenes(unit.recall, unit.info) if unit.recall and not anew else None
@@ -186,6 +206,7 @@ def decode_stage(unit: Unit, place: Workplace) -> None:
         unit.scenes, unit.shots = recalled
         place.forget_video(unit)
         unit.count = recalled_count(unit.earlier, unit.info)
+        unit.lost = json.loads(unit.earlier.get("lost") or "[]")
         return
     unit.recall = {}
     cuts = caption_cuts(place.captions(unit)) if place.settings.cuts == "captions" else None
@@ -195,8 +216,14 @@ def decode_stage(unit: Unit, place: Workplace) -> None:
         bars, looked_at = find_bars(place.video(unit), unit.info, place.settings.max_seconds)
         unit.info.probe_frames += looked_at
     place.scratch.mkdir(parents=True, exist_ok=True)
-    with place.scratch_file(unit).open("wb") as file:
-        unit.shots, unit.count = read_shots(place.video(unit), unit.info, place.settings, file, deadline, cuts, bars)
+    video, pieces = place.video(unit), plan_pieces(unit.info, place.settings)
+    if len(pieces) > 1:
+        folder, attempts = place.film(unit), place.parts / "attempts"
+        jobs = make_jobs(video, unit.info, place.settings, pieces, folder, attempts, cuts, bars)
+        unit.shots, unit.count, unit.lost = read_pieces(jobs, side_by_side)
+    else:
+        with place.scratch_file(unit).open("wb") as file:
+            unit.shots, unit.count = read_shots(video, unit.info, place.settings, file, deadline, cuts, bars)
     place.forget_video(unit)
     unit.scenes = make_scenes(unit.file, unit.sha256, unit.info, unit.shots, place.settings)
     check_shots(unit.shots, place.settings)
@@ -217,7 +244,7 @@ def caption_stage(unit: Unit, place: Workplace, asker: Asker | None = None) -> N
         for scene, shots in unit.scenes_and_shots():
             if any(shot.encoded for shot in scene.shots):
                 asked.append(scene)
-                frames.append(partial(_read_spans, place.scratch_file(unit), shots, settings))
+                frames.append(partial(_read_spans, place, unit, shots))
         unit.aside = questions.fill(asked, frames)
     for scene in unit.scenes:
         if settings.captions in ASKED:
@@ -282,7 +309,7 @@ def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
                 if scene.scene_id in unit.recall:
                     tensors |= recall_latents(unit.recall[scene.scene_id], scene.scene_id)
                 else:
-                    spans = _read_spans(place.scratch_file(unit), shots, place.settings)
+                    spans = _read_spans(place, unit, shots)
                     for i, latents in enumerate(encoder.encode_shots(spans, place.settings.dtype)):
                         tensors |= {shot_tensor_key(i, name): value for name, value in latents.items()}
                 tensors |= {reference_tensor_key(i): mean for i, mean in enumerate(references(scene))}
@@ -290,7 +317,7 @@ def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
 
     unit.status = "written"
     try:
-        write_part(place.parts, _part(unit, place, written), samples())
+        write_part(place.part_folder(unit), _part(unit, place, written), samples())
     except BaseException:
         unit.status = ""
         raise
@@ -310,7 +337,7 @@ def _score_aesthetics(unit: Unit, place: Workplace, scorer: AestheticScorer) -> 
     for raw, shot in zip(unit.shots, shots, strict=True):
         if not raw.span_pts or AESTHETIC.score in raw.scores:  # a recalled shot has its score
             continue
-        (span,) = _read_spans(place.scratch_file(unit), [raw], place.settings)
+        (span,) = _read_spans(place, unit, [raw])
         assert span is not None
         score = scorer([span[k] for k in sorted({0, len(span) // 2, len(span) - 1})])
         raw.scores[AESTHETIC.score] = shot.scores[AESTHETIC.score] = score
@@ -322,11 +349,50 @@ def _score_aesthetics(unit: Unit, place: Workplace, scorer: AestheticScorer) -> 
 
 
 def close_stage(unit: Unit, place: Workplace) -> Unit:
-    """Last step of every unit: a part for those set aside, and no scratch left."""
+    """Last step of every unit: a part for those set aside, and no scratch left.
+
+    Of a long video the last of its units to end makes the part; `status` is "" for those before.
+    """
     if unit.status != "written":
-        write_part(place.parts, _part(unit, place), iter(()))
+        write_part(place.part_folder(unit), _part(unit, place), iter(()))
+    if unit.group:
+        folders = [place.part_folder(replace(unit, group=[k, unit.group[1]])) for k in range(unit.group[1])]
+        whole = join_parts([part_path(folder, unit.file.video_id) for folder in folders], place.parts)
+        unit.status, unit.stage = (whole["status"], whole["stage"]) if whole else ("", "")
+        if whole is None:
+            return unit
     place.forget(unit)
     return unit
+
+
+def spread(unit: Unit, place: Workplace) -> list[Unit]:
+    """The scenes of a long video as units of their own, by the piece in which they begin; any other unit as it is."""
+    begins = [piece.begin for piece in plan_pieces(unit.info, place.settings)] if unit.info else []
+    if unit.status or unit.info is None or len(begins) < 2:
+        return [unit]
+    groups: dict[int, list[tuple[Scene, list[RawShot]]]] = {}
+    for scene, shots in unit.scenes_and_shots():
+        groups.setdefault(bisect_right(begins, scene.shots[0].start_frame), []).append((scene, shots))
+    units = []
+    for number, group in enumerate(groups.values()):
+        scenes = [scene for scene, _ in group]
+        one = replace(
+            unit,
+            scenes=scenes,
+            shots=[shot for _, shots in group for shot in shots],
+            aside={scene.scene_id: unit.aside[scene.scene_id] for scene in scenes if scene.scene_id in unit.aside},
+            group=[number, len(groups)],
+        )
+        if number:  # what is said of the whole video is said once
+            one.info = replace(unit.info, pts=[], key_pts=[], probe_frames=0)
+            one.count, one.lost, one.seconds = DecodeCount(), [], dict.fromkeys(unit.seconds, 0.0)
+        units.append(one)
+    return units
+
+
+def part_is_there(unit: Unit, place: Workplace) -> bool:
+    """Whether some scenes of a long video were done by an earlier run or attempt."""
+    return bool(unit.group) and read_part(part_path(place.part_folder(unit), unit.file.video_id)) is not None
 
 
 def prepare_video(
@@ -347,8 +413,9 @@ def prepare_video(
         run_stage("probe", lambda u: probe_stage(u, place), unit)
         run_stage("decode", lambda u: decode_stage(u, place), unit)
         run_stage("captions", lambda u: caption_stage(u, place, asker), unit)
-        run_stage("encode", lambda u: encode_stage(u, place, encoder), unit)
-        close_stage(unit, place)
+        for one in spread(unit, place):
+            run_stage("encode", lambda u: encode_stage(u, place, encoder), one)
+            close_stage(one, place)
     part = read_part(folder / f"{file.video_id}.tar")
     assert part is not None
     return part
@@ -367,6 +434,7 @@ def source_row(unit: Unit, place: Workplace) -> Row:
         "stage": unit.stage,
         "reason": unit.reason,
         "attempts": unit.attempts,
+        "lost": json.dumps(unit.lost) if unit.lost else "",
         "scenes": sum(any(s.encoded for s in scene.shots) for scene in scenes) if unit.status == "written" else 0,
         "shots": len(unit.shots),
         "encoded_shots": len(encoded),
@@ -398,17 +466,17 @@ _INFO: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _read_spans(path: Path, shots: list[RawShot], settings: PrepareSettings) -> list[np.ndarray | None]:
-    """Encoded spans, uint8 [n,H,W,3] each, of shots of one source from its scratch file."""
-    shape = (settings.height, settings.width, 3)
+def _read_spans(place: Workplace, unit: Unit, shots: list[RawShot]) -> list[np.ndarray | None]:
+    """Encoded spans, uint8 [n,H,W,3] each, of shots of one source from its scratch files."""
+    shape = (place.settings.height, place.settings.width, 3)
     size = int(np.prod(shape))
     spans: list[np.ndarray | None] = []
-    with path.open("rb") as file:
-        for shot in shots:
-            if not shot.span_pts:
-                spans.append(None)
-                continue
+    for shot in shots:
+        if not shot.span_pts:
+            spans.append(None)
+            continue
+        with place.scratch_file(unit, shot.piece).open("rb") as file:
             file.seek(shot.offset * size)
             data = np.frombuffer(file.read(len(shot.span_pts) * size), np.uint8)
-            spans.append(data.reshape(len(shot.span_pts), *shape))
+        spans.append(data.reshape(len(shot.span_pts), *shape))
     return spans

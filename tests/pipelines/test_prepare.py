@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import webdataset
@@ -20,11 +21,12 @@ from infra.ray_session import RaySession
 from models.scene import Scene
 from models.tiny import build_tiny_folder
 from pipelines.prepare import PrepareConfig, make_settings, prepare
+from preprocess.filters import NO_FILTERS
 from preprocess.report import PrepareReport
 from preprocess.run import lock
 from preprocess.unit import Workplace
 from preprocess.watch import MAX_ATTEMPTS, Attempts
-from tests.preprocess.videos import three_shots, write
+from tests.preprocess.videos import moving_square, three_shots, write
 from toyworld.video import write_video
 from toyworld.world import sample_scene
 
@@ -178,13 +180,13 @@ def test_a_file_that_kills_or_hangs_its_worker_is_set_aside(
     config, _ = first
     real = preprocess.rows.decode_row
 
-    def decode(row: dict[str, str], place: Workplace) -> dict[str, str]:
+    def decode(row: dict[str, str], place: Workplace, **options: object) -> dict[str, str]:
         with Attempts(place.parts / "attempts").attempt(row["video_id"], "decode", 3.0):
             if row["video_id"].startswith("toy1"):
                 os.kill(os.getpid(), signal.SIGKILL)
             if row["video_id"].startswith("toy2"):
                 time.sleep(600)
-        return real(row, place)
+        return real(row, place, **options)
 
     monkeypatch.setattr(preprocess.rows, "decode_row", decode)
     config = PrepareConfig(sources=config.sources, output=tmp_path / "out", model=config.model)
@@ -195,6 +197,33 @@ def test_a_file_that_kills_or_hangs_its_worker_is_set_aside(
     for name, cause in (("toy1.mp4", "its worker process died"), ("toy2.mp4", "it hung")):
         assert ends[name]["status"] == "failed" and ends[name]["stage"] == "decode"
         assert ends[name]["attempts"] == MAX_ATTEMPTS and cause in ends[name]["reason"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_long_video_in_units_gives_the_bytes_of_one(model: Path, tmp_path: Path) -> None:
+    """Two units, decoded as tasks of their own and encoded by two actors."""
+    looks = np.random.default_rng(3).integers(30, 225, (4, 2, 3)).tolist()
+    images = []
+    for shot in range(70):
+        ground, square = looks[shot % 4]
+        images += moving_square(60, tuple(ground), tuple(square), size=48, step=0.2, y=0.1 * (shot % 7))
+    (tmp_path / "videos").mkdir()
+    write(tmp_path / "videos" / "film.mp4", images, fps=8)
+    write(tmp_path / "videos" / "short.mp4", three_shots(17))
+    found = {}
+    for minutes in (1.0, 1000.0):
+        output = tmp_path / f"{minutes}"
+        config = PrepareConfig(
+            sources=[str(tmp_path / "videos")], output=output, model=model, unit_minutes=minutes, encoders=2,
+            encoder_cpus=0.3, decode_cpus=0.3, filters=NO_FILTERS,
+        )  # fmt: skip
+        report = prepare(config)
+        assert report.written == 2 and report.stages["decode"].items == report.stages["encode"].items == 2
+        facts = json.loads((output / "dataset.json").read_text())
+        found[minutes] = shard_bytes(output), table(output, "manifest"), facts
+        assert (1.03 if minutes == 1 else 1.0) < report.decodes_per_frame <= 1.15
+    assert found[1.0] == found[1000.0]
 
 
 def test_two_runs_on_one_output_are_refused(tmp_path: Path) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from preprocess.known_cuts import KnownCuts, caption_cuts
+from preprocess.known_cuts import caption_cuts
 from preprocess.outcome import Failed
 from preprocess.probe import probe
 from preprocess.settings import PrepareSettings
@@ -23,7 +24,7 @@ SETTINGS = PrepareSettings(height=32, width=32, cuts="captions")
 ONE_PICTURE = moving_square(40, (30, 120, 40), (220, 40, 40), step=0.5)  # nothing to detect in it
 
 
-def shots_of(path: Path, cuts: KnownCuts | None) -> list[RawShot]:
+def shots_of(path: Path, cuts: Sequence[int] | None) -> list[RawShot]:
     return read_shots(str(path), probe(str(path)), SETTINGS, io.BytesIO(), cuts=cuts)[0]
 
 
@@ -43,7 +44,7 @@ def decoded(path: Path, folder: Path) -> Unit:
 def test_known_cuts_change_nothing_but_where_shots_begin(tmp_path: Path) -> None:
     scene = sample_scene("small", seed=4, index=0, num_shots=3)
     path = write_video(scene, tmp_path / "toy.mp4", size=64).video
-    found, known = shots_of(path, None), shots_of(path, KnownCuts(scene.cuts))
+    found, known = shots_of(path, None), shots_of(path, scene.cuts)
     assert [shot.start_frame for shot in found] == [0, *scene.cuts], "what is detected here is right"
     for a, b in zip(found, known, strict=True):
         assert (a.start_frame, a.end_frame, a.span_frames, a.start_pts, a.end_pts, a.transition) == (
