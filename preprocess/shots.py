@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 
@@ -39,12 +40,12 @@ LOOKAHEAD = max(max(LENGTHS) + SIDE, 2 * FADE_SIDE) + 3
 
 def to_picture(small: np.ndarray) -> np.ndarray:
     """Luma and two colour axes, int16 [3,27,48], of a frame uint8 [27,48,3]."""
-    return np.rint(np.moveaxis(small.astype(np.float32) @ TO_YCC.T, -1, 0)).astype(np.int16)
+    return np.rint(TO_YCC @ small.reshape(-1, 3).T.astype(np.float32)).astype(np.int16).reshape(3, *small.shape[:2])
 
 
 def change_between(before: np.ndarray, after: np.ndarray) -> float:
     """Mean difference of two pictures, in grey levels."""
-    return float(np.abs(after - before).mean())
+    return int(np.abs(after - before).sum(dtype=np.int32)) / before.size
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class ShotDetector:
         at, changes = self._slot(i), list(self.changes)
         before, after = changes[max(1, at - SIDE) : at], changes[at + 1 : at + 1 + SIDE]
         for side in (before, after):
-            if len(side) < SIDE - 1 or float(np.median(side)) < STEADY_CHANGE or max(side) > STEADY * min(side) + 0.1:
+            if len(side) < SIDE - 1 or median(side) < STEADY_CHANGE or max(side) > STEADY * min(side) + 0.1:
                 return 0.0
         if self._slot(i - TURN_SIDE - 2) < 0 or i + TURN_SIDE + 1 >= self.count:
             return 0.0
