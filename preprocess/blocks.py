@@ -16,7 +16,6 @@ _REACHES = [(dy, min(REACH, REACH + 1 - abs(dy))) for dy in range(-REACH, REACH 
 _SHIFTS = sum(2 * reach + 1 for _, reach in _REACHES)
 
 
-
 def unexplained(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
     """(mean, mean of the worst fiftieth) of what no shift explains; each the worse of both directions of time."""
     before, after = _padded(before, 1), _padded(after, 1)

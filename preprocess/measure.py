@@ -71,9 +71,7 @@ def _camera(luma: np.ndarray) -> dict[str, float]:
     ]  # else nothing moves, or only something in the picture
     before, after = before[moving], after[moving]
     shifts = [
-        (dy, dx)
-        for dy in range(-_MAX_SHIFT[0], _MAX_SHIFT[0] + 1)
-        for dx in range(-_MAX_SHIFT[1], _MAX_SHIFT[1] + 1)
+        (dy, dx) for dy in range(-_MAX_SHIFT[0], _MAX_SHIFT[0] + 1) for dx in range(-_MAX_SHIFT[1], _MAX_SHIFT[1] + 1)
     ]
     shifted = np.stack([differences(before, after, *shift) for shift in shifts])  # [shifts,pairs]
     for k, (a, b) in enumerate(zip(before, after, strict=True)):
