@@ -158,7 +158,7 @@ class _ShotBuilder:
             shot.offset = self.written
             self.written += keep
             for frame, _ in chosen:
-                self.scratch.write(np.ascontiguousarray(frame.image).tobytes())
+                self.scratch.write(np.ascontiguousarray(frame.image).data)
         self.shots.append(shot)
         self.start = self.last = self.span = None
 
