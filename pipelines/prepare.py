@@ -30,6 +30,7 @@ from preprocess.settings import CaptionBackend, Cuts, Ids, PrepareSettings, Stor
 from preprocess.watch import MAX_ATTEMPTS
 
 if TYPE_CHECKING:
+    from pipelines.dry_run import DryRun
     from preprocess.pieces import Job
     from preprocess.replay import Waterfall
     from preprocess.spans import PieceShots
@@ -73,6 +74,9 @@ class PrepareConfig:
     aesthetic: AestheticConfig = knob(AestheticConfig, "model of the aesthetic filter")
     crop_bars: bool = knob(True, "leave black bars around the picture out")
     what_if: bool = knob(False, "only print what the filters would take, from the scores of the dataset in output")
+    dry_run: bool = knob(
+        False, "only print the plan, with time, disk and memory estimated from a sample; writes nothing in output"
+    )
     states: StatesConfig = knob(StatesConfig, "for method aid: predict the states of every shot")
     texts_apart: bool = knob(
         False, "CogVideoX, for method lct with global_prompt=group: also encode story and prompts each alone"
@@ -98,11 +102,17 @@ class PrepareConfig:
             raise ValueError(f"unit_minutes={self.unit_minutes} must be positive")
         if self.shard_mb <= 0 or self.encoders < 1:
             raise ValueError("shard_mb must be positive and encoders at least 1")
+        if self.dry_run and self.what_if:
+            raise ValueError("dry_run and what_if are two questions; ask one of them")
         self.captioner.check(self.captions)
 
 
-def run_prepare(config: PrepareConfig) -> PrepareReport | Waterfall:
-    """What the command does: prepare, or with `what_if` read the recorded scores and say what filters would take."""
+def run_prepare(config: PrepareConfig) -> PrepareReport | Waterfall | DryRun:
+    """What the command does: prepare, or say what filters would take (`what_if`) or what it would cost (`dry_run`)."""
+    if config.dry_run:
+        from pipelines.dry_run import dry_run
+
+        return dry_run(config)
     if config.what_if:
         from preprocess.replay import replay
 

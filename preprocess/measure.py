@@ -29,7 +29,8 @@ def measure_shot(small: list[np.ndarray], fps: float) -> dict[str, float]:
         return {}
     pictures = np.stack(small).astype(np.float32) / 255.0  # [n,27,48,3]
     luma = pictures @ LUMA  # [n,27,48]
-    high, low = pictures.max(-1), pictures.min(-1)
+    red, green, blue = (np.ascontiguousarray(pictures[..., k]) for k in range(3))
+    high, low = (pick(pick(red, green), blue) for pick in (np.maximum, np.minimum))
     scores = {
         "brightness": float(luma.mean()),
         "contrast": float(luma.std(axis=(1, 2)).mean()),
@@ -45,7 +46,8 @@ def _colour_shares(pictures: np.ndarray) -> dict[str, float]:
     """Share of pixels nearest to each colour term in CIELAB; shares under 5 % are left out."""
     pixels = _to_lab(pictures.reshape(-1, 3))
     terms = _to_lab(np.array(list(COLOURS.values()), np.float32) / 255.0)
-    nearest = ((pixels[:, None] - terms[None]) ** 2).sum(-1).argmin(1)
+    apart = [(pixels[:, k, None] - terms[None, :, k]) ** 2 for k in range(3)]
+    nearest = (apart[0] + apart[1] + apart[2]).argmin(1)
     shares = np.bincount(nearest, minlength=len(COLOURS)) / len(pixels)
     return {f"colour_{name}": float(share) for name, share in zip(COLOURS, shares, strict=True) if share >= 0.05}
 
@@ -62,21 +64,24 @@ def _to_lab(rgb: np.ndarray) -> np.ndarray:
 def _camera(luma: np.ndarray) -> dict[str, float]:
     """Global move of the picture, from the best shift or zoom between neighbouring frames, luma [n,27,48]."""
     rows = columns = zoom = 0.0
-    for a, b in zip(luma, luma[1:], strict=False):
-        still = difference(a, b, 0, 0)
-        if still < 0.004 or _moving_share(a, b) < _WIDESPREAD:
-            continue  # nothing moves, or only something in the picture
-        shifts = {
-            (dy, dx): difference(a, b, dy, dx)
-            for dy in range(-_MAX_SHIFT[0], _MAX_SHIFT[0] + 1)
-            for dx in range(-_MAX_SHIFT[1], _MAX_SHIFT[1] + 1)
-        }
-        (dy, dx), shifted = min(shifts.items(), key=lambda item: item[1])
+    before, after = luma[:-1], luma[1:]
+    stills = differences(before, after, 0, 0).tolist()
+    moving = [
+        k for k, still in enumerate(stills) if still >= 0.004 and _moving_share(before[k], after[k]) >= _WIDESPREAD
+    ]  # else nothing moves, or only something in the picture
+    before, after = before[moving], after[moving]
+    shifts = [
+        (dy, dx) for dy in range(-_MAX_SHIFT[0], _MAX_SHIFT[0] + 1) for dx in range(-_MAX_SHIFT[1], _MAX_SHIFT[1] + 1)
+    ]
+    shifted = np.stack([differences(before, after, *shift) for shift in shifts])  # [shifts,pairs]
+    for k, (a, b) in enumerate(zip(before, after, strict=True)):
+        best = int(shifted[:, k].argmin())
+        least, (dy, dx) = float(shifted[best, k]), shifts[best]
         zooms = {1: difference(_zoomed(a), b, 0, 0), -1: difference(a, _zoomed(b), 0, 0)}
         direction, zoomed = min(zooms.items(), key=lambda item: item[1])
-        if min(shifted, zoomed) > _MATCH * still:
+        if min(least, zoomed) > _MATCH * stills[moving[k]]:
             continue
-        if zoomed < shifted:
+        if zoomed < least:
             zoom += direction * _ZOOM
         else:
             rows, columns = rows - dy, columns - dx  # the picture moves against the camera
@@ -99,7 +104,13 @@ def _zoomed(picture: np.ndarray) -> np.ndarray:
 
 def difference(a: np.ndarray, b: np.ndarray, dy: int, dx: int) -> float:
     """Mean difference where `a` moved by (dy, dx) overlaps `b`."""
-    height, width = a.shape
-    part_a = a[max(0, -dy) : height - max(0, dy), max(0, -dx) : width - max(0, dx)]
-    part_b = b[max(0, dy) : height - max(0, -dy), max(0, dx) : width - max(0, -dx)]
-    return float(np.abs(part_a - part_b).mean())
+    return float(differences(a[None], b[None], dy, dx)[0])
+
+
+def differences(a: np.ndarray, b: np.ndarray, dy: int, dx: int) -> np.ndarray:
+    """`difference` of each pair of pictures, float [n,h,w] each: [n]."""
+    _, height, width = a.shape
+    part_a = a[:, max(0, -dy) : height - max(0, dy), max(0, -dx) : width - max(0, dx)]
+    part_b = b[:, max(0, dy) : height - max(0, -dy), max(0, dx) : width - max(0, -dx)]
+    apart = part_a - part_b
+    return np.abs(apart, out=apart).reshape(len(a), apart.shape[1] * apart.shape[2]).mean(1)

@@ -58,6 +58,8 @@ def _text_windows(frames: np.ndarray) -> np.ndarray:
     size = _WINDOW[0] * _WINDOW[1]
     ups, downs = _cell_sums(up), _cell_sums(down)
     dense = np.minimum(ups, downs) > _DENSITY * size
+    if not dense.any():
+        return dense
     steps = up | down
     # the strokes beside the steps are bright or dark; their middle, where it is not mixed with what is around
     bright, dark = (_spread_of(steps, sign * _nearby_max(sign * middle), ups + downs) for sign in (1, -1))
@@ -85,9 +87,12 @@ def _spread_of(where: np.ndarray, values: np.ndarray, counts: np.ndarray) -> np.
 def _nearby_max(values: np.ndarray) -> np.ndarray:
     """Largest value within two pixels, [H,W]."""
     for axis in (0, 1):
-        pad = [(2, 2) if axis == k else (0, 0) for k in (0, 1)]
-        wide = np.pad(values, pad, mode="edge")
-        values = np.max([np.take(wide, range(k, k + values.shape[axis]), axis) for k in range(5)], axis=0)
+        wide = np.pad(values, [(2, 2) if axis == k else (0, 0) for k in (0, 1)], mode="edge")
+        size = values.shape[axis]
+        shifted = [wide[k : k + size] if axis == 0 else wide[:, k : k + size] for k in range(5)]
+        values = np.maximum(shifted[0], shifted[1])
+        for one in shifted[2:]:
+            np.maximum(values, one, out=values)
     return values
 
 

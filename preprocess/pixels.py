@@ -15,9 +15,9 @@ def to_ycc(small: np.ndarray) -> np.ndarray:
 
 def to_picture(small: np.ndarray) -> np.ndarray:
     """The same rounded, int16: what changes of shot are read from."""
-    return np.rint(to_ycc(small)).astype(np.int16)
+    return np.rint(TO_YCC @ small.reshape(-1, 3).T.astype(np.float32)).astype(np.int16).reshape(3, *small.shape[:2])
 
 
 def change_between(before: np.ndarray, after: np.ndarray) -> float:
-    """Mean difference of two pictures, in grey levels."""
-    return float(np.abs(after - before).mean())
+    """Mean difference of two pictures (`to_picture`), in grey levels."""
+    return int(np.abs(after - before).sum(dtype=np.int32)) / before.size

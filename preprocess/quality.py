@@ -7,6 +7,7 @@ rate, at analysis size (27x48) where that is enough, and at training size [H,W] 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 
@@ -44,14 +45,15 @@ def measure_quality(
     luma = np.stack(small).astype(np.float32) @ LUMA  # [n,27,48]
     distinct = [k for k in range(len(source)) if k == 0 or source[k] != source[k - 1]]
     some = [images[k] for k in _spread(len(images), _DETAIL)]
+    some_luma = [image.astype(np.float32) @ LUMA for image in some]
     scores = {
         "movement": _movement(luma, max(1, round(fps / 2))),
         "frozen": _frozen(luma[distinct]),
         "shake": _shake(luma[distinct]),
         "black": float(((luma < _BLACK_LUMA).mean((1, 2)) >= _BLACK_SHARE).mean()),
         "clipped": float(np.mean([_clipped(image) for image in some])),
-        "blur": float(np.median([blur_effect(image.astype(np.float32) @ LUMA) for image in some])),
-        "text": text_share([image.astype(np.float32) @ LUMA for image in some]),
+        "blur": float(np.median([blur_effect(one) for one in some_luma])),
+        "text": text_share(some_luma),
     }
     return {name: round(value, 4) for name, value in scores.items() if value is not None}
 
@@ -99,7 +101,8 @@ def _shake(luma: np.ndarray) -> float | None:
     """
     if len(luma) < 3:
         return None
-    moves = [phase_shift(a, b) for a, b in zip(luma, luma[1:], strict=False)]
+    spectra = [_spectrum(one) for one in luma]
+    moves = [_shift(*pair) for pair in zip(luma, luma[1:], spectra, spectra[1:], strict=False)]
     jumps = [
         float(np.hypot(one[0] - other[0], one[1] - other[1]))
         for one, other in zip(moves, moves[1:], strict=False)
@@ -113,9 +116,21 @@ def phase_shift(a: np.ndarray, b: np.ndarray) -> tuple[float, float] | None:
 
     Phase correlation with a Hann window (Kuglin and Hines, 1975), its peak refined by the parabola through it.
     """
+    return _shift(a, b, _spectrum(a), _spectrum(b))
+
+
+@cache
+def _window(height: int, width: int) -> np.ndarray:
+    return np.hanning(height)[:, None] * np.hanning(width)[None]
+
+
+def _spectrum(picture: np.ndarray) -> np.ndarray:
+    return np.fft.rfft2((picture - picture.mean()) * _window(*picture.shape))
+
+
+def _shift(a: np.ndarray, b: np.ndarray, fa: np.ndarray, fb: np.ndarray) -> tuple[float, float] | None:
+    """`phase_shift` of two pictures whose spectra are known."""
     height, width = a.shape
-    window = np.hanning(height)[:, None] * np.hanning(width)[None]
-    fa, fb = (np.fft.rfft2((one - one.mean()) * window) for one in (a, b))
     cross = fb * fa.conj()
     size = np.abs(cross)
     if size.max() < 1.0:
@@ -141,7 +156,10 @@ def _refine(before: float, peak: float, after: float) -> float:
 def _clipped(image: np.ndarray) -> float:
     """Share of pixels in which all channels are at one end of the range."""
     low, high = _CLIPPED
-    return float(((image <= low).all(-1) | (image >= high).all(-1)).mean())
+    red, green, blue = (np.ascontiguousarray(image[..., k]) for k in range(3))
+    dark = (red <= low) & (green <= low) & (blue <= low)
+    bright = (red >= high) & (green >= high) & (blue >= high)
+    return float((dark | bright).mean())
 
 
 def blur_effect(luma: np.ndarray) -> float:
@@ -152,20 +170,26 @@ def blur_effect(luma: np.ndarray) -> float:
     """
     worst = 0.0
     for axis in (0, 1):
-        steps = np.abs(np.diff(luma, axis=axis))
-        smooth = _mean_filter(luma, _BLUR_WIDTH, axis)
-        left = np.abs(np.diff(smooth, axis=axis))
+        steps = np.diff(luma, axis=axis)
+        np.abs(steps, out=steps)
         total = float(steps.sum())
         if total > 0.05 * steps.size:  # else the picture is flat along this axis, and nothing can be said
-            taken = float(np.maximum(0.0, steps - left).sum())
+            left = np.diff(_mean_filter(luma, _BLUR_WIDTH, axis), axis=axis)
+            np.abs(left, out=left)
+            np.subtract(steps, left, out=left)
+            taken = float(np.maximum(0.0, left, out=left).sum())
             worst = max(worst, 1.0 - taken / total)
     return worst
 
 
 def _mean_filter(picture: np.ndarray, width: int, axis: int) -> np.ndarray:
-    """Mean over `width` pixels along an axis, edges repeated."""
+    """Mean over `width` pixels along an axis, edges repeated, float64."""
     pad = [(0, 0), (0, 0)]
     pad[axis] = (width // 2 + 1, width // 2)
-    total = np.pad(picture.astype(np.float64), pad, mode="edge").cumsum(axis)
+    total = np.pad(picture.astype(np.float64), pad, mode="edge")
+    total.cumsum(axis, out=total)
     size = picture.shape[axis]
-    return (np.take(total, range(width, width + size), axis) - np.take(total, range(size), axis)) / width
+    ends, starts = (total[width:], total[:size]) if axis == 0 else (total[:, width:], total[:, :size])
+    mean = ends - starts
+    mean /= width
+    return mean

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections import deque
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 
@@ -186,7 +187,7 @@ class ShotDetector:
         at, changes = self._slot(i), list(self.changes)
         before, after = changes[max(1, at - SIDE) : at], changes[at + 1 : at + 1 + SIDE]
         for side in (before, after):
-            if len(side) < SIDE - 1 or float(np.median(side)) < STEADY_CHANGE or max(side) > STEADY * min(side) + 0.1:
+            if len(side) < SIDE - 1 or median(side) < STEADY_CHANGE or max(side) > STEADY * min(side) + 0.1:
                 return 0.0
         if self._slot(i - TURN_SIDE - 2) < 0 or i + TURN_SIDE + 1 >= self.count:
             return 0.0

@@ -285,7 +285,7 @@ class _ShotBuilder:
             shot.offset = self.written
             self.written += keep
             for frame, _ in chosen:
-                self.scratch.write(np.ascontiguousarray(frame.image).tobytes())
+                self.scratch.write(np.ascontiguousarray(frame.image).data)
         self.found.shots.append(shot)
         self.found.tail = self.changes.parts
 

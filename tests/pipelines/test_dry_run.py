@@ -1,0 +1,101 @@
+"""`dry_run=true`: the plan, what the probe sets aside, an estimate from videos really processed; nothing is written."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+import pipelines.dry_run as module
+from models.tiny import build_tiny_folder
+from pipelines.captioner import CaptionerConfig
+from pipelines.dry_run import DryRun, dry_run
+from pipelines.prepare import PrepareConfig, run_prepare
+from preprocess.settings import PrepareSettings
+from tests.preprocess.videos import three_shots, write
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    build_tiny_folder(path, frames_per_shot=17)
+    return path
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("videos")
+    for k in range(3):
+        write(folder / f"good{k}.mp4", three_shots(17))
+    (folder / "empty.mp4").touch()
+    (folder / "text.mp4").write_text("not a video")
+    write(folder / "short.mp4", three_shots(17)[:3])
+    return folder
+
+
+def everything(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_plan_names_what_is_set_aside_and_estimates_the_rest(
+    videos: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SAMPLE", 2)
+    before = everything(videos)
+    found = run_prepare(PrepareConfig(sources=[str(videos)], output=tmp_path / "out", model=model, dry_run=True))
+    assert isinstance(found, DryRun)
+    assert not (tmp_path / "out").exists() and everything(videos) == before
+    assert (found.sources, found.unchanged, found.probed, found.frames) == (6, 0, 6, 3 * 51)
+    assert found.video_seconds == pytest.approx(3 * 51 / 8, abs=0.1)
+    ends = {words.split(" ")[0]: status for status, words in found.set_aside}
+    assert ends == {"empty.mp4": "failed", "text.mp4": "failed", "short.mp4": "filtered"}
+    # the sample went through all stages, and what it took is scaled by its frames
+    assert len(found.sampled) == 2 and found.sample_frames == 2 * 51
+    assert found.sample_shots == 6 and found.sample_encoded_shots == 6
+    assert set(found.sample_seconds) == {"probe", "decode", "captions", "encode"}
+    assert found.work["decode"] == pytest.approx(found.sample_seconds["decode"] * 1.5) and found.seconds > 0
+    assert found.dataset_bytes == pytest.approx(1.5 * found.sample_bytes) and found.sample_bytes > 10_000
+    # a video's frames wait as raw pixels for the encoder
+    assert found.scratch_bytes == 51 * found.settings.height * found.settings.width * 3
+    assert found.disk_bytes > 2 * found.dataset_bytes and found.memory["encoding"] >= found.memory["decoding"] > 2**20
+    text = found.summary()
+    for words in ("nothing is written", "empty.mp4 (probe): the file is empty", "max_blur=0.72", "time: about", "GB"):
+        assert words in text
+
+
+def test_more_videos_than_are_probed_are_scaled_to(
+    videos: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PROBED", 1)
+    sources = [str(videos / f"good{k}.mp4") for k in range(3)]
+    monkeypatch.setattr(module, "SECONDS", 2.0)
+    found = dry_run(PrepareConfig(sources=sources, output=tmp_path / "out", model=model, max_seconds_per_video=3))
+    assert (found.sources, found.probed, found.sampled) == (3, 1, ["good1.mp4"])
+    assert found.frames == 3 * 24 and found.sample_frames == 16  # of 3 seconds each; 2 of them are processed
+    assert "probed 1 of 3" in found.summary() and "about 9.0 s of video" in found.summary()
+
+
+def test_models_are_not_asked_and_what_is_missing_is_said(videos: Path, model: Path, tmp_path: Path) -> None:
+    config = PrepareConfig(
+        sources=[str(videos / "empty.mp4"), str(videos / "good0.mp4")], output=tmp_path / "out", model=model,
+        captions="endpoint", captioner=CaptionerConfig(url="http://127.0.0.1:9/v1", model="none"),
+    )  # fmt: skip
+    found = dry_run(config)
+    assert found.sampled == ["good0.mp4"] and "not in the estimate: captions=endpoint (none" in found.summary()
+    only_bad = dry_run(dataclasses.replace(config, sources=[str(videos / "empty.mp4")]))
+    assert only_bad.frames == 0 and "nothing to estimate" in only_bad.summary()
+
+
+def test_the_clock_follows_the_workers() -> None:
+    found = DryRun(Path("out"), PrepareSettings(), decoding=3, encoders=2, cores=4, frames=1000, sample_frames=10)
+    found.sample_seconds = {"probe": 0.1, "decode": 0.8, "captions": 0.0, "encode": 0.1}
+    assert found.limits == pytest.approx({"decoding": 90 / 3, "encoding": 10 / 2, "all cores": 100 / 4})
+    assert found.seconds == pytest.approx(30)
+    found.sample_seconds["encode"] = 1.0
+    assert max(found.limits, key=lambda name: found.limits[name]) == "encoding"
+
+
+def test_two_questions_at_once_are_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="dry_run and what_if"):
+        PrepareConfig(sources=["x"], output=tmp_path, model=model, dry_run=True, what_if=True)
