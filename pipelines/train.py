@@ -149,6 +149,7 @@ def run_train(
     """
     from infra.log import progress
     from infra.ray_session import ray_session
+    from train.checkpoint import latest
     from train.metrics import last_evaluation
     from train.trainer import fit
     from train.watch import watching
@@ -156,7 +157,8 @@ def run_train(
     job, run_dir = make_job(config), config.run_dir
     with ExitStack() as stack:
         if on_step is None:
-            bar = stack.enter_context(progress("train", config.steps))
+            newest = latest(run_dir / "checkpoints")
+            bar = stack.enter_context(progress("train", config.steps, done=newest[0] if newest else 0))
             on_step = partial(_show, bar)
         if config.num_workers:
             stack.enter_context(ray_session())

@@ -135,6 +135,15 @@ def test_configurations_that_cannot_work_are_refused():
             load_config(TrainConfig, None, required + override.split())
 
 
+def test_progress_counts_from_where_an_earlier_run_stopped(inputs, tmp_path, capsys):
+    train(inputs, tmp_path, "steps=2")
+    assert "train: started, 2 to do" in capsys.readouterr().err
+    train(inputs, tmp_path, "steps=3")
+    assert "train: started, 1 to do" in capsys.readouterr().err
+    train(inputs, tmp_path, "steps=3")
+    assert "train: 3/3 (100 %), done" in capsys.readouterr().err
+
+
 def test_one_ray_worker_does_what_this_process_does(ray_module, inputs, here, tmp_path):
     steps, checkpoints = [], []
     result = train(
