@@ -16,6 +16,14 @@ RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))  # so that `python benchmarks/x.py` finds its helpers and, uninstalled, the packages
 
 
+def have_scenedetect() -> bool:
+    try:
+        import scenedetect  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Goal:
     """A figure and what it should be: `value` above or below `target`. `met` is None where nothing was judged."""

@@ -26,14 +26,6 @@ from preprocess.signature import make_signature
 _SPLIT = {"preset": "veryfast", "crf": "22", "x264-params": "log-level=none"}  # scenedetect.split_video_ffmpeg's
 
 
-def have_scenedetect() -> bool:
-    try:
-        import scenedetect  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def peers_order(path: str, settings: PrepareSettings, folder: Path) -> int:
     """Prepare one video up to the encoded frames, in files in `folder`; how many clips came of it."""
     clips = split(path, detect(path), folder)

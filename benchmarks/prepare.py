@@ -25,13 +25,16 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median_high
 from typing import Any
 from unittest import mock
 
-from _common import ROOT, Goal, finish, parser, table
+from _common import ROOT, Goal, finish, have_scenedetect, parser, table
 from _measure import in_turn, ratio
-from _peers_order import have_scenedetect, peers_order
+from _peers_order import peers_order
 
+from infra.config import ConfigError, load_config
+from infra.knobs import knob
 from infra.machine import usable_cores
 from infra.storage import sha256_file
 from preprocess.decode import DecodeCount, frames
@@ -39,16 +42,7 @@ from preprocess.letterbox import NO_BARS, find_bars
 from preprocess.probe import probe
 from preprocess.settings import PrepareSettings
 from preprocess.sources import SourceFile, list_sources
-from preprocess.unit import (
-    Unit,
-    Workplace,
-    caption_stage,
-    close_stage,
-    decode_stage,
-    encode_stage,
-    probe_stage,
-    run_stage,
-)
+from preprocess.unit import Unit, Workplace, all_stages, decode_stage, probe_stage, run_stage
 
 MODEL = ROOT / "toyworld" / "weights" / "wan-small"
 SIZES = {
@@ -69,6 +63,22 @@ PIECES = (
     ("preprocess.spans", "measure_quality", "other measures"),
     ("preprocess.spans", "make_signature", "signature"),
 )
+
+
+@dataclass(kw_only=True)
+class PrepareBenchmark:
+    """Keys of this benchmark."""
+
+    data: Path = knob(ROOT.parent / "shared" / "data" / "clips", "folder of videos; own ones where it is not there")
+    parts: str = knob("abc", "which of (a), (b) and (c)")
+    count: int = knob(0, "files, evenly over their names; 0 = 16, of own ones 4")
+    repetitions: int = knob(0, "of every way; 0 = 3, with --quick 1")
+
+    def __post_init__(self) -> None:
+        if not self.parts or set(self.parts) - set("abc"):
+            raise ValueError(f"parts={self.parts!r}: give some of a, b and c, such as bc")
+        if self.count < 0 or self.repetitions < 0:
+            raise ValueError(f"count={self.count} and repetitions={self.repetitions} must not be negative")
 
 
 @dataclass
@@ -140,12 +150,7 @@ def bare(config: Any) -> None:
         encoder = Encoder.from_folder(config.model)
         for _ in work.rounds():
             for file in work.todo:
-                unit = Unit(file)
-                run_stage("probe", lambda u: probe_stage(u, work.place), unit)
-                run_stage("decode", lambda u: decode_stage(u, work.place), unit)
-                run_stage("captions", lambda u: caption_stage(u, work.place), unit)
-                run_stage("encode", lambda u: encode_stage(u, work.place, encoder), unit)
-                close_stage(unit, work.place)
+                all_stages(Unit(file), work.place, encoder)
         work.compact(int(config.shard_mb * 2**20))
         work.clean()
 
@@ -280,12 +285,15 @@ def where_time_goes(files: list[SourceFile], settings: PrepareSettings, folder: 
 
 
 def main() -> int:
-    arguments = parser(__doc__.splitlines()[0]).parse_args()
-    options = dict(item.split("=", 1) for item in arguments.overrides)
-    repetitions = int(options.get("repetitions", 1 if arguments.quick else 3))
-    parts = options.get("parts", "abc")
+    arguments = parser(__doc__.splitlines()[0]).parse_intermixed_args()
+    try:
+        config = load_config(PrepareBenchmark, None, arguments.overrides)
+    except (ConfigError, ValueError) as error:
+        print(f"prepare: {error}", file=sys.stderr)
+        return 2
+    repetitions = config.repetitions or (1 if arguments.quick else 3)
+    parts, data = config.parts, config.data
     peers = "c" in parts and have_scenedetect()
-    data = Path(options.get("data", ROOT.parent / "shared" / "data" / "clips"))
     own = arguments.quick or not data.is_dir()
     record: dict[str, Any] = {
         "benchmark": "prepare",
@@ -299,7 +307,7 @@ def main() -> int:
     lines: list[str] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        files = _files(_own_files(folder / "videos") if own else data, int(options.get("count", 4 if own else 16)))
+        files = _files(_own_files(folder / "videos") if own else data, config.count or (4 if own else 16))
         count = sum(len(probe(file.path).pts) for file in files)
         record |= {"files": len(files), "frames": count, "own_files": own}
         lines.append(f"{len(files)} files, {count} frames, {record['cores']} cores, {repetitions} repetitions\n")
@@ -341,8 +349,8 @@ def _report_bare(
     goals.append(Goal("(a) throughput beside a bare loop", cpu.value, ">", 0.90, judged))
     goals.append(Goal("(a) runs whose shards differ from the bare loop's", found["differ"], "<", 1))
     rows = [
-        [way, *(f"{1e3 * _middle(gone[way, clock]) / frame_count:.2f}" for clock in ("cpu", "wall")),
-         *(f"{_middle(getattr(spent[way, 'all'], clock)):.1f}" for clock in ("cpu", "wall"))]
+        [way, *(f"{1e3 * median_high(gone[way, clock]) / frame_count:.2f}" for clock in ("cpu", "wall")),
+         *(f"{median_high(getattr(spent[way, 'all'], clock)):.1f}" for clock in ("cpu", "wall"))]
         for way in ("shotloom", "bare loop")
     ]  # fmt: skip
     header = ["(a) all stages", "CPU ms/frame", "wall ms/frame", "CPU s with start", "wall s with start"]
@@ -360,7 +368,7 @@ def _report_parts(
 ) -> None:
     ours = spent["CPU part"]
     rows = [
-        [way, *(f"{1e3 * _middle(values) / frame_count:.2f}" for values in (seconds.cpu, seconds.wall))]
+        [way, *(f"{1e3 * median_high(values) / frame_count:.2f}" for values in (seconds.cpu, seconds.wall))]
         for way, seconds in spent.items()
     ]
     lines.append(table([size, "CPU ms/frame", "wall ms/frame"], rows))
@@ -378,10 +386,6 @@ def _report_parts(
 
 def _rounded(one: Any) -> list[float]:
     return [round(value, 4) for value in (one.value, one.low, one.high)]
-
-
-def _middle(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 def _files(folder: Path, count: int) -> list[SourceFile]:

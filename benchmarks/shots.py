@@ -25,7 +25,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from _common import ROOT, Goal, finish, parser, table
+from _common import ROOT, Goal, finish, have_scenedetect, parser, table
 
 from infra.config import ConfigError, load_config
 from infra.knobs import knob
@@ -223,7 +223,7 @@ def main() -> int:
         return 2
     count = 1 if arguments.quick else config.count
     settings = PrepareSettings(cuts=config.cuts)
-    with_peers = _have_scenedetect()
+    with_peers = have_scenedetect()
     tally = Tally(["shotloom", *(PEERS if with_peers else ())])
     with tempfile.TemporaryDirectory() as folder:
         real = annotated(config.data) if not arguments.quick else iter(())
@@ -258,14 +258,6 @@ def _goals(tally: Tally, judged: bool) -> list[Goal]:
             goal = f"F1 on {name}, {tolerance} frames, over the better peer's"
             goals.append(Goal(goal, f1["shotloom"], ">", round(best, 4), judged))
     return goals
-
-
-def _have_scenedetect() -> bool:
-    try:
-        import scenedetect  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def _sum(scores: list[Score]) -> Score:

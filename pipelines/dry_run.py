@@ -12,7 +12,6 @@ import resource
 import shutil
 import sys
 import tempfile
-from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,13 +19,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 from infra.log import duration
 from infra.machine import available_memory, usable_cores
-from preprocess.dataset import Earlier, find_finished, known_hashes
+from preprocess.dataset import Earlier, find_finished
 from preprocess.encode import Encoder, encoder_key
 from preprocess.filters import thresholds
 from preprocess.parts import part_path
-from preprocess.probe import VideoInfo
+from preprocess.pieces import frames_taken
 from preprocess.settings import ASKED, PrepareSettings
-from preprocess.sources import SourceFile, list_sources
+from preprocess.sources import SourceFile
 from preprocess.unit import (
     Unit,
     Workplace,
@@ -188,7 +187,7 @@ class DryRun:
 def dry_run(config: PrepareConfig) -> DryRun:
     """List, probe and process a sample. Raises what `prepare` raises for bad sources, config or model folder."""
     from pipelines.aesthetic import make_scorer
-    from pipelines.prepare import make_settings
+    from pipelines.prepare import listed_sources, make_settings
 
     output, model = config.output.resolve(), config.model.resolve()
     wanted = make_settings(config)
@@ -203,14 +202,7 @@ def dry_run(config: PrepareConfig) -> DryRun:
         free_disk=_free_disk(output),
         free_memory=available_memory(),
     )
-    listed = list_sources(
-        config.sources,
-        output,
-        ids=config.ids,
-        frames_fps=config.frames_fps,
-        list_root=config.list_root,
-        known=known_hashes(output) if config.ids == "content" else None,
-    )
+    listed = listed_sources(config, output)
     todo = _todo(listed.files, output, wanted, model, config.retry_failed)
     found.sources, found.repeated = len(listed.files), len(listed.repeated)
     found.unchanged = len(listed.files) - len(todo)
@@ -222,7 +214,7 @@ def dry_run(config: PrepareConfig) -> DryRun:
         cut = min(SECONDS, wanted.max_seconds or SECONDS)
         place = replace(place, settings=replace(settings, max_seconds=cut))
         units = [Unit(unit.file) for unit in _evenly(passed, SAMPLE)]
-        longest = max((_frames(unit.info, wanted) for unit in passed if unit.info), default=0)
+        longest = max((frames_taken(unit.info, wanted) for unit in passed if unit.info), default=0)
         _decode(units, place, found, longest)
         device = "cuda" if config.encoder_gpus else "cpu"
         scorer = make_scorer(config.aesthetic, bool(config.encoder_gpus))
@@ -253,7 +245,7 @@ def _probe(files: list[SourceFile], todo: int, place: Workplace, found: DryRun) 
             found.set_aside.append((unit.status, f"{file.name} ({unit.stage}): {unit.reason}"))
         elif unit.info is not None:
             passed.append(unit)
-            found.frames += _frames(unit.info, found.settings)
+            found.frames += frames_taken(unit.info, found.settings)
             found.video_seconds += min(unit.info.duration_s, found.settings.max_seconds or math.inf)
     scale = todo / max(1, len(files))
     found.frames, found.video_seconds = found.frames * scale, found.video_seconds * scale
@@ -301,13 +293,6 @@ def _without_models(settings: PrepareSettings) -> PrepareSettings:
 def _asked(settings: PrepareSettings) -> str:
     who = [f"captions={settings.captions} ({settings.caption_model})"] if settings.captions in ASKED else []
     return ", ".join([*who, *(["the state predictor"] if settings.states_key else [])])
-
-
-def _frames(info: VideoInfo, settings: PrepareSettings) -> int:
-    """Frames that are decoded of a video."""
-    if settings.max_seconds is None:
-        return len(info.pts)
-    return bisect_left(info.pts, info.pts[0] + settings.max_seconds / info.seconds_per_tick)
 
 
 def _evenly(items: list[T], most: int) -> list[T]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pipelines.dry_run import DryRun
     from preprocess.pieces import Job
     from preprocess.replay import Waterfall
+    from preprocess.sources import SourceList
     from preprocess.spans import PieceShots
     from preprocess.unit import Workplace
 
@@ -132,9 +133,8 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     from infra.log import get_logger, progress
     from infra.ray_session import ray_session
     from infra.storage import atomic_write_json
-    from preprocess.dataset import known_hashes, scenes_aside
+    from preprocess.dataset import scenes_aside
     from preprocess.run import lock, plan_work
-    from preprocess.sources import list_sources
 
     began = time.monotonic()
     log = get_logger("prepare")
@@ -143,14 +143,7 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     if config.captions == "endpoint":
         api_key(config.captioner)  # a key that is missing is told before the first decode
     with lock(output):
-        found = list_sources(
-            config.sources,
-            output,
-            ids=config.ids,
-            frames_fps=config.frames_fps,
-            list_root=config.list_root,
-            known=known_hashes(output) if config.ids == "content" else None,
-        )
+        found = listed_sources(config, output)
         work = plan_work(found.files, output, settings, model, config.retry_failed)
         todo = {file.video_id for file in work.todo}
         report = PrepareReport(output, repeated=found.repeated)
@@ -180,6 +173,21 @@ def prepare(config: PrepareConfig) -> PrepareReport:
         atomic_write_json(output / "report.json", report.to_dict())
         work.clean()
     return report
+
+
+def listed_sources(config: PrepareConfig, output: Path) -> SourceList:
+    """What the config's sources name. Raises what `list_sources` raises."""
+    from preprocess.dataset import known_hashes
+    from preprocess.sources import list_sources
+
+    return list_sources(
+        config.sources,
+        output,
+        ids=config.ids,
+        frames_fps=config.frames_fps,
+        list_root=config.list_root,
+        known=known_hashes(output) if config.ids == "content" else None,
+    )
 
 
 def run_stages(config: PrepareConfig, place: Workplace, manifest: Path) -> Iterator[dict[str, str]]:

@@ -304,8 +304,7 @@ def _schema(**columns: str) -> pa.Schema:
 INDEX_SCHEMA = _schema(key="str", shard="str", offset="int", length="int", sha256="str")
 SOURCE_SCHEMA = _schema(
     video_id="str", name="str", path="str", status="str", stage="str", reason="str", lost="str", attempts="int",
-    scenes="int",
-    shots="int", encoded_shots="int", encoded_frames="int", source_frames="int", used_frames="int",
+    scenes="int", shots="int", encoded_shots="int", encoded_frames="int", source_frames="int", used_frames="int",
     decoded_frames="int", damaged_packets="int", decoder="str", decoder_reason="str", container="str", codec="str",
     pix_fmt="str", width="int", height="int", fps="float", variable_rate="bool", duration_s="float", rotation="int",
     hdr="bool", interlaced="bool", audio="bool", mirrored="bool", truncated="str", colour="str",

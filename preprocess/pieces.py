@@ -58,7 +58,7 @@ def in_turn(work: Callable[[Job], PieceShots], jobs: Sequence[Job]) -> list[Piec
 
 def plan_pieces(info: VideoInfo, settings: PrepareSettings) -> list[Piece]:
     """Pieces of about `unit_seconds` each; one piece, `spans.WHOLE`, for a video under one and a half of that."""
-    total = _taken(info, settings)
+    total = frames_taken(info, settings)
     # of a shot that begins in the last frame: a transition, its span, and what the detector waits for
     overrun = 2 * LOOKAHEAD + ceil(settings.shot_frames / settings.fps * info.fps)
     length = max(settings.unit_seconds * info.fps, LEAST * (WARM_UP + overrun))
@@ -235,8 +235,8 @@ def _in_words(info: VideoInfo, begin: int, end: int, why: str) -> str:
     return f"{times[0]} to {times[1]}: {why}"
 
 
-def _taken(info: VideoInfo, settings: PrepareSettings) -> int:
-    """Frames of the index that are taken."""
+def frames_taken(info: VideoInfo, settings: PrepareSettings) -> int:
+    """Frames of the index that are decoded, all or those of the first `max_seconds`."""
     if settings.max_seconds is None:
         return len(info.pts)
     return bisect_left(info.pts, info.pts[0] + settings.max_seconds / info.seconds_per_tick)

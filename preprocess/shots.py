@@ -196,7 +196,7 @@ class ShotDetector:
             return 0.0
         here = self._broken(i)
         around = [self._broken(i + k) for side in (-1, 1) for k in range(2 * side, (TURN_SIDE + 1) * side, side)]
-        if max(around) > float(np.median(before + after)):
+        if max(around) > median(before + after):
             return 0.0  # steady motion explains nothing here: what changes are details and the encoder's noise
         needed = max(TURN_OVER * max(around) + TURN_MARGIN, self._broken(i - 1), self._broken(i + 1))
         return round(1.0 - 0.5 * needed / here, 4) if here >= needed else 0.0

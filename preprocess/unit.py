@@ -395,6 +395,16 @@ def part_is_there(unit: Unit, place: Workplace) -> bool:
     return bool(unit.group) and read_part(part_path(place.part_folder(unit), unit.file.video_id)) is not None
 
 
+def all_stages(unit: Unit, place: Workplace, encoder: Encoder, asker: Asker | None = None) -> None:
+    """A video from its first stage to its part, in this process."""
+    run_stage("probe", lambda u: probe_stage(u, place), unit)
+    run_stage("decode", lambda u: decode_stage(u, place), unit)
+    run_stage("captions", lambda u: caption_stage(u, place, asker), unit)
+    for one in spread(unit, place):
+        run_stage("encode", lambda u: encode_stage(u, place, encoder), one)
+        close_stage(one, place)
+
+
 def prepare_video(
     file: SourceFile,
     settings: PrepareSettings,
@@ -408,14 +418,7 @@ def prepare_video(
     Answers of models are recorded in `folder`/answers.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        place = Workplace(settings, folder, Path(scratch), encoder_key)
-        unit = Unit(file)
-        run_stage("probe", lambda u: probe_stage(u, place), unit)
-        run_stage("decode", lambda u: decode_stage(u, place), unit)
-        run_stage("captions", lambda u: caption_stage(u, place, asker), unit)
-        for one in spread(unit, place):
-            run_stage("encode", lambda u: encode_stage(u, place, encoder), one)
-            close_stage(one, place)
+        all_stages(Unit(file), Workplace(settings, folder, Path(scratch), encoder_key), encoder, asker)
     part = read_part(folder / f"{file.video_id}.tar")
     assert part is not None
     return part

@@ -71,6 +71,11 @@ class GenerateSettings:
         if not 1 <= self.history <= MAX_HISTORY:
             raise ValueError(f"history={self.history}; a shot sees 1 to {MAX_HISTORY} earlier shots")
 
+    @property
+    def over_other_shots(self) -> list[tuple[str, float]]:
+        """The scale of `Guidance` for the other shots, if one is set."""
+        return [] if self.scene_guidance is None else [(OTHER_SHOTS, self.scene_guidance)]
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -160,8 +165,8 @@ def generate_scenes(
     clean = (torch.zeros(shape) if given is None else given).to(text.embeddings)
     scales = {"text": settings.guidance, "image": settings.image_guidance}
     guided = [(name, scales[name]) for name in method.guided]
-    if settings.scene_guidance is not None and layout.num_shots - story_apart > 1:
-        guided.append((OTHER_SHOTS, settings.scene_guidance))
+    if layout.num_shots - story_apart > 1:
+        guided += settings.over_other_shots
     options: dict[str, Any] = dict(
         shape=shape,
         generator=[
@@ -318,9 +323,6 @@ def _generate_in_turn(
             zip(first.histories(settings.history), layout.shot_slices, strict=True)
         )
     ]
-    guided = [("text", settings.guidance)]
-    if settings.scene_guidance is not None:
-        guided.append((OTHER_SHOTS, settings.scene_guidance))
     made = rollout(
         model.backbone,
         method,
@@ -328,7 +330,7 @@ def _generate_in_turn(
         shots,
         base_levels(settings.steps, shift=model.settings.level_shift),
         size=(model.codec.latent_channels, *latent_size(model)),
-        guidance=Guidance(guided),
+        guidance=Guidance([("text", settings.guidance), *settings.over_other_shots]),
         solver=settings.solver,
         callback=callback,
         story=text.embeddings[:, -1] if story_apart else None,

@@ -55,7 +55,7 @@ class Guidance:
         self.together = dict(zip(names, members, strict=True))
         self.conditions = frozenset(one for group in members for one in group)  # all that some branch may drop
         if len(self.conditions) != sum(len(group) for group in members):
-            raise ValueError(f"guidance drops a condition under two scales: {dict(zip(names, members, strict=True))}")
+            raise ValueError(f"guidance drops a condition under two scales: {self.together}")
         weights = [1.0, *(scale for _, scale in self.scales), 0.0]
         self.branches = tuple(
             Branch(

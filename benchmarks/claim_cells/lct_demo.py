@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import _common
 import numpy as np
@@ -18,6 +18,9 @@ from _common import Goal
 from infra.config import knob
 from pipelines.demo_stages import LCT_PARAMS
 from pipelines.demo_types import DemoConfig
+
+if TYPE_CHECKING:
+    from pipelines.train import TrainConfig
 
 SCENE_METRICS = ("identity_said", "place_agreement", "colour", "shape", "place", "style", "action", "legibility")
 MORE_THAN_THE_DEMO = DemoConfig(steps=6_000, batch_size=8, learning_rate=5e-4)
@@ -119,43 +122,27 @@ def lct_demo(claim: LctDemoClaim, quick: bool, command: str) -> tuple[dict[str, 
 def _finetune(claim: LctDemoClaim) -> Path:
     """A model tuned as the demo tunes it, on more scenes, then on scenes of more characters; kept in `out` and taken up
     again by a run of equal keys."""
-    demo = claim.demo
-    kind = f"{claim.scenes}-scenes-{demo.steps}-steps-of-{demo.batch_size}-rate-{demo.learning_rate:g}"
-    model = _tune(claim, "dressed-scenes", claim.scenes, f"model-{kind}-seed-{demo.seed}", demo)
-    if not claim.cast_steps:
-        return model
-    onward = replace(demo, steps=claim.cast_steps, model=model)
-    then = f"{claim.cast_scenes}-casts-{claim.cast_steps}-steps"
-    return _tune(
-        claim, "cast-scenes", claim.cast_scenes, f"model-{kind}-then-{then}-seed-{demo.seed}", onward,
-        method_params=CAST_PARAMS, silent=CAST_SILENT,
-    )  # fmt: skip
-
-
-def _tune(
-    claim: LctDemoClaim,
-    kind: str,
-    scenes: int,
-    name: str,
-    demo: DemoConfig,
-    method_params: dict[str, Any] | None = None,
-    silent: float | None = None,
-) -> Path:
     from claim_cells.data import dataset
     from pipelines.demo_stages import train_config
+
+    demo = claim.demo
+    kind = f"{claim.scenes}-scenes-{demo.steps}-steps-of-{demo.batch_size}-rate-{demo.learning_rate:g}"
+    data = dataset(claim.out, "dressed-scenes", claim.scenes, demo.model)
+    model = _tune(train_config(demo, data, claim.out / f"model-{kind}-seed-{demo.seed}"))
+    if not claim.cast_steps:
+        return model
+    data = dataset(claim.out, "cast-scenes", claim.cast_scenes, demo.model)
+    folder = claim.out / f"model-{kind}-then-{claim.cast_scenes}-casts-{claim.cast_steps}-steps-seed-{demo.seed}"
+    config = train_config(replace(demo, steps=claim.cast_steps, model=model), data, folder)
+    return _tune(replace(config, method_params=CAST_PARAMS, text_drop=replace(config.text_drop, shots=CAST_SILENT)))
+
+
+def _tune(config: TrainConfig) -> Path:
     from pipelines.train import HeldOutConfig, run_train
 
-    config = train_config(demo, dataset(claim.out, kind, scenes, claim.demo.model), claim.out / name)
-    if method_params is not None:
-        config = replace(config, method_params=method_params)
-    if silent is not None:
-        config = replace(config, text_drop=replace(config.text_drop, shots=silent))
-    run_train(
-        replace(
-            config, num_workers=0, ema_decay=EMA_DECAY, held_out=HeldOutConfig(share=HELD_OUT, every=500, batches=8)
-        )
-    )
-    return claim.out / name / "model"
+    held_out = HeldOutConfig(share=HELD_OUT, every=500, batches=8)
+    run_train(replace(config, num_workers=0, ema_decay=EMA_DECAY, held_out=held_out))
+    return config.run_dir / "model"
 
 
 def _make(claim: LctDemoClaim, side: Side, tuned: Path) -> list[Any]:

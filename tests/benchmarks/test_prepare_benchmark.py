@@ -40,6 +40,15 @@ def test_quick_run_of_the_parts_without_ray(
     assert all(goal["met"] is None for goal in record["goals"])
 
 
+@pytest.mark.parametrize("key", ["part=b", "parts=bd", "count=few"])
+def test_a_wrong_key_is_named_before_any_work(
+    key: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["prepare.py", key])
+    assert prepare.main() == 2
+    assert key.split("=")[0] in capsys.readouterr().err
+
+
 def test_the_bare_loop_makes_a_dataset_and_a_dry_run_finds_it_done(videos: Path, tmp_path: Path) -> None:
     config = PrepareConfig(sources=[str(videos)], output=tmp_path / "out", model=prepare.MODEL)
     prepare.bare(config)

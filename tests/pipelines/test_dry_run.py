@@ -8,19 +8,11 @@ from pathlib import Path
 import pytest
 
 import pipelines.dry_run as module
-from models.tiny import build_tiny_folder
 from pipelines.captioner import CaptionerConfig
 from pipelines.dry_run import DryRun, dry_run
 from pipelines.prepare import PrepareConfig, run_prepare
 from preprocess.settings import PrepareSettings
-from tests.preprocess.videos import three_shots, write
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "tiny"
-    build_tiny_folder(path, frames_per_shot=17)
-    return path
+from tests.preprocess.videos import three_shots, write, write_unusable
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +20,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("videos")
     for k in range(3):
         write(folder / f"good{k}.mp4", three_shots(17))
-    (folder / "empty.mp4").touch()
-    (folder / "text.mp4").write_text("not a video")
-    write(folder / "short.mp4", three_shots(17)[:3])
+    write_unusable(folder)
     return folder
 
 

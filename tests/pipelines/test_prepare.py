@@ -19,14 +19,13 @@ from safetensors.torch import load
 import preprocess.rows
 from infra.ray_session import RaySession
 from models.scene import Scene
-from models.tiny import build_tiny_folder
 from pipelines.prepare import PrepareConfig, make_settings, prepare
 from preprocess.filters import NO_FILTERS
 from preprocess.report import PrepareReport
 from preprocess.run import lock
 from preprocess.unit import Workplace
 from preprocess.watch import MAX_ATTEMPTS, Attempts
-from tests.preprocess.videos import moving_square, three_shots, write
+from tests.preprocess.videos import moving_square, three_shots, write, write_unusable
 from toyworld.video import write_video
 from toyworld.world import sample_scene
 
@@ -39,21 +38,12 @@ def session(ray_module: RaySession) -> Iterator[RaySession]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "tiny"
-    build_tiny_folder(path, frames_per_shot=17)
-    return path
-
-
-@pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three ToyWorld videos, an empty file, a text, and a clip that is too short."""
     folder = tmp_path_factory.mktemp("videos")
     for i, scene in enumerate(SCENES):
         write_video(scene, folder / f"toy{i}.mp4", size=64)
-    (folder / "empty.mp4").touch()
-    (folder / "text.mp4").write_text("not a video")
-    write(folder / "short.mp4", three_shots(17)[:3])
+    write_unusable(folder)
     return folder
 
 

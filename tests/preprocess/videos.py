@@ -146,3 +146,10 @@ def pan(seed: int = 0, count: int = 17, size: int = 128, step: float = 2.0) -> l
     """A camera that moves right over a `texture` at a constant speed, pixels per frame."""
     picture = texture(seed, size)
     return [picture[20 : 20 + size, (left := int(step * i)) : left + size] for i in range(count)]
+
+
+def write_unusable(folder: Path) -> None:
+    """An empty file, a text, and a clip that is too short: empty.mp4, text.mp4, short.mp4."""
+    (folder / "empty.mp4").touch()
+    (folder / "text.mp4").write_text("not a video")
+    write(folder / "short.mp4", three_shots(17)[:3])
