@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import _common
 import numpy as np
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 SCENE_METRICS = ("identity_said", "place_agreement", "colour", "shape", "place", "style", "action", "legibility")
 MORE_THAN_THE_DEMO = DemoConfig(steps=6_000, batch_size=8, learning_rate=5e-4)
 # The tuning goes on with scenes of two characters, most of them with some shots given: who is which, and what the
-# others look like, is what a scene has to keep.
+# others look like, is what a scene has to keep. At last each shot sees the earlier ones alone (the paper's second
+# stage), at the high levels where a shot's looks are decided.
 CAST_PARAMS = LCT_PARAMS | {"context_prob": 0.3}
+CAUSAL_PARAMS = LCT_PARAMS | {"context_prob": 0.6, "shift": 6.0, "attention_rule": "group_causal"}
 CAST_SILENT = 0.1
 HELD_OUT = 0.006  # share of the training scenes that only tell how well the tuning goes
 EMA_DECAY = 0.998  # a run of thousands of steps is averaged over more of them than the demo's
@@ -39,8 +41,9 @@ class LctDemoClaim:
     model: Path | None = knob(None, "model fine-tuned with LCT; null = make one the way the demo does")
     scenes: int = knob(8_000, "training scenes of three shots, if the model is made here (claim_cells.data)")
     cast_scenes: int = knob(5_000, "training scenes of mostly two characters, for the tuning that follows")
-    cast_steps: int = knob(4_000, "steps of that second tuning; 0 = none")
-    pairs: int = knob(192, "held-out scenes of three shots, each made by every side")
+    cast_steps: int = knob(4_000, "steps of that second tuning")
+    causal_steps: int = knob(8_000, "steps of the third, on the same scenes, each shot behind the earlier ones")
+    pairs: int = knob(320, "held-out scenes of three shots, each made by every side")
     seed: int = knob(2, "of the held-out scenes and the start noise")
     batch_size: int = knob(8, "scenes made at once")
     out: Path = knob(Path("runs/claims/lct-demo"), "videos, and the data set and model if they are made here")
@@ -79,7 +82,13 @@ def lct_demo(claim: LctDemoClaim, quick: bool, command: str) -> tuple[dict[str, 
     """Figures, goals and a table of the claim."""
     if quick:
         claim = replace(
-            claim, pairs=4, demo=replace(claim.demo, steps=20, sample_steps=4), scenes=6, cast_scenes=6, cast_steps=20
+            claim,
+            pairs=4,
+            demo=replace(claim.demo, steps=20, sample_steps=4),
+            scenes=6,
+            cast_scenes=6,
+            cast_steps=20,
+            causal_steps=20,
         )
     tuned = claim.model or _finetune(claim)
     readings = {side.name: _make(claim, side, tuned) for side in SIDES}
@@ -120,8 +129,8 @@ def lct_demo(claim: LctDemoClaim, quick: bool, command: str) -> tuple[dict[str, 
 
 
 def _finetune(claim: LctDemoClaim) -> Path:
-    """A model tuned as the demo tunes it, on more scenes, then on scenes of more characters; kept in `out` and taken up
-    again by a run of equal keys."""
+    """A model tuned as the demo tunes it, on more scenes, then on scenes of more characters, then causally; each stage
+    kept in `out` and taken up again by a run of equal keys."""
     from claim_cells.data import dataset
     from pipelines.demo_stages import train_config
 
@@ -129,12 +138,15 @@ def _finetune(claim: LctDemoClaim) -> Path:
     kind = f"{claim.scenes}-scenes-{demo.steps}-steps-of-{demo.batch_size}-rate-{demo.learning_rate:g}"
     data = dataset(claim.out, "dressed-scenes", claim.scenes, demo.model)
     model = _tune(train_config(demo, data, claim.out / f"model-{kind}-seed-{demo.seed}"))
-    if not claim.cast_steps:
-        return model
     data = dataset(claim.out, "cast-scenes", claim.cast_scenes, demo.model)
-    folder = claim.out / f"model-{kind}-then-{claim.cast_scenes}-casts-{claim.cast_steps}-steps-seed-{demo.seed}"
-    config = train_config(replace(demo, steps=claim.cast_steps, model=model), data, folder)
-    return _tune(replace(config, method_params=CAST_PARAMS, text_drop=replace(config.text_drop, shots=CAST_SILENT)))
+    kind += f"-then-{claim.cast_scenes}-casts"
+    for name, steps, params in (("", claim.cast_steps, CAST_PARAMS), ("causal-", claim.causal_steps, CAUSAL_PARAMS)):
+        kind += f"-{name}{steps}-steps"
+        config = train_config(
+            replace(demo, steps=steps, model=model), data, claim.out / f"model-{kind}-seed-{demo.seed}"
+        )
+        model = _tune(replace(config, method_params=params, text_drop=replace(config.text_drop, shots=CAST_SILENT)))
+    return model
 
 
 def _tune(config: TrainConfig) -> Path:
@@ -159,6 +171,7 @@ def _make(claim: LctDemoClaim, side: Side, tuned: Path) -> list[Any]:
             model=tuned if side.tuned else claim.demo.model,
             out=folder,
             independent=side.independent,
+            task=_task(tuned) if side.tuned and not side.independent else "auto",
             text=side.text,  # type: ignore[arg-type]
             steps=claim.demo.sample_steps,
             guidance=claim.demo.guidance,
@@ -175,6 +188,14 @@ def _make(claim: LctDemoClaim, side: Side, tuned: Path) -> list[Any]:
         frames, _ = read_video(folder / record["file"])
         readings.append(read_storyboard(frames, record["cuts"], board))
     return readings
+
+
+def _task(tuned: Path) -> Literal["auto", "autoregressive"]:
+    """All shots at once, or one after another where the model's shots see earlier ones only."""
+    from models.folder import load_settings
+
+    causal = load_settings(tuned).method_params.get("attention_rule") == "group_causal"
+    return "autoregressive" if causal else "auto"
 
 
 def _drawn(claim: LctDemoClaim) -> list[Any]:
@@ -225,7 +246,11 @@ def _trained(claim: LctDemoClaim, tuned: Path) -> dict[str, Any]:
     if claim.model:
         return record
     demo = {k: v for k, v in asdict(claim.demo).items() if isinstance(v, int | float)}
-    onward = {"scenes": claim.cast_scenes, "steps": claim.cast_steps, "text_drop.shots": CAST_SILENT}
+    casts = {"scenes": claim.cast_scenes, "text_drop.shots": CAST_SILENT}
+    onward = [
+        casts | {"steps": steps, "method_params": params}
+        for steps, params in ((claim.cast_steps, CAST_PARAMS), (claim.causal_steps, CAUSAL_PARAMS))
+    ]
     return record | {"demo": demo, "scenes": claim.scenes, "then_on_casts": onward}
 
 
