@@ -6,7 +6,9 @@ Long Context Tuning, 2503.10589. Same held-out storyboards, same start noise, sa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +18,7 @@ from _bootstrap import Difference, paired_bootstrap
 from _common import Goal
 
 from infra.config import knob
+from infra.machine import usable_cores
 from pipelines.demo_stages import LCT_PARAMS
 from pipelines.demo_types import DemoConfig
 
@@ -46,6 +49,7 @@ class LctDemoClaim:
     pairs: int = knob(320, "held-out scenes of three shots, each made by every side")
     seed: int = knob(2, "of the held-out scenes and the start noise")
     batch_size: int = knob(8, "scenes made at once")
+    workers: int = knob(0, "sides made at once, each in a process of one thread; 0 = one per core, 1 = in this process")
     out: Path = knob(Path("runs/claims/lct-demo"), "videos, and the data set and model if they are made here")
     results: Path = knob(_common.RESULTS, "folder for lct_demo.json and lct_demo.md")
     demo: DemoConfig = knob(MORE_THAN_THE_DEMO, "starting model, training, sampling, as the demo has them")
@@ -53,6 +57,8 @@ class LctDemoClaim:
     def __post_init__(self) -> None:
         if self.pairs < 2:
             raise ValueError(f"pairs={self.pairs}: a comparison needs at least 2")
+        if self.workers < 0:
+            raise ValueError(f"workers={self.workers} must not be negative")
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ def lct_demo(claim: LctDemoClaim, quick: bool, command: str) -> tuple[dict[str, 
             causal_steps=20,
         )
     tuned = claim.model or _finetune(claim)
-    readings = {side.name: _make(claim, side, tuned) for side in SIDES}
+    readings = _make_all(claim, tuned)
     sums = {name: _sums(side_readings) for name, side_readings in readings.items()}
     baseline, lct = sums[SIDES[0].name], sums[SIDES[-1].name]
     differences = {metric: _compare(baseline, lct, metric) for metric in baseline}
@@ -155,6 +161,23 @@ def _tune(config: TrainConfig) -> Path:
     held_out = HeldOutConfig(share=HELD_OUT, every=500, batches=8)
     run_train(replace(config, num_workers=0, ema_decay=EMA_DECAY, held_out=held_out))
     return config.run_dir / "model"
+
+
+def _make_all(claim: LctDemoClaim, tuned: Path) -> dict[str, list[Any]]:
+    """The readings of every side; the two that the claim compares are made first."""
+    order = (SIDES[0], SIDES[-1], *SIDES[1:-1])
+    workers = min(claim.workers or usable_cores(), len(order))
+    if workers == 1:
+        return {side.name: _make(claim, side, tuned) for side in order}
+    with ProcessPoolExecutor(workers, get_context("spawn"), _take_one_thread) as pool:
+        made = {side.name: pool.submit(_make, claim, side, tuned) for side in order}
+        return {name: readings.result() for name, readings in made.items()}
+
+
+def _take_one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def _make(claim: LctDemoClaim, side: Side, tuned: Path) -> list[Any]:

@@ -72,7 +72,7 @@ def test_whole_claim_with_tiny_models(tmp_path: Path, capsys: pytest.CaptureFixt
         build_tiny_folder(tmp_path / name, method=method, text_length=300, height=64, width=64)
     keys = {"model": "tuned", "demo.model": "base", "out": "out", "results": "results"}
     overrides = [f"{key}={tmp_path / value}" for key, value in keys.items()]
-    assert main(["--only", "lct-demo", "pairs=3", "demo.sample_steps=1", *overrides]) == 1
+    assert main(["--only", "lct-demo", "pairs=3", "demo.sample_steps=1", "workers=1", *overrides]) == 1
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [goal["met"] for goal in record["goals"]] == [False, False, False]
     assert record["pairs"] == 3 and record["trained"]["method"] == "lct"
