@@ -36,7 +36,7 @@ from models.backbones.svd import SVDBackbone
 from models.backbones.wan import WanBackbone
 from models.experts import EXPERT_FOLDERS, Expert
 from models.process import FlowMatching, Process
-from models.text import TextStyle
+from models.text import TextStyle, text_width
 
 FamilyName = Literal["wan", "cogvideox", "latte", "hunyuan", "svd"]
 Part = Literal["backbone", "codec", "text", "image"]
@@ -58,8 +58,8 @@ class Family:
         default_factory=lambda: {"backbone": ("transformer",), "codec": ("vae",), "text": ("text_encoder", "tokenizer")}
     )
     optional: frozenset[Part] = frozenset()  # parts that a folder may lack, and that model_index.json does not name
-    # what `build` is told of a folder's other parts
-    surroundings: Callable[[Path], dict[str, Any]] = lambda path: {}  # noqa: E731
+    # what `build` is told of the folder, and of the frames per second of its clips
+    surroundings: Callable[[Path, float], dict[str, Any]] = lambda path, fps: {}
 
     @property
     def reads_images(self) -> bool:
@@ -127,12 +127,12 @@ def _svd_settings(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> di
     }  # fmt: skip
 
 
-def _svd_surroundings(path: Path) -> dict[str, Any]:
-    """The width of texts, where a text encoder lies in the folder, and the VAE's scaling factor."""
+def _svd_surroundings(path: Path, fps: float) -> dict[str, Any]:
+    """The width of texts, where a text encoder lies in the folder, the VAE's scaling factor and the rate of clips."""
     text, vae = path / "text_encoder" / "config.json", path / "vae" / "config.json"
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"fps": fps}
     if text.is_file():
-        found["text_width"] = int(json.loads(text.read_text())["d_model"])
+        found["text_width"] = text_width(json.loads(text.read_text()))
     if vae.is_file():
         found["latent_scale"] = float(json.loads(vae.read_text())["scaling_factor"])
     return found

@@ -91,7 +91,7 @@ class Model:
         if self.reads_images and not self.has("text"):
             raise ValueError(
                 f"a {self.settings.backbone} reads an image, no text: sample from a first frame; to prepare or train "
-                "put text_encoder/ and tokenizer/ of a T5 into its folder (method aid), use another model, or train "
+                "put text_encoder/ and tokenizer/ into its folder (method aid), use another model, or train "
                 "it from Python (method svd)"
             )
         return self._part("text")
@@ -144,7 +144,7 @@ def load_model(
     backbone, codec, scheduler = None, None, None
     text, image = None, None
     if "backbone" in parts:
-        scheduler, around = _read_scheduler(path), family.surroundings(path)
+        scheduler, around = _read_scheduler(path), family.surroundings(path, settings.fps)
 
         def load(name: str, *half: Expert) -> Backbone:
             # from_pretrained, not .to(dtype): it keeps the time embedding in float32

@@ -68,7 +68,9 @@ def build_tiny_svd_folder(path: Path | str, seed: int = 0, *, texts: bool = Fals
     text = tiny_text_encoder(seed, described.text_length) if texts else None
     width = None if text is None else text.dim
     model = Model(
-        SVDBackbone(tiny_svd(seed), process_of_scheduler(SCHEDULER), text_width=width, latent_scale=0.5).eval(),
+        SVDBackbone(
+            tiny_svd(seed), process_of_scheduler(SCHEDULER), text_width=width, latent_scale=0.5, fps=described.fps
+        ).eval(),
         VideoCodec(tiny_temporal_vae(seed)),
         text,
         described,

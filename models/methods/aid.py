@@ -46,6 +46,7 @@ Image = Literal["held", "concat"]
 @dataclass(frozen=True)
 class AID(Prediction):
     name: ClassVar[str] = "aid"
+    reads_image: ClassVar[Literal["no", "alone", "with_text"]] = "with_text"
 
     image: Image = "held"
     condition: Condition = "full"  # the branches of the Dual Query Transformer

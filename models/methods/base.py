@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class Method(ABC):
     reads_references: ClassVar[bool] = False  # what a scene refers to stands before its shot, in training, too
     per_frame_levels: ClassVar[bool] = True  # the frames of a shot differ in level
     text_per_shot: ClassVar[bool] = False  # the shots of a clip read texts of their own
+    # whether it tells a model that has an image encoder the first frame: not, in the place of text, or beside it
+    reads_image: ClassVar[Literal["no", "alone", "with_text"]] = "no"
 
     shift: float = 3.0  # timestep shift of the training levels; Wan 2.1 uses 3 at 480p, 5 at 720p
     density: Density = "uniform"  # of the training levels, before the shift
