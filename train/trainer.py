@@ -71,6 +71,7 @@ def train_worker(job: TrainJob, checkpoints: Checkpoints) -> LoopResult:
     backbone, codec = model.backbone, model.codec
     method = get_method(job.method, **job.method_params)
     method.check_backbone(backbone.capabilities)
+    method.check_process(backbone.process)
     check_image(method, backbone)
     held_out = job.held_out
     if method.most_states:

@@ -37,7 +37,7 @@ from models.modules.adapters import ShortTermKernel
 from models.modules.aid import AIDModules, AIDSettings, Condition, Reading
 from models.modules.aid_unet import AIDUNetModules
 from models.noise import loss_weights
-from models.process import EDM
+from models.process import EDM, Process
 from models.text import TextContext
 
 Image = Literal["held", "concat"]
@@ -128,7 +128,7 @@ class AID(Prediction):
         self.check_backbone(backbone.capabilities)
         if any("lora_" in name for name, _ in backbone.named_parameters()):
             raise ValueError("aid trains modules of its own and the cross-attentions: set lora.rank=0")
-        self._check_process(backbone)
+        self.check_process(backbone.process)
         settings = self.module_settings()
         if backbone.conditioner is None:
             with torch.random.fork_rng(devices=[]):
@@ -146,12 +146,10 @@ class AID(Prediction):
             reads_text = any(part in name for part in readers)
             parameter.requires_grad_(name.startswith("conditioner.") or reads_text)
 
-    def _check_process(self, backbone: Backbone) -> None:
-        """Raises ValueError unless training draws levels as a model of this process knows them."""
-        process, usual = backbone.process, EDM()
+    def check_process(self, process: Process) -> None:
+        """An EDM is trained at the levels that it knows."""
+        super().check_process(process)
         if not isinstance(process, EDM):
-            if self.density == "edm":
-                raise ValueError("aid: density is 'edm', but this model is no EDM: leave method_params.density out")
             return
         if self.density != "edm":
             raise ValueError(
@@ -159,7 +157,7 @@ class AID(Prediction):
                 "set method_params.density=edm method_params.shift=1"
             )
         for bound in ("sigma_min", "sigma_max"):
-            if (value := getattr(process, bound)) != (expected := getattr(usual, bound)):
+            if (value := getattr(process, bound)) != (expected := getattr(EDM(), bound)):
                 raise ValueError(
                     f"aid: {bound} is {value:g} in the model's scheduler, but density 'edm' draws for {expected:g}, "
                     "that of Stable Video Diffusion: correct scheduler/scheduler_config.json"

@@ -17,6 +17,7 @@ from models.backbones.base import Backbone, Capabilities, require
 from models.layout import ClipLayout, Segment
 from models.noise import Density
 from models.patches import padded_frames, take_frames, token_layout
+from models.process import EDM, Process
 from models.text import TextContext
 
 
@@ -168,6 +169,13 @@ class Method(ABC):
             raise ValueError(
                 f"position_gap is {gap} latent frames, but this model joins {capabilities.frames_per_token} into one "
                 f"token: give a multiple of {capabilities.frames_per_token}"
+            )
+
+    def check_process(self, process: Process) -> None:
+        """Raises ValueError where training would draw levels that mean something else to a model of this process."""
+        if self.density == "edm" and not isinstance(process, EDM):
+            raise ValueError(
+                f"{self.name}: density is 'edm', but this model is no EDM: leave method_params.density out"
             )
 
     def check_tokens(self, frames_per_token: int) -> None:

@@ -24,6 +24,7 @@ from models.noise import base_levels, sample_levels
 from models.process import EDM
 from models.text import TextContext
 from models.tiny import TEXT_DIM
+from models.tiny_hunyuan import tiny_hunyuan_text
 from models.tiny_svd import build_tiny_svd_folder, tiny_svd
 from sample.guidance import Guidance
 from sample.sampler import sample
@@ -439,7 +440,7 @@ def test_a_folder_brings_the_modules_back_and_plain_diffusers_opens_it(tmp_path)
 def test_a_text_encoder_put_into_a_plain_folder_is_found(tmp_path):
     build_tiny_svd_folder(tmp_path / "plain")
     build_tiny_svd_folder(tmp_path / "other", texts=True)
-    other = load_model(tmp_path / "other", parts=("text",))
+    expected = load_model(tmp_path / "other", parts=("text",)).text.hash
     (tmp_path / "plain" / "shotloom.json").unlink()
     assert load_model(tmp_path / "plain").backbone.text_width is None and not load_model(tmp_path / "plain").has("text")
     for name in ("text_encoder", "tokenizer"):
@@ -448,9 +449,30 @@ def test_a_text_encoder_put_into_a_plain_folder_is_found(tmp_path):
             with pytest.raises(FileNotFoundError, match="tokenizer is missing: the text of a model folder lies there"):
                 load_model(tmp_path / "plain")
     model = load_model(tmp_path / "plain")
-    assert model.text.hash == other.text.hash and model.backbone.text_width == model.text.dim
+    assert model.text.hash == expected and model.backbone.text_width == model.text.dim
     assert load_settings(tmp_path / "plain").text_length == 77
     StableVideoDiffusionPipeline.from_pretrained(tmp_path / "plain", local_files_only=True)
+
+
+@torch.no_grad()
+def test_a_clip_reads_texts_too(tmp_path):
+    """The paper's text encoder, whose table of positions cuts what is longer."""
+    build_tiny_svd_folder(tmp_path / "m", text_length=40)
+    parts = tiny_hunyuan_text().modules_by_folder
+    clip, tokenizer = parts["text_encoder_2"], parts["tokenizer_2"]
+    clip.save_pretrained(tmp_path / "m" / "text_encoder")
+    tokenizer.save_pretrained(tmp_path / "m" / "tokenizer")
+    model = load_model(tmp_path / "m")
+    positions = clip.config.max_position_embeddings
+    assert model.text.dim == model.backbone.text_width == clip.config.hidden_size and model.text.max_length == positions
+    found = model.text.encode(["it falls", ""])
+    for text, embedding in zip(["it falls", ""], found, strict=True):
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        assert torch.allclose(embedding, clip(ids).last_hidden_state[0], atol=1e-6)
+    with pytest.warns(UserWarning, match=f"over {positions} tokens"):
+        assert len(model.text.encode(["it falls " * positions])[0]) == positions
+    get_method("aid", **SMALL).attach(model.backbone)
+    assert model.backbone.conditioner.dual_query.read_text.in_features == clip.config.hidden_size
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------
@@ -479,6 +501,10 @@ def test_edm_levels_are_for_edm_models():
 
     with pytest.raises(ValueError, match="density is 'edm', but .* no EDM"):
         get_method("aid", **SMALL).attach(WanBackbone(tiny_transformer()))
+    for name in ("lct", "fvdm"):
+        with pytest.raises(ValueError, match=f"{name}: density is 'edm', but .* no EDM"):
+            get_method(name, density="edm").check_process(WanBackbone(tiny_transformer()).process)
+        get_method(name).check_process(EDM())
 
 
 def test_what_does_not_fit_is_named():
