@@ -142,7 +142,8 @@ def load_model(
             if not (path / name).is_dir():
                 raise FileNotFoundError(f"{path / name} is missing: the {part} of a model folder lies there")
     backbone, codec, scheduler = None, None, None
-    text, image = None, None
+    text: TextEncoder | None = None
+    image: ImageEncoder | None = None
     if "backbone" in parts:
         scheduler, around = _read_scheduler(path), family.surroundings(path, settings.fps)
 

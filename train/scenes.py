@@ -23,6 +23,7 @@ from models.states import null_states
 from models.text import TextContext, pack_text
 from train.batches import SceneBatch, Turns, keyed_generator, rows_of, stream
 from train.labels import class_of
+from train.made_with import check_encoders, check_image_encoder
 from train.shards import Record, encoded_runs, latent_shape, read_shard
 
 Latents = Literal["sample", "mean"]
@@ -183,9 +184,9 @@ class ShardDataset:
                 continue
             self.records.append(record)
             scene = Scene.from_json(record.json)
-            _check_encoders(record, scene, made_with)
+            check_encoders(record, scene, made_with)
             if image_hash is not None:
-                _check_image_encoder(record, scene, image_hash)
+                check_image_encoder(record, scene, image_hash)
             self._check_drop(record, scene)
             for run in encoded_runs(record, len(scene.shots)):
                 self._add(record, scene, run)
@@ -490,23 +491,4 @@ def check_states_seen(folder: Path, given: int) -> None:
         raise ValueError(
             f"{file}: its states were predicted from the first {shown} frames of a shot, but the model is given "
             f"{given}: they would tell it the future; prepare the videos again with states.frames={given}"
-        )
-
-
-def _check_encoders(record: Record, scene: Scene, made_with: tuple[str, str]) -> None:
-    found = (scene.latents.vae_hash, scene.latents.text_hash) if scene.latents else ("", "")
-    for part, has, needs in zip(("VAE", "text encoder"), found, made_with, strict=True):
-        if has != needs:
-            raise ValueError(
-                f"{record.shard}: {scene.scene_id} was encoded by the {part} {has[:12] or '(none)'}, the model to "
-                f"train has {needs[:12]}; prepare the videos again with this model"
-            )
-
-
-def _check_image_encoder(record: Record, scene: Scene, needs: str) -> None:
-    has = scene.latents.image_hash if scene.latents else ""
-    if has != needs:
-        raise ValueError(
-            f"{record.shard}: the first frames of {scene.scene_id} were embedded by the image encoder "
-            f"{has[:12] or '(none)'}, the model to train has {needs[:12]}; prepare the videos again with this model"
         )
