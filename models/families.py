@@ -2,12 +2,17 @@
 
 A folder's model_index.json names its pipeline, and the pipeline its family. A plain diffusers folder has no settings of
 ours; what it was trained for stands in its configurations.
+
+Stable Video Diffusion reads an image, no text. Its folders may hold a text encoder besides (`text_encoder/` and
+`tokenizer/`), which its pipeline leaves alone, for methods whose modules read text (AID).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from diffusers import (
@@ -31,10 +36,10 @@ from models.backbones.svd import SVDBackbone
 from models.backbones.wan import WanBackbone
 from models.experts import EXPERT_FOLDERS, Expert
 from models.process import FlowMatching, Process
-from models.text import TextStyle
+from models.text import TextStyle, text_width
 
 FamilyName = Literal["wan", "cogvideox", "latte", "hunyuan", "svd"]
-Part = Literal["backbone", "codec", "text"]
+Part = Literal["backbone", "codec", "text", "image"]
 
 
 @dataclass(frozen=True)
@@ -45,13 +50,21 @@ class Family:
     build: Callable[..., Backbone]  # of the model, the process and, for one of two experts, which it is
     # of a plain folder, from the configs of its model and its scheduler
     settings: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
-    text_style: TextStyle | None = TextStyle()  # None: it reads an image (`models.image_encoder`)
+    text_style: TextStyle = TextStyle()
     # further entries of model_index.json
     index: Mapping[str, Any] = field(default_factory=dict)
     # the folders of each part, of its model first; those of text and backbone are called as what holds them calls it
     folders: Mapping[Part, tuple[str, ...]] = field(
         default_factory=lambda: {"backbone": ("transformer",), "codec": ("vae",), "text": ("text_encoder", "tokenizer")}
     )
+    optional: frozenset[Part] = frozenset()  # parts that a folder may lack, and that model_index.json does not name
+    # what `build` is told of the folder, and of the frames per second of its clips
+    surroundings: Callable[[Path, float], dict[str, Any]] = lambda path, fps: {}
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether it reads an image's embedding (`models.image_encoder`) in the place of a text."""
+        return "image" in self.folders
 
 
 def _wan(transformer: WanTransformer3DModel, process: Process, expert: Expert | None = None) -> WanBackbone:
@@ -109,8 +122,20 @@ def _latte_settings(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> 
 def _svd_settings(config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "method": "svd", "frames_per_shot": config["num_frames"], "height": 576, "width": 1024, "fps": 7.0,
-        "text_length": 1, "level_shift": 1.0,
+        "text_length": 77,  # CLIP's, of a text encoder beside the image encoder
+        "level_shift": 1.0,
     }  # fmt: skip
+
+
+def _svd_surroundings(path: Path, fps: float) -> dict[str, Any]:
+    """The width of texts, where a text encoder lies in the folder, the VAE's scaling factor and the rate of clips."""
+    text, vae = path / "text_encoder" / "config.json", path / "vae" / "config.json"
+    found: dict[str, Any] = {"fps": fps}
+    if text.is_file():
+        found["text_width"] = text_width(json.loads(text.read_text()))
+    if vae.is_file():
+        found["latent_scale"] = float(json.loads(vae.read_text())["scaling_factor"])
+    return found
 
 
 FAMILIES: dict[FamilyName, Family] = {
@@ -136,8 +161,12 @@ FAMILIES: dict[FamilyName, Family] = {
     ),
     "svd": Family(
         "StableVideoDiffusionPipeline", UNetSpatioTemporalConditionModel, AutoencoderKLTemporalDecoder, SVDBackbone,
-        _svd_settings, text_style=None,
-        folders={"backbone": ("unet",), "codec": ("vae",), "text": ("image_encoder", "feature_extractor")},
+        _svd_settings,
+        folders={
+            "backbone": ("unet",), "codec": ("vae",), "text": ("text_encoder", "tokenizer"),
+            "image": ("image_encoder", "feature_extractor"),
+        },
+        optional=frozenset({"text"}), surroundings=_svd_surroundings,
     ),
 }  # fmt: skip
 
@@ -170,9 +199,16 @@ def boundary_of(index: Mapping[str, Any]) -> float | None:
 
 
 def folders_of(family: Family, part: Part, index: Mapping[str, Any]) -> tuple[str, ...]:
-    """The folders of a part in a model folder with this model_index.json."""
+    """The folders of a part in a model folder with this model_index.json; none of a part that the family has not."""
     second = part == "backbone" and boundary_of(index) is not None
-    return (*family.folders[part], EXPERT_FOLDERS["low"]) if second else family.folders[part]
+    found = family.folders.get(part, ())
+    return (*found, EXPERT_FOLDERS["low"]) if second else found
+
+
+def lies_in(path: Path, family: Family, part: Part) -> bool:
+    """Whether a model folder is to hold this part: all that its family has, optional ones where there is any of it."""
+    folders = family.folders.get(part, ())
+    return bool(folders) and (part not in family.optional or any((path / name).is_dir() for name in folders))
 
 
 def family_of_pipeline(name: str | None) -> FamilyName:

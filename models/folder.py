@@ -3,7 +3,8 @@
 model_index.json  transformer/  vae/  text_encoder/  tokenizer/  scheduler/  shotloom.json
 Wan 2.2 A14B: transformer_2/ besides, the expert of the lower noise levels
 HunyuanVideo: text_encoder_2/ and tokenizer_2/ besides
-Stable Video Diffusion: unet/ for transformer/, image_encoder/ and feature_extractor/ for text_encoder/ and tokenizer/
+Stable Video Diffusion: unet/ for transformer/, image_encoder/ and feature_extractor/ besides; text_encoder/ and
+tokenizer/ only where a method is to read text (AID), and then not in model_index.json
 conditioner/  a method's own modules, where it has some (FCA); plain diffusers leaves them out
 """
 
@@ -26,7 +27,7 @@ from models.backbones.base import Backbone
 from models.backbones.experts import WanExperts
 from models.codecs import VideoCodec
 from models.experts import EXPERT_FOLDERS, Expert, ExpertName
-from models.families import FAMILIES, Family, FamilyName, Part, boundary_of, family_of_pipeline, folders_of
+from models.families import FAMILIES, FamilyName, Part, boundary_of, family_of_pipeline, folders_of, lies_in
 from models.image_encoder import ImageEncoder
 from models.methods import get_method
 from models.records import RecordError, decode
@@ -65,12 +66,13 @@ class Model:
         self,
         backbone: Backbone | None,
         codec: VideoCodec | None,
-        text: TextEncoder | ImageEncoder | None,
+        text: TextEncoder | None,
         settings: ModelSettings,
         scheduler: Mapping[str, Any] | None = None,  # its diffusers config; None: Wan's
         index: Mapping[str, Any] | None = None,  # entries of model_index.json besides the parts (`Family.index`)
+        image: ImageEncoder | None = None,  # of a model that `reads_images`
     ) -> None:
-        self._parts: dict[str, Any] = {"backbone": backbone, "codec": codec, "text": text}
+        self._parts: dict[str, Any] = {"backbone": backbone, "codec": codec, "text": text, "image": image}
         self.settings = settings
         self.scheduler = scheduler
         self.index = dict(index or {})
@@ -85,22 +87,23 @@ class Model:
 
     @property
     def text(self) -> TextEncoder:
-        """ValueError for a model that reads an image in place of a text."""
-        if isinstance(self._part("text"), ImageEncoder):
+        """ValueError for a model that reads an image in place of a text, and has no text encoder besides."""
+        if self.reads_images and not self.has("text"):
             raise ValueError(
                 f"a {self.settings.backbone} reads an image, no text: sample from a first frame; to prepare or train "
-                "use another model, or train it from Python (method svd)"
+                "put text_encoder/ and tokenizer/ into its folder (method aid), use another model, or train "
+                "it from Python (method svd)"
             )
         return self._part("text")
 
     @property
     def image_encoder(self) -> ImageEncoder:
         """Of a model that `reads_images`."""
-        return self._part("text")
+        return self._part("image")
 
     @property
     def reads_images(self) -> bool:
-        return FAMILIES[self.settings.backbone].text_style is None
+        return FAMILIES[self.settings.backbone].reads_images
 
     @property
     def device(self) -> torch.device:
@@ -133,21 +136,23 @@ def load_model(
     boundary = boundary_of(index)
     if expert is not None:
         check_expert(path, expert)
+    parts = [part for part in parts if lies_in(path, family, part)]
     for part in parts:
         for name in folders_of(family, part, index):
             if not (path / name).is_dir():
                 raise FileNotFoundError(f"{path / name} is missing: the {part} of a model folder lies there")
     backbone, codec, scheduler = None, None, None
-    text: TextEncoder | ImageEncoder | None = None
+    text: TextEncoder | None = None
+    image: ImageEncoder | None = None
     if "backbone" in parts:
-        scheduler = _read_scheduler(path)
+        scheduler, around = _read_scheduler(path), family.surroundings(path, settings.fps)
 
         def load(name: str, *half: Expert) -> Backbone:
             # from_pretrained, not .to(dtype): it keeps the time embedding in float32
             loaded: Any = family.model_class.from_pretrained(
                 path / name, torch_dtype=dtype, local_files_only=True, use_safetensors=True
             )
-            return family.build(loaded.to(device), process_of_scheduler(scheduler), *half).eval()
+            return family.build(loaded.to(device), process_of_scheduler(scheduler), *half, **around).eval()
 
         try:
             if boundary is None:
@@ -170,14 +175,14 @@ def load_model(
                 f"{path / 'vae'}: a {type(codec.vae).__name__}, but a {family.pipeline} has a "
                 f"{family.vae_class.__name__}"
             )
+    if "image" in parts:
+        image = ImageEncoder.from_folder(path, device, dtype)
     if "text" in parts:
-        if family.text_style is None:
-            text = ImageEncoder.from_folder(path, device, dtype)
-        elif family.text_style.pooled:
+        if family.text_style.pooled:
             text = HunyuanTextEncoder.from_folder(path, settings.text_length, device, dtype)
         else:
             text = TextEncoder.from_folder(path, settings.text_length, device, dtype, family.text_style)
-    return Model(backbone, codec, text, settings, scheduler, {k: index[k] for k in family.index if k in index})
+    return Model(backbone, codec, text, settings, scheduler, {k: index[k] for k in family.index if k in index}, image)
 
 
 def read_index(path: Path | str) -> dict[str, Any]:
@@ -254,10 +259,12 @@ def is_distilled(path: Path | str) -> bool:
 
 
 def part_folders(path: Path | str) -> Mapping[Part, tuple[str, ...]]:
-    """The folders of each part in a model folder."""
+    """The folders of each part in a model folder; none of a part that it does not hold."""
     index = read_index(path)
     family = FAMILIES[load_settings(path).backbone]
-    return {part: folders_of(family, part, index) for part in get_args(Part)}
+    return {
+        part: folders_of(family, part, index) if lies_in(Path(path), family, part) else () for part in get_args(Part)
+    }
 
 
 def save_model(
@@ -312,8 +319,16 @@ def save_model(
         _in_type(model.codec.vae, dtype).save_pretrained(temporary / "vae")
         index["vae"] = ["diffusers", type(model.codec.vae).__name__]
     if model.has("text"):
-        _write_text(model, family, temporary, dtype, index)
+        if model.text.style != family.text_style:
+            raise ValueError(
+                f"a {family.pipeline} reads texts as {family.text_style}, this encoder as {model.text.style}"
+            )
+        _write_encoder(model.text.modules_by_folder, temporary, dtype, {} if "text" in family.optional else index)
+    if model.has("image"):
+        _write_encoder(model.image_encoder.modules_by_folder, temporary, dtype, index)
     for part in get_args(Part):
+        if part in family.optional and not model.has(part) and (source is None or not lies_in(source, family, part)):
+            continue
         missing = [name for name in folders_of(family, part, index) if not (temporary / name).is_dir()]
         if missing and source is None:
             raise ValueError(
@@ -322,7 +337,8 @@ def save_model(
         for name in missing:
             assert source is not None
             shutil.copytree(source / name, temporary / name)
-            index[name] = source_index[name]
+            if part not in family.optional:
+                index[name] = source_index[name]
         if part == "backbone" and source is not None and not model.has(part) and (source / CONDITIONER_FILE).is_file():
             shutil.copytree(source / CONDITIONER_FILE.parent, temporary / CONDITIONER_FILE.parent)
     scheduler = _scheduler(model, settings, copy_parts_from)
@@ -337,12 +353,9 @@ def save_model(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_text(model: Model, family: Family, path: Path, dtype: torch.dtype | None, index: dict[str, Any]) -> None:
-    """The encoder of texts or images, and what prepares them for it."""
-    encoder: Any = model.image_encoder if family.text_style is None else model.text
-    if (style := getattr(encoder, "style", None)) != family.text_style:
-        raise ValueError(f"a {family.pipeline} reads texts as {family.text_style}, this encoder as {style}")
-    for folder, module in encoder.modules_by_folder.items():
+def _write_encoder(modules: Mapping[str, Any], path: Path, dtype: torch.dtype | None, index: dict[str, Any]) -> None:
+    """An encoder of texts or images, and what prepares them for it, each in its folder."""
+    for folder, module in modules.items():
         (_in_type(module, dtype) if isinstance(module, nn.Module) else module).save_pretrained(path / folder)
         index[folder] = ["transformers", type(module).__name__]
 

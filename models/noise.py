@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from models.layout import ClipLayout
+from models.process import EDM
 
 PlanMode = Literal["uniform", "hold", "scale", "min", "lag"]
 LevelDist = Literal["shared", "per_frame", "mixed", "per_shot", "capped"]
-Density = Literal["logit_normal", "uniform"]
+Density = Literal["logit_normal", "uniform", "edm"]
 Reduce = Literal["frame", "shot"]
+
+EDM_LOG_MEAN, EDM_LOG_STD = 0.7, 1.6  # of sigma, in the training of Stable Video Diffusion
 
 
 def base_levels(num_steps: int, shift: float = 1.0) -> Tensor:
@@ -104,6 +107,9 @@ def sample_levels(
     per_shot) set to 0; never all of them, so that every sample has something to learn. Likewise `context_prob` of the
     samples and `context_level`, near which a density may have next to no draws; a frame chosen for both is clean.
     Dummy frames are at 0 and count for nothing.
+
+    Densities of one draw: uniform; logit_normal; edm, ln(sigma) ~ N(0.7, 1.6^2) of a `models.process.EDM`, as Stable
+    Video Diffusion was trained (2311.15127), whose levels no shift changes.
     """
     if dist not in get_args(LevelDist):
         raise ValueError(f"unknown level distribution {dist!r}; choose one of {', '.join(get_args(LevelDist))}")
@@ -113,6 +119,8 @@ def sample_levels(
     ):  # fmt: skip
         if not 0 <= value <= 1:
             raise ValueError(f"{name} is {value}, expected 0 to 1")
+    if density == "edm" and shift != 1:
+        raise ValueError(f"shift is {shift}, but density 'edm' says the sigmas themselves: set shift=1")
     device = generator.device
     # units that share a level: the shots, or the single frames, dummies left out; [F] -> unit
     shots = [i for i, frames in enumerate(layout.shot_slices) for _ in range(frames.stop - frames.start)]
@@ -128,6 +136,9 @@ def sample_levels(
         elif density == "logit_normal":
             normal = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
             base = torch.sigmoid(mean + std * normal)
+        elif density == "edm":
+            normal = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+            base = EDM().to_level((EDM_LOG_MEAN + EDM_LOG_STD * normal).exp())
         else:
             raise ValueError(f"unknown density {density!r}; choose one of {', '.join(get_args(Density))}")
         return shift_levels(base, shift)

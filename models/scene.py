@@ -5,6 +5,7 @@ scene lie next to it under the names that `shot_tensor_key` and `STORY_TEXT` giv
 
     s000.latent_mean, s000.latent_logvar            [C,F,H,W]  posterior of the encoded span, raw VAE units
     s000.first_mean / .first_logvar, .last_*        [C,1,H,W]  first and last frame, each encoded alone
+    s000.first_image                                [1,D]      image embedding of the first frame, if the model has any
     r000.latent_mean                                [C,F,H,W]  a reference, encoded alone; an image as a still clip
     text.story, s000.text, s000.sentence_text       [L,D]      text embeddings, valid tokens only
     s000.prompt_text                                [L,D]      the prompt alone, where s000.text has the story in it
@@ -33,7 +34,9 @@ STORY_TEXT = "text.story"
 CUT_MARKER = "[SHOT CUT]"  # begins the prompt of a shot that a cut leads to (LCT); a shot that goes on has none
 MAX_HISTORY = 8  # earlier shots that one shot is made to see (LCT, whose training scenes have up to nine shots)
 LATENT_TENSORS = ("latent_mean", "latent_logvar", "first_mean", "first_logvar", "last_mean", "last_logvar")
-SHOT_TENSORS = (*LATENT_TENSORS, "text", "sentence_text", "states_text", "prompt_text")
+IMAGE_TENSOR = "first_image"
+PIXEL_TENSORS = (*LATENT_TENSORS, IMAGE_TENSOR)  # what is made of a shot's frames; the last only by some models
+SHOT_TENSORS = (*PIXEL_TENSORS, "text", "sentence_text", "states_text", "prompt_text")
 
 
 class SceneError(RecordError):
@@ -140,6 +143,7 @@ class LatentSource:
     text_hash: str
     dtype: str
     texts_joined: bool = False  # story and prompt are encoded as one text (`models.text.TextStyle.joined`)
+    image_hash: str = ""  # of the image encoder that embedded the first frames; "" = none did
 
 
 @dataclass

@@ -14,7 +14,7 @@ import html
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -101,7 +101,7 @@ class TextStyle:
 
 
 class TextEncoder:
-    """A tokenizer and a T5 or UMT5 encoder.
+    """A tokenizer and a T5, UMT5 or CLIP text encoder.
 
     Each text is encoded alone: an embedding never depends on what else is in the batch.
     """
@@ -130,23 +130,25 @@ class TextEncoder:
         style: TextStyle | None = None,
     ) -> TextEncoder:
         """Reads `tokenizer/` and `text_encoder/` of a model folder."""
-        from transformers import AutoTokenizer, T5EncoderModel, UMT5EncoderModel
+        from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel, UMT5EncoderModel
 
         path = Path(path)
         config = path / "text_encoder" / "config.json"
         if not config.is_file():
             raise FileNotFoundError(f"{config} is missing: a model folder keeps its text encoder there")
         kind = json.loads(config.read_text())["model_type"]
-        classes: dict[str, Any] = {"t5": T5EncoderModel, "umt5": UMT5EncoderModel}
+        classes: dict[str, Any] = {"t5": T5EncoderModel, "umt5": UMT5EncoderModel, "clip_text_model": CLIPTextModel}
         if kind not in classes:
             raise ValueError(f"{config}: model_type is {kind!r}, supported are {', '.join(classes)}")
         tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer", local_files_only=True)
         model = classes[kind].from_pretrained(path / "text_encoder", local_files_only=True, dtype=dtype)
+        if kind == "clip_text_model":  # it has a table of positions
+            max_length = min(max_length, model.config.max_position_embeddings)
         return TextEncoder(tokenizer, model.to(device), max_length, path / "text_encoder", style)
 
     @property
     def dim(self) -> int:
-        return int(self.model.config.d_model)  # type: ignore[union-attr, arg-type]
+        return text_width(self.model.config.to_dict())  # type: ignore[union-attr, operator]
 
     @property
     def modules_by_folder(self) -> dict[str, Any]:
@@ -209,6 +211,11 @@ def encode_distinct(
     if cut:
         warnings.warn(f"{cut} of {len(done)} texts have over {max_length} tokens and were cut", stacklevel=3)
     return [done[text][0] for text in texts], cut
+
+
+def text_width(config: Mapping[str, Any]) -> int:
+    """Width of the embeddings that a text encoder of this configuration makes: a T5 calls it d_model, a CLIP not."""
+    return int(config["d_model"] if "d_model" in config else config["hidden_size"])
 
 
 def null_text(encoder: TextEncoder, length: int) -> Tensor:

@@ -14,6 +14,7 @@ from models.codecs import VideoCodec
 from models.folder import Model, ModelSettings, save_model
 from models.image_encoder import ImageEncoder
 from models.schedules import process_of_scheduler
+from models.tiny import tiny_text_encoder
 
 SCHEDULER = {  # the published model's
     "_class_name": "EulerDiscreteScheduler", "prediction_type": "v_prediction", "timestep_type": "continuous",
@@ -57,16 +58,24 @@ def tiny_image_encoder(seed: int = 0, width: int = 16, layers: int = 1) -> Image
         return ImageEncoder(CLIPImageProcessor(), CLIPVisionModelWithProjection(config))
 
 
-def build_tiny_svd_folder(path: Path | str, seed: int = 0, **settings: Any) -> Model:
-    """Write a tiny random SVD folder to `path` and return its model; `settings` are those of ModelSettings."""
+def build_tiny_svd_folder(path: Path | str, seed: int = 0, *, texts: bool = False, **settings: Any) -> Model:
+    """Write a tiny random SVD folder to `path` and return its model; `settings` are those of ModelSettings.
+
+    `texts`: a text encoder lies in it, too.
+    """
     given = {"frames_per_shot": 6, "height": 8, "width": 8, "fps": 7.0, "level_shift": 1.0, "text_length": 1} | settings
     described = ModelSettings(backbone="svd", method="svd", method_params={"latent_scale": 0.5}, **given)
+    text = tiny_text_encoder(seed, described.text_length) if texts else None
+    width = None if text is None else text.dim
     model = Model(
-        SVDBackbone(tiny_svd(seed), process_of_scheduler(SCHEDULER)).eval(),
+        SVDBackbone(
+            tiny_svd(seed), process_of_scheduler(SCHEDULER), text_width=width, latent_scale=0.5, fps=described.fps
+        ).eval(),
         VideoCodec(tiny_temporal_vae(seed)),
-        tiny_image_encoder(seed),
+        text,
         described,
         SCHEDULER,
+        image=tiny_image_encoder(seed),
     )
     save_model(path, model, described)
     return model

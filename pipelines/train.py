@@ -187,7 +187,7 @@ def make_job(config: TrainConfig) -> TrainJob:
     from train.scenes import TextDrop
 
     check_expert(config.model, config.expert)
-    lora, model = config.lora, load_model(config.model, parts=("text",))
+    lora, model = config.lora, load_model(config.model, parts=("text", "image"))
     apart = config.held_out
     held_out = HeldOut(apart.share, apart.dataset.resolve() if apart.dataset else None, apart.batches)
     return TrainJob(
@@ -196,6 +196,7 @@ def make_job(config: TrainConfig) -> TrainJob:
         run_dir=config.run_dir.resolve(),
         null_text=null_text(model.text, model.settings.text_length),
         text_hash=model.text.hash,
+        image_hash=model.image_encoder.hash if model.reads_images else None,
         method=config.method,
         method_params=config.method_params,
         batch_size=config.batch_size // config.accumulate,

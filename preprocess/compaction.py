@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from safetensors.torch import load, save
 
-from models.scene import LATENT_TENSORS, Scene, shot_tensor_key
+from models.scene import PIXEL_TENSORS, Scene, shot_tensor_key
 from preprocess.dataset import Finished, Sample
 from preprocess.duplicates import Verdict
 from preprocess.filters import DATASET_RULES, summary
@@ -66,7 +66,7 @@ def cleaned_sample(key: str, files: Sample, scenes: dict[str, dict[str, str]]) -
         if shot.shot_id in gone:
             shot.encoded, shot.filtered = None, gone[shot.shot_id]
             shot.states, shot.predicted_states = [], []
-            for name in (*LATENT_TENSORS, "states_text"):
+            for name in (*PIXEL_TENSORS, "states_text"):
                 tensors.pop(shot_tensor_key(shot.index, name), None)
     if not any(shot.encoded for shot in scene.shots):
         return None

@@ -1,4 +1,4 @@
-"""Encode a source's shots and texts with the VAE and the text encoder of a model folder.
+"""Encode a source's shots and texts with the VAE and the encoders of a model folder.
 
 C channels, F latent frames, h w latent size, L text tokens, D width of the text. Batches are formed inside one source,
 in the order of its shots, never by arrival: the same source gives the same bytes at any parallelism.
@@ -18,7 +18,8 @@ from torch import Tensor
 from infra.storage import sha256_file
 from models.codecs import VideoCodec, to_video
 from models.folder import load_model, load_settings, part_folders
-from models.scene import STORY_TEXT, LatentSource, Scene, Shot, shot_tensor_key
+from models.image_encoder import ImageEncoder
+from models.scene import IMAGE_TENSOR, STORY_TEXT, LatentSource, Scene, Shot, shot_tensor_key
 from models.states import encode_states
 from models.text import TextEncoder
 from preprocess.aesthetic import AestheticScorer
@@ -31,13 +32,14 @@ _BATCH = 4  # clips per VAE call
 
 @dataclass
 class Encoder:
-    """A VAE and a text encoder with the length of text that their backbone reads."""
+    """A VAE, a text encoder with the length of text that their backbone reads, and its image encoder, if any."""
 
     codec: VideoCodec
     text: TextEncoder
     text_length: int  # tokens that the model reads per shot
     threads: int = 1
     aesthetic: AestheticScorer | None = None  # None: not scored
+    image: ImageEncoder | None = None
 
     @staticmethod
     def from_folder(
@@ -46,15 +48,16 @@ class Encoder:
         threads: int = 1,
         aesthetic: AestheticScorer | None = None,
     ) -> Encoder:
-        """Reads vae/, text_encoder/, tokenizer/ and the text length of a model folder."""
-        model = load_model(path, ("codec", "text"), device)
-        return Encoder(model.codec, model.text, model.settings.text_length, threads, aesthetic)
+        """Reads the parts of a model folder besides its backbone, and the text length."""
+        model = load_model(path, ("codec", "text", "image"), device)
+        image = model.image_encoder if model.reads_images else None
+        return Encoder(model.codec, model.text, model.settings.text_length, threads, aesthetic, image)
 
     def encode_shots(self, spans: Sequence[np.ndarray | None], dtype: StoreType) -> list[dict[str, Tensor]]:
         """Posterior of each span uint8 [n,H,W,3], and of its first and last frame, each frame encoded alone.
 
-        Returns per shot latent_mean, latent_logvar [C,F,h,w] and first_*, last_* [C,1,h,w] in raw VAE units; {} for
-        a shot without span.
+        Returns per shot latent_mean, latent_logvar [C,F,h,w] and first_*, last_* [C,1,h,w] in raw VAE units, for a
+        model that reads images also first_image [1,D], the embedding of the first frame; {} for a shot without span.
         """
         torch.set_num_threads(self.threads)
         results: list[dict[str, Tensor]] = [{} for _ in spans]
@@ -74,6 +77,10 @@ class Encoder:
                         raise Failed("encode", f"the VAE gave values that are not finite for shot {shot}")
                     results[shot][f"{name}_mean"] = m.to("cpu", _DTYPES[dtype]).contiguous()
                     results[shot][f"{name}_logvar"] = v.to("cpu", _DTYPES[dtype]).contiguous()
+        for shot, span in enumerate(spans):
+            if self.image is not None and span is not None:
+                embedding = self.image.encode(to_video([span[:1]])[:, :, 0])[0]
+                results[shot][IMAGE_TENSOR] = embedding.to(_DTYPES[dtype]).contiguous()
         return results
 
     def encode_references(self, clips: Sequence[np.ndarray], dtype: StoreType) -> list[Tensor]:
@@ -104,7 +111,8 @@ class Encoder:
         }
 
     def source(self, dtype: StoreType) -> LatentSource:
-        return LatentSource(self.codec.hash, self.text.hash, dtype, self.text.style.joined)
+        image = "" if self.image is None else self.image.hash
+        return LatentSource(self.codec.hash, self.text.hash, dtype, self.text.style.joined, image)
 
     def check_texts(self, scene: Scene) -> None:
         """Raises Failed naming the shot whose story and prompt together are longer than the model reads."""
@@ -132,7 +140,7 @@ def encoder_key(path: Path | str) -> str:
     digest = hashlib.sha256(str(settings.text_length).encode())
     if settings.backbone != "wan":  # what the same files make of a text depends on the family
         digest.update(settings.backbone.encode())
-    for part in ("codec", "text"):
+    for part in ("codec", "text", "image"):
         for folder in part_folders(path)[part]:
             for file in sorted(p for p in (Path(path) / folder).rglob("*") if p.is_file()):
                 digest.update(f"{file.relative_to(path).as_posix()} {sha256_file(file)} ".encode())

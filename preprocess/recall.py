@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import load
 from torch import Tensor
 
-from models.scene import LATENT_TENSORS, Scene, SceneError
+from models.scene import PIXEL_TENSORS, Scene, SceneError
 from preprocess.decode import DecodeCount
 from preprocess.probe import VideoInfo
 from preprocess.shards import ShardReader
@@ -64,7 +64,7 @@ def recall_latents(path: str, key: str) -> dict[str, Tensor]:
     """The tensors of an earlier sample that do not depend on captions, by their full names."""
     tensors = load(read_sample(path, key)["safetensors"])
     shots = {name: value for name, value in tensors.items() if name.startswith("s")}  # references are read anew
-    return {name: value for name, value in shots.items() if name.partition(".")[2] in LATENT_TENSORS}
+    return {name: value for name, value in shots.items() if name.partition(".")[2] in PIXEL_TENSORS}
 
 
 def recalled_count(row: dict[str, object], info: VideoInfo) -> DecodeCount:

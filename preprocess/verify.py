@@ -20,7 +20,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from models.scene import LATENT_TENSORS, STORY_TEXT, Scene, SceneError, Shot, reference_tensor_key, shot_tensor_key
+from models.scene import (
+    IMAGE_TENSOR,
+    LATENT_TENSORS,
+    STORY_TEXT,
+    Scene,
+    SceneError,
+    Shot,
+    reference_tensor_key,
+    shot_tensor_key,
+)
 from preprocess.dataset import FORMAT, scenes_aside
 from preprocess.encode import scene_texts
 from preprocess.index import INDEX, sample_places, sha256_of
@@ -208,6 +217,9 @@ class _Samples:
             if shot.encoded is not None:
                 expected |= {shot_tensor_key(shot.index, name) for name in LATENT_TENSORS}
                 yield from self._latents(shot, tensors)
+                if scene.latents is not None and scene.latents.image_hash:
+                    expected.add(shot_tensor_key(shot.index, IMAGE_TENSOR))
+                    yield from self._image(shot_tensor_key(shot.index, IMAGE_TENSOR), tensors)
             if shot.predicted_states:
                 name = shot_tensor_key(shot.index, "states_text")
                 expected.add(name)
@@ -229,6 +241,14 @@ class _Samples:
             yield f"{name} is {list(tensors[name].shape)}, expected [tokens, width]"
         else:
             yield from self._same("the width of texts", name, tensors[name].shape[1])
+
+    def _image(self, name: str, tensors: dict[str, Tensor]) -> Iterator[str]:
+        if name not in tensors:
+            yield f"{name} is missing: a shot without the embedding of its first frame"
+        elif tensors[name].ndim != 2 or len(tensors[name]) != 1:
+            yield f"{name} is {list(tensors[name].shape)}, expected [1, width]"
+        else:
+            yield from self._same("the width of image embeddings", name, tensors[name].shape[1])
 
     def _latents(self, shot: Shot, tensors: dict[str, Tensor]) -> Iterator[str]:
         """Latent frames fit the encoded frames: n frames give 1 + (n - 1) / stride, the same stride in all shots."""

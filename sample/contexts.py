@@ -56,13 +56,28 @@ def image_contexts(
     storyboards: Sequence[Storyboard], media: list[np.ndarray | None], layout: ClipLayout, model: Model
 ) -> tuple[TextContext, TextContext]:
     """For a model that reads images: the first frame's embedding as the context of the one shot, and none."""
-    first = media[0]
-    if first is None:
-        raise StoryboardError(f"{storyboards[0].where(0)}: this model starts from a first_frame", "shots.0.first_frame")
-    image = to_video([first[:1]])[:, :, 0]  # [1, 3, H, W]
-    found = TextContext(model.image_encoder.encode(image)[None].expand(len(storyboards), -1, -1, -1), layout.text_ids)
+    found = TextContext(_embedding(storyboards, media, model)[:, None], layout.text_ids)
     to = model.device, model.backbone.dtype
     return found.to(*to), TextContext(torch.zeros_like(found.embeddings), layout.text_ids).to(*to)
+
+
+def embeddings_of(
+    storyboards: Sequence[Storyboard], media: list[np.ndarray | None], method: Method, model: Model
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The first frame's embedding, which a model that reads images is told besides text, and that of none, [B, 1, D]
+    each; {} where none is read."""
+    if method.reads_image != "with_text" or not model.reads_images:
+        return {}
+    found = _embedding(storyboards, media, model).to(model.device, model.backbone.dtype)
+    return {"embedding": (found, torch.zeros_like(found))}
+
+
+def _embedding(storyboards: Sequence[Storyboard], media: list[np.ndarray | None], model: Model) -> Tensor:
+    """[B, 1, D], of the first frame that all of the batch start from."""
+    if (first := media[0]) is None:
+        raise StoryboardError(f"{storyboards[0].where(0)}: this model starts from a first_frame", "shots.0.first_frame")
+    image = to_video([first[:1]])[:, :, 0]  # [1, 3, H, W]
+    return model.image_encoder.encode(image).expand(len(storyboards), -1, -1)
 
 
 def states_of(

@@ -28,7 +28,7 @@ from models.scene import MAX_HISTORY
 from models.solvers import SolverName
 from models.states import StatePredictor
 from sample.apart import OTHER_SHOTS
-from sample.contexts import encode_texts, image_contexts, labels_of, states_of
+from sample.contexts import embeddings_of, encode_texts, image_contexts, labels_of, states_of
 from sample.frame_tasks import (
     check_given_frames,
     check_tokens,
@@ -154,11 +154,11 @@ def generate_scenes(
     made = take_frames(layout, places)  # as the model makes it
     plan = None if task == "long_video" else plan_of(method, layout, levels, task, first)[:, places]
     check_tokens(plan, first, model)
-    if model.reads_images:
+    if method.reads_image == "alone":
         text, null = image_contexts(storyboards, media, made, model)
     else:
         text, null = encode_texts(storyboards, made, model, settings.text, story_apart)
-    read = states_of(storyboards, media, method, model, states)
+    read = states_of(storyboards, media, method, model, states) | embeddings_of(storyboards, media, method, model)
     shape = (len(storyboards), model.codec.latent_channels, made.num_frames, *latent_size(model))
     given = encode_media(media, references, layout, model, len(storyboards), placed)
     given = None if given is None else given[:, :, places]

@@ -43,9 +43,10 @@ class SceneBatch:
     states: Tensor | None = None  # [B,S,L,D], predicted states in order of time; zeros are padding
     given_lost: Tensor | None = None  # bool [B]: samples that lose their given frames; None: none does
     given: Tensor | None = None  # [B,C,K,H,W]: given first frames, encoded alone; None: those of the latents are
+    embedding: Tensor | None = None  # [B,1,D] of each first frame, by an image encoder; None: the model reads none
 
     def to(self, device: torch.device) -> SceneBatch:
-        names = ("latents", "labels", "states", "given_lost", "given")
+        names = ("latents", "labels", "states", "given_lost", "given", "embedding")
         moved = {n: t.to(device, non_blocking=True) for n in names if (t := getattr(self, n)) is not None}
         return replace(self, text=self.text.to(device, non_blocking=True), **moved)
 

@@ -44,6 +44,7 @@ class TrainJob:
     null_text: Tensor  # [L,D], what a dropped text is replaced by (`models.text.null_text`)
     text_hash: str  # of the text encoder of `model`; the dataset must have been made with it
     method: str
+    image_hash: str | None = None  # of the image encoder of `model`, alike; None: it has none
     method_params: dict[str, Any] = field(default_factory=dict)
     batch_size: int = 8
     shots_per_scene: int = 3

@@ -251,12 +251,13 @@ def given_conditions(method: Method, batch: SceneBatch, seed: int, first: int) -
 
 
 def all_conditions(method: Method, batch: SceneBatch) -> dict[str, Tensor]:
-    """The method's conditions of a batch, predicted states among them; no sample loses any."""
+    """The method's conditions of a batch, predicted states and image embeddings among them; no sample loses any."""
     clean = batch.latents
     if batch.given is not None:
         clean = torch.cat([batch.given, clean[:, :, batch.given.shape[2] :]], dim=2)
     conditions = method.conditions(clean, batch.layout, batch.labels)
-    return conditions if batch.states is None else conditions | {"states": batch.states}
+    beside = {"states": batch.states, "embedding": batch.embedding}
+    return conditions | {name: value for name, value in beside.items() if value is not None}
 
 
 def clip_losses(

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from models.layout import ClipLayout, with_story
-from models.scene import STORY_TEXT, Scene, reference_tensor_key, shot_tensor_key
+from models.scene import IMAGE_TENSOR, STORY_TEXT, Scene, reference_tensor_key, shot_tensor_key
 from models.states import null_states
 from models.text import TextContext, pack_text
 from train.batches import SceneBatch, Turns, keyed_generator, rows_of, stream
 from train.labels import class_of
+from train.made_with import check_encoders, check_image_encoder
 from train.shards import Record, encoded_runs, latent_shape, read_shard
 
 Latents = Literal["sample", "mean"]
@@ -110,6 +111,8 @@ class ShardDataset:
             alone, because a latent cut out of the shot's would know the frames to be made.
         loses_given: whether `text_drop` is to name samples that lose them; what else they lose stays.
         made_with: hashes of the VAE and the text encoder of the model to train; the dataset's must be the same.
+        image_hash: of the image encoder of the model to train, whose embedding of its first frame each sample then has,
+            a sample being one shot; None: it has none.
         latents: draw from the VAE's posterior, or take its mean.
         story_group: of a method whose global prompt is a group (`Method.story_group`).
         held_out_share: share of the scenes that is not read but kept to measure on (`kept_out`).
@@ -132,6 +135,7 @@ class ShardDataset:
         condition_frames: ConditionFrames | None = None,
         normalize: Callable[[Tensor], Tensor],
         made_with: tuple[str, str],
+        image_hash: str | None = None,
         most_states: int = 0,
         classes: int | None = None,
         given_frames: int = 0,
@@ -154,6 +158,7 @@ class ShardDataset:
         self._state_tokens = 0  # of the longest state; all are padded to it, whatever batch they are in
         self.null_text, self.text_drop, self.loses_given = null_text, text_drop or TextDrop(), loses_given
         _check_drop(self.text_drop, loses_given)
+        self.image_hash = image_hash
         self.given_alone = given_alone and given_frames > 0
         if self.given_alone and given_frames > 1:
             raise ValueError(
@@ -179,7 +184,9 @@ class ShardDataset:
                 continue
             self.records.append(record)
             scene = Scene.from_json(record.json)
-            _check_encoders(record, scene, made_with)
+            check_encoders(record, scene, made_with)
+            if image_hash is not None:
+                check_image_encoder(record, scene, image_hash)
             self._check_drop(record, scene)
             for run in encoded_runs(record, len(scene.shots)):
                 self._add(record, scene, run)
@@ -263,6 +270,8 @@ class ShardDataset:
             for name in ("first_mean", "last_mean"):
                 for shot in window.shots:
                     window.record.require(shot_tensor_key(shot, name))
+        if self.image_hash is not None:
+            window.record.require(shot_tensor_key(window.first, IMAGE_TENSOR))
         if self.most_states:
             self._check_states(window)
         shapes = [latent_shape(window.record, shot) for shot in window.shots]
@@ -350,7 +359,11 @@ class ShardDataset:
             given = self.normalize(torch.stack(alone))
             if bool(layout.is_given[0]):  # it stands in the clip, too
                 latents[:, :, :1] = given
-        return SceneBatch(latents, layout, context, keys, labels, states, given_lost, given)
+        embedding = None
+        if self.image_hash is not None:
+            embeddings = [window.record.read(shot_tensor_key(window.first, IMAGE_TENSOR)) for window in windows]
+            embedding = torch.stack(embeddings).float()
+        return SceneBatch(latents, layout, context, keys, labels, states, given_lost, given, embedding)
 
     def _single_frames(self, index: int, frames: tuple[int, ...]) -> tuple[int, ...]:
         """The latent frames of each shot in micro-batch `index`, whose samples have one layout: all, or one."""
@@ -479,13 +492,3 @@ def check_states_seen(folder: Path, given: int) -> None:
             f"{file}: its states were predicted from the first {shown} frames of a shot, but the model is given "
             f"{given}: they would tell it the future; prepare the videos again with states.frames={given}"
         )
-
-
-def _check_encoders(record: Record, scene: Scene, made_with: tuple[str, str]) -> None:
-    found = (scene.latents.vae_hash, scene.latents.text_hash) if scene.latents else ("", "")
-    for part, has, needs in zip(("VAE", "text encoder"), found, made_with, strict=True):
-        if has != needs:
-            raise ValueError(
-                f"{record.shard}: {scene.scene_id} was encoded by the {part} {has[:12] or '(none)'}, the model to "
-                f"train has {needs[:12]}; prepare the videos again with this model"
-            )

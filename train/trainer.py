@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from infra.machine import usable_cores
+from models.backbones.base import Backbone
 from models.folder import Model, check_expert, load_model
 from models.methods import Method, get_method
 from models.modules.lora import inject_lora
@@ -70,6 +71,8 @@ def train_worker(job: TrainJob, checkpoints: Checkpoints) -> LoopResult:
     backbone, codec = model.backbone, model.codec
     method = get_method(job.method, **job.method_params)
     method.check_backbone(backbone.capabilities)
+    method.check_process(backbone.process)
+    check_image(method, backbone)
     held_out = job.held_out
     if method.most_states:
         for folder in (job.dataset, *([held_out.dataset] if held_out and held_out.dataset else [])):
@@ -97,6 +100,7 @@ def train_worker(job: TrainJob, checkpoints: Checkpoints) -> LoopResult:
         condition_frames=method.condition_frames if method.reads_references else None,
         normalize=codec.normalize,
         made_with=(codec.hash, job.text_hash),
+        image_hash=job.image_hash,
         most_states=method.most_states,
         classes=method.classes,
         given_frames=method.first_frames if "tvp" in method.tasks or "image" in method.guided else 0,
@@ -142,6 +146,18 @@ def train_worker(job: TrainJob, checkpoints: Checkpoints) -> LoopResult:
     if parallel.rank == 0:
         export_model(job, weights, method, result.step)
     return result
+
+
+def check_image(method: Method, backbone: Backbone) -> None:
+    """Raises ValueError where a model starts from an image beside its frames, of which the method would not tell it.
+
+    Method svd is told the image alone, which prepared datasets, made of texts, are not for.
+    """
+    if backbone.capabilities.image_beside and method.reads_image != "with_text":
+        raise ValueError(
+            f"method {method.name!r} does not train this model, a Stable Video Diffusion, on a prepared dataset: use "
+            "method aid (method_params.image=concat), or train it from Python (method svd)"
+        )
 
 
 def check_text_positions(job: TrainJob, method: Method, model: Model) -> None:

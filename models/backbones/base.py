@@ -55,7 +55,8 @@ class Capabilities:
     kv_cache: bool = False  # shots of the past can be kept (models/kv_cache.py) instead of run again
     layer_branch: bool = False  # takes a `LayerBranch`
     joint_text: bool = False  # text tokens stand in one attention with the video's, where they can have positions
-    image_beside: bool = False  # takes `image`, an image's latents beside those of every frame
+    image_beside: bool = False  # takes `image`, an image's latents beside those of every frame; cannot do without
+    one_grid: bool = True  # all its layers see the clip as the same tokens, of one width
     frames_per_token: int = 1  # latent frames that a token joins, and that so have one level (`models.patches`)
 
 
@@ -66,6 +67,7 @@ _REASONS = {  # of a lack that the backbone gives no reason for
     "layer_branch": "no modules stand beside its layers; use Wan, CogVideoX 2B or 5B, HunyuanVideo or Latte",
     "joint_text": "its text is read by cross-attention, where a group's text would reach no other shot; let every shot "
     "read the story and its own prompt (global_prompt=prefix)",
+    "one_grid": "its layers differ in width and size, where these modules give all layers the same tokens",
     "image_beside": "only Stable Video Diffusion reads an image beside its frames; use method fvdm",
 }
 
@@ -81,6 +83,7 @@ def require(
     layer_branch: bool = False,
     joint_text: bool = False,
     image_beside: bool = False,
+    one_grid: bool = False,
 ) -> None:
     """Raises ValueError with the reason when the backbone lacks something of what is asked for."""
     for field, asked in (
@@ -90,6 +93,7 @@ def require(
         ("layer_branch", layer_branch),
         ("joint_text", joint_text),
         ("image_beside", image_beside),
+        ("one_grid", one_grid),
     ):
         if asked and not getattr(capabilities, field):
             raise ValueError(f"this backbone has no {field}: {capabilities.reasons.get(field, _REASONS[field])}")

@@ -13,13 +13,12 @@ L context tokens, D width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
-from diffusers.models.attention import BasicTransformerBlock, TemporalBasicTransformerBlock
-from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
 from torch import Tensor, nn
 
 from models.attention import AttentionRule
@@ -38,18 +37,26 @@ CAPABILITIES = Capabilities(
     attention_rules=frozenset({"full", "same_frame"}),
     text_per_shot=True,
     image_beside=True,
+    one_grid=False,
     reasons={
         "time_gap": "SVD's temporal convolutions take frames side by side for neighbours in time, whatever their "
         "number, so a gap would be half a gap",
         "diagonal": "SVD has no positions in space: its convolutions know neighbours only",
         "group_causal": "SVD's temporal convolutions and the group norms over all frames carry the future into the "
         "past, whatever its attention does",
-        "layer_branch": "Stable Video Diffusion reads no text, of which these modules make a condition: it reads the "
-        "image that it starts from, and its folders hold no text encoder; use Wan, CogVideoX 2B or 5B, HunyuanVideo or "
-        "Latte",
+        "layer_branch": "these modules make a condition of text, and Stable Video Diffusion reads none: it reads the "
+        "image that it starts from; for method aid put a text encoder into its folder (text_encoder/ and tokenizer/, "
+        "docs/methods/aid.md), or use Wan, CogVideoX 2B or 5B, HunyuanVideo or Latte",
+        "one_grid": "the layers of Stable Video Diffusion differ in width and size, but these modules give all layers "
+        "the same tokens of the given frames; use method aid, or Wan, CogVideoX 2B or 5B, HunyuanVideo or Latte",
         "kv_cache": "what SVD makes of an earlier shot depends on the later ones (see group_causal)",
     },
 )
+
+
+Where = Literal["space", "time"]
+# (place, beside which self-attention of it, what that reads [B,F,h,w,D]) -> what to add to its output, alike, or None
+UNetBranch = Callable[[int, Where, Tensor], Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,13 +74,27 @@ class SVDBackbone(Backbone):
 
     `process` is EDM (Karras et al., 2206.00364, table 1), which gives the model time c_noise. Its `precondition` has
     scaled what comes in, c_in x; what goes out is the network's own F, and c_skip x + c_out F is again the process's.
+
+    Args:
+        text_width: of the texts that a text encoder beside the image encoder makes; None: there is none. The U-Net
+            reads no text; conditioning modules do.
+        latent_scale: the VAE's scaling factor, which image latents are told without.
+        fps: frames per second of the clips, as the model is told.
     """
 
     capabilities = CAPABILITIES
     lora_targets = ()
     pixels_per_token = 1  # a U-Net has no patches: a latent pixel is what its attention calls a token
 
-    def __init__(self, unet: UNetSpatioTemporalConditionModel, process: Process) -> None:
+    def __init__(
+        self,
+        unet: UNetSpatioTemporalConditionModel,
+        process: Process,
+        *,
+        text_width: int | None = None,
+        latent_scale: float = 0.18215,
+        fps: float = 7.0,
+    ) -> None:
         super().__init__()
         model: Any = unet
         config = model.config
@@ -89,18 +110,27 @@ class SVDBackbone(Backbone):
             )
         self.unet = model
         self.process = process
+        self.text_width, self.latent_scale, self.fps = text_width, latent_scale, fps
+        if text_width is not None:
+            self.capabilities = replace(CAPABILITIES, layer_branch=True)
         # what to checkpoint and to shard; the class names none
         model._no_split_modules = ["SpatioTemporalResBlock", "TransformerSpatioTemporalModel"]
         self._clip_info = _ClipInfo()
         for block in (*model.down_blocks, model.mid_block, *model.up_blocks):
             block.register_forward_pre_hook(self._clip_info, with_kwargs=True)
-        for module in model.modules():
-            if isinstance(module, BasicTransformerBlock):
-                _set_processors(module, Processor())
-            elif isinstance(module, TemporalBasicTransformerBlock):
-                _set_processors(module, _TemporalTextAttention())
-            elif isinstance(module, TransformerSpatioTemporalModel):
-                module.register_forward_pre_hook(_tell_text_attention, with_kwargs=True)
+        self._added = _AddedPatches()
+        model.conv_in.register_forward_hook(self._added)
+        for place, module in enumerate(_places(model)):
+            module.register_forward_pre_hook(_tell_attention, with_kwargs=True)
+            for block in module.transformer_blocks:
+                _set_processors(block, _SelfAttention(place, "space"), Processor())
+            for block in module.temporal_transformer_blocks:
+                _set_processors(block, _SelfAttention(place, "time"), _TemporalTextAttention())
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Width of every place with attention, spatial and temporal, in the order of computation."""
+        return tuple(module.inner_dim for module in _places(self.unet))
 
     @property
     def config(self) -> Any:
@@ -122,10 +152,13 @@ class SVDBackbone(Backbone):
         position_mode: PositionMode = "contiguous",
         position_gap: int = 4,  # no mode of SVD's reads it
         attention_rule: AttentionRule = "full",  # "same_frame": SVD's own image mode, no temporal layer at all
+        branch: UNetBranch | None = None,  # what conditioning modules add to the self-attentions
+        patches: Tensor | None = None,  # what they add to the input convolution, [B,D,F,H,W]
     ) -> Tensor:
         """The network output F, [B,C,F,H,W]: the process's target, EDM's v prediction.
 
-        With equal levels and one context this is, bit for bit, the diffusers model on [x; image] at the process's time.
+        With equal levels, one context and nothing added this is, bit for bit, the diffusers model on [x; image] at the
+        process's time.
         Raises ValueError where x, levels, contexts, image and layout do not fit together, and for what SVD cannot do.
         """
         batch, _, frames, height, width = x.shape
@@ -140,8 +173,11 @@ class SVDBackbone(Backbone):
 
         sample = torch.cat([x, image_latents], dim=1).transpose(1, 2)  # [B,F,C+C',H,W]
         levels = shared_levels(levels)
+        self._added.patches = patches
         if levels.ndim == 1 and text.embeddings.shape[1] == 1 and temporal is None and attention_rule == "full":
-            self._clip_info.clip = None  # one time and one context per sample: the plain model's own arithmetic
+            # one time and one context per sample: the plain model's own arithmetic
+            image_only = torch.zeros(batch, frames, dtype=torch.bool, device=x.device)
+            self._clip_info.clip = None if branch is None else _Clip(image_only, branch=branch)
             times, contexts = self.process.to_model_time(levels), text.embeddings[:, 0]
             out = self.unet(sample, times, contexts, ids, return_dict=False)[0]
         else:
@@ -150,6 +186,7 @@ class SVDBackbone(Backbone):
                 image_only=torch.full((batch, frames), attention_rule == "same_frame", device=x.device),
                 context=temporal.embeddings.flatten(0, 1),
                 text_frames=frame_groups(temporal),
+                branch=branch,
             )
             levels = levels if levels.ndim == 2 else levels[:, None].expand(batch, frames)
             times = self.process.to_model_time(levels).flatten()
@@ -185,10 +222,17 @@ class _Clip:
     As an argument it is replayed when activation checkpointing runs a block again.
     """
 
-    def __init__(self, image_only: Tensor, context: Tensor, text_frames: tuple[tuple[int, ...], ...]) -> None:
+    def __init__(
+        self,
+        image_only: Tensor,
+        context: Tensor | None = None,
+        text_frames: tuple[tuple[int, ...], ...] = (),
+        branch: UNetBranch | None = None,
+    ) -> None:
         self.image_only = image_only  # bool [B,F]
-        self.context = context  # [B*G,L,D], for the temporal cross-attention
+        self.context = context  # [B*G,L,D], for the temporal cross-attention; None: the plain model's
         self.text_frames = text_frames  # the frames that read each group
+        self.branch = branch
         self.shape, self.device = image_only.shape, image_only.device
 
     def bool(self) -> Tensor:
@@ -204,16 +248,56 @@ class _ClipInfo:
         return (args, kwargs) if self.clip is None else (args, {**kwargs, "image_only_indicator": self.clip})
 
 
-def _set_processors(block: Any, text_attention: Processor) -> None:
-    block.attn1.set_processor(Processor())
+class _AddedPatches:
+    """Adds to what the input convolution makes; set anew by every call."""
+
+    patches: Tensor | None = None  # [B,D,F,H,W]
+
+    def __call__(self, module: nn.Module, args: Any, out: Tensor) -> Tensor:  # out [B*F,D,H,W]
+        return out if self.patches is None else out + self.patches.transpose(1, 2).flatten(0, 1).type_as(out)
+
+
+def _places(model: Any) -> list[Any]:
+    """The modules with attention, in the order of computation."""
+    blocks = (*model.down_blocks, model.mid_block, *model.up_blocks)
+    return [module for block in blocks for module in getattr(block, "attentions", ())]
+
+
+def _set_processors(block: Any, self_attention: Processor, text_attention: Processor) -> None:
+    block.attn1.set_processor(self_attention)
     block.attn2.set_processor(text_attention)
 
 
-def _tell_text_attention(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+def _tell_attention(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
     """Before the spatial and temporal blocks of one place, also when they are recomputed."""
-    clip = kwargs["image_only_indicator"]
+    indicator, hidden = kwargs["image_only_indicator"], args[0] if args else kwargs["hidden_states"]
+    clip = indicator if isinstance(indicator, _Clip) else None
+    for block in (*module.transformer_blocks, *module.temporal_transformer_blocks):
+        block.attn1.processor.clip, block.attn1.processor.size = clip, hidden.shape[2:]
     for block in module.temporal_transformer_blocks:
-        block.attn2.processor.clip = clip if isinstance(clip, _Clip) else None
+        block.attn2.processor.clip = clip
+
+
+class _SelfAttention(Processor):
+    """Attention inside each frame, [B*F,h*w,D], or over the frames of each place, [B*h*w,F,D], and a branch beside."""
+
+    clip: _Clip | None = None
+    size: tuple[int, int] = (0, 0)  # h and w
+
+    def __init__(self, place: int, where: Where) -> None:
+        self.place, self.where = place, where
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = super().__call__(attn, hidden_states, *args, **kwargs)
+        if self.clip is None or self.clip.branch is None:
+            return out
+        if self.where == "space":
+            frames = hidden_states.unflatten(0, self.clip.shape).unflatten(2, self.size)
+            added = self.clip.branch(self.place, "space", frames)
+            return out if added is None else out + added.flatten(2, 3).flatten(0, 1).type_as(out)
+        places = hidden_states.unflatten(0, (-1, *self.size))  # [B,h,w,F,D]
+        added = self.clip.branch(self.place, "time", places.permute(0, 3, 1, 2, 4))
+        return out if added is None else out + added.permute(0, 2, 3, 1, 4).flatten(0, 2).type_as(out)
 
 
 class _TemporalTextAttention(Processor):
@@ -229,7 +313,7 @@ class _TemporalTextAttention(Processor):
         attention_mask: None = None,
     ) -> Tensor:
         clip = self.clip
-        if clip is None:
+        if clip is None or clip.context is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states)
         query = attn.to_q(hidden_states).unflatten(2, (attn.heads, -1))
         query = query.unflatten(0, (clip.shape[0], -1)).transpose(1, 2)  # [B,F,h*w,heads,d]

@@ -12,6 +12,9 @@ How the given frames enter the clip is `image`. "held" is the way of a text-to-v
 they are clean from the start, and neither made nor learned. "concat" is that of the paper's base: their latents come
 beside the noisy ones, all frames are made at one level, and the given ones put back for display.
 
+The paper's base is Stable Video Diffusion, an EDM: `image="concat"`, `density="edm"`, `shift=1`, and a folder that
+holds a text encoder, too (`models/modules/aid_unet.py`).
+
 `condition`, `states` and the three adapter switches are the paper's ablations. Departures: sizes the paper does not
 give (`query_tokens` to `adapter_ratio`); cross-attentions learn at a tenth of the rate.
 
@@ -32,7 +35,9 @@ from models.layout import ClipLayout
 from models.methods.prediction import Prediction
 from models.modules.adapters import ShortTermKernel
 from models.modules.aid import AIDModules, AIDSettings, Condition, Reading
+from models.modules.aid_unet import AIDUNetModules
 from models.noise import loss_weights
+from models.process import EDM, Process
 from models.text import TextContext
 
 Image = Literal["held", "concat"]
@@ -41,6 +46,7 @@ Image = Literal["held", "concat"]
 @dataclass(frozen=True)
 class AID(Prediction):
     name: ClassVar[str] = "aid"
+    reads_image: ClassVar[Literal["no", "alone", "with_text"]] = "with_text"
 
     image: Image = "held"
     condition: Condition = "full"  # the branches of the Dual Query Transformer
@@ -108,6 +114,11 @@ class AID(Prediction):
             position_mode="contiguous",
             attention_rule="full",
         )
+        if capabilities.image_beside and self.image == "held":
+            raise ValueError(
+                "aid: image is 'held', but this model reads the given frames beside the noisy ones: set "
+                "method_params.image=concat"
+            )
 
     def attach(self, backbone: Backbone, seed: int = 0) -> None:
         """Give the backbone AID's modules; they and the cross-attentions are trained, all else is frozen.
@@ -117,21 +128,40 @@ class AID(Prediction):
         self.check_backbone(backbone.capabilities)
         if any("lora_" in name for name, _ in backbone.named_parameters()):
             raise ValueError("aid trains modules of its own and the cross-attentions: set lora.rank=0")
+        self.check_process(backbone.process)
         settings = self.module_settings()
         if backbone.conditioner is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                modules = AIDModules(backbone, settings)
+                kind = AIDUNetModules if backbone.capabilities.image_beside else AIDModules
+                modules = kind(backbone, settings)
             backbone.conditioner = modules.to(next(backbone.parameters()).device)
         elif getattr(backbone.conditioner, "settings", None) != settings:
             raise ValueError(
                 "aid: the model already has conditioning modules, of another method or size; start from one without, "
                 "or with the method_params it was trained with"
             )
-        readers = backbone.sites.text_readers
+        readers: Any = backbone.conditioner.text_readers
         for name, parameter in backbone.named_parameters():
             reads_text = any(part in name for part in readers)
             parameter.requires_grad_(name.startswith("conditioner.") or reads_text)
+
+    def check_process(self, process: Process) -> None:
+        """An EDM is trained at the levels that it knows."""
+        super().check_process(process)
+        if not isinstance(process, EDM):
+            return
+        if self.density != "edm":
+            raise ValueError(
+                f"aid: density is {self.density!r}, but this model is an EDM, which learns ln(sigma) ~ N(0.7, 1.6^2): "
+                "set method_params.density=edm method_params.shift=1"
+            )
+        for bound in ("sigma_min", "sigma_max"):
+            if (value := getattr(process, bound)) != (expected := getattr(EDM(), bound)):
+                raise ValueError(
+                    f"aid: {bound} is {value:g} in the model's scheduler, but density 'edm' draws for {expected:g}, "
+                    "that of Stable Video Diffusion: correct scheduler/scheduler_config.json"
+                )
 
     def module_settings(self) -> AIDSettings:
         """What the modules are made of."""
@@ -154,8 +184,9 @@ class AID(Prediction):
         conditions: Mapping[str, Tensor],
     ) -> dict[str, Any]:
         modules = backbone.conditioner
-        if not isinstance(modules, AIDModules):
+        if not isinstance(modules, AIDModules | AIDUNetModules):
             raise ValueError("this backbone has no AID modules: call AID.attach, or load a folder that holds them")
         if "given" not in conditions:
             raise ValueError("aid continues given frames, and got none: give `first_frame`")
-        return modules.prepare(backbone, text, conditions["given"], conditions.get("states"), layout.num_frames)
+        told = (conditions["given"], conditions.get("states"), layout.num_frames, conditions.get("embedding"))
+        return modules.prepare(backbone, text, *told)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from models.backbones.base import Backbone, Capabilities, require
 from models.layout import ClipLayout, Segment
 from models.noise import Density
 from models.patches import padded_frames, take_frames, token_layout
+from models.process import EDM, Process
 from models.text import TextContext
 
 
@@ -29,6 +30,8 @@ class Method(ABC):
     reads_references: ClassVar[bool] = False  # what a scene refers to stands before its shot, in training, too
     per_frame_levels: ClassVar[bool] = True  # the frames of a shot differ in level
     text_per_shot: ClassVar[bool] = False  # the shots of a clip read texts of their own
+    # whether it tells a model that has an image encoder the first frame: not, in the place of text, or beside it
+    reads_image: ClassVar[Literal["no", "alone", "with_text"]] = "no"
 
     shift: float = 3.0  # timestep shift of the training levels; Wan 2.1 uses 3 at 480p, 5 at 720p
     density: Density = "uniform"  # of the training levels, before the shift
@@ -166,6 +169,13 @@ class Method(ABC):
             raise ValueError(
                 f"position_gap is {gap} latent frames, but this model joins {capabilities.frames_per_token} into one "
                 f"token: give a multiple of {capabilities.frames_per_token}"
+            )
+
+    def check_process(self, process: Process) -> None:
+        """Raises ValueError where training would draw levels that mean something else to a model of this process."""
+        if self.density == "edm" and not isinstance(process, EDM):
+            raise ValueError(
+                f"{self.name}: density is 'edm', but this model is no EDM: leave method_params.density out"
             )
 
     def check_tokens(self, frames_per_token: int) -> None:

@@ -80,7 +80,8 @@ class FCA(Prediction):
         return weights / weights.sum()
 
     def check_backbone(self, capabilities: Capabilities) -> None:
-        require(capabilities, layer_branch=self.adapter != "none", position_mode="contiguous", attention_rule="full")
+        modules = self.adapter != "none"
+        require(capabilities, layer_branch=modules, one_grid=modules, position_mode="contiguous", attention_rule="full")
         self.check_tokens(capabilities.frames_per_token)
 
     def attach(self, backbone: Backbone, seed: int = 0) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class SVD(Method):
     name: ClassVar[str] = "svd"
     tasks: ClassVar[tuple[str, ...]] = ("i2v",)
     per_frame_levels: ClassVar[bool] = False
+    reads_image: ClassVar[Literal["no", "alone", "with_text"]] = "alone"
 
     shift: float = 1.0
     log_mean: float = 0.7  # of sigma, the published model's

@@ -10,6 +10,8 @@ HunyuanVideo none at all, so there Q is added to the last tokens of the text, wh
 Q ("per_frame") or all frames' ("global"). Where text stands in the video's attention, a frame with a Q of its own reads
 a copy of the text of its own (`models.joint_attention`), F times as many text tokens.
 
+Those of Stable Video Diffusion, which reads no text by itself, are `models.modules.aid_unet`.
+
 B batch, F latent frames, K given ones, C channels, H W latent size, S states, L text tokens, D width.
 """
 
@@ -80,6 +82,47 @@ class Adapters(nn.Module):
         return sum(outs[1:], outs[0]) if outs else None
 
 
+def make_dual_query(
+    settings: AIDSettings, text_width: int, image_width: int, out_width: int | None = None
+) -> DualQueryTransformer | None:
+    """The Dual Query Transformer of these settings; None where no condition is made."""
+    if settings.condition == "none":
+        return None
+    return DualQueryTransformer(
+        text_width,
+        image_width,
+        settings.width,
+        max_frames=settings.max_frames,
+        max_states=settings.num_states,
+        query_tokens=settings.query_tokens,
+        heads=settings.heads,
+        multimodal=settings.condition in ("multimodal", "full"),
+        decomposed=settings.condition in ("decomposed", "full"),
+        out_dim=out_width,
+    )
+
+
+def states_to_read(settings: AIDSettings, instruction: Tensor, states: Tensor | None) -> Tensor:
+    """[B,S,L,D]; without states the ablation reads the instruction [B,L,D] once more, so that it has as many weights.
+
+    Raises ValueError for a model that reads states and got none.
+    """
+    if not settings.states:
+        return instruction[:, None]
+    if states is None:
+        raise ValueError("this model reads states, [B,S,L,D], and got none; a model of states=false needs none")
+    return states.to(instruction)
+
+
+def check_given(given: Tensor, batch: int, frames: int) -> None:
+    """Raises ValueError unless `given` is [B,C+1,K,H,W] with 1 <= K <= frames."""
+    if given.ndim != 5 or not 1 <= given.shape[2] <= frames or len(given) != batch:
+        raise ValueError(
+            f"given has shape {tuple(given.shape)}, expected [{batch},C+1,1 to {frames},H,W]: latents, "
+            "and 1 where they are given"
+        )
+
+
 class GivenEmbedding(nn.Conv3d):
     """Patches of the given latents: a second patch embedding, which starts at zero."""
 
@@ -101,19 +144,8 @@ class AIDModules(nn.Module):
         super().__init__()
         sites, channels = backbone.sites, backbone.config.in_channels
         self.patch, self.padding, self.settings = sites.patch, sites.text_padding, settings
-        self.dual_query: DualQueryTransformer | None = None
-        if settings.condition != "none":
-            self.dual_query = DualQueryTransformer(
-                sites.text_width,
-                channels * self.patch**2 + COORDINATES,
-                settings.width,
-                max_frames=settings.max_frames,
-                max_states=settings.num_states,
-                query_tokens=settings.query_tokens,
-                heads=settings.heads,
-                multimodal=settings.condition in ("multimodal", "full"),
-                decomposed=settings.condition in ("decomposed", "full"),
-            )
+        self.text_readers = sites.text_readers
+        self.dual_query = make_dual_query(settings, sites.text_width, channels * self.patch**2 + COORDINATES)
         self.adapters = nn.ModuleList(Adapters(sites.width, settings) for _ in sites.attentions)
         self.embed_image = GivenEmbedding(channels + 1, sites.width, self.patch) if settings.image_concat else None
 
@@ -124,6 +156,7 @@ class AIDModules(nn.Module):
         given: Tensor,  # [B,C+1,K,H,W]: normalised latents of the first K frames, and 1 where something is given
         states: Tensor | None,  # [B,S,L',D], in order of time; zeros are padding
         frames: int,
+        embedding: Tensor | None = None,  # of the first frame; read by `models.modules.aid_unet` alone
     ) -> dict[str, Any]:
         """The arguments of the backbone's forward that carry the condition; none depends on the noise.
 
@@ -139,11 +172,7 @@ class AIDModules(nn.Module):
         if states is not None and backbone.packed_text:
             states = states[:, :, 1:]
         given = given.to(instruction)
-        if given.ndim != 5 or not 1 <= given.shape[2] <= frames or len(given) != len(instruction):
-            raise ValueError(
-                f"given has shape {tuple(given.shape)}, expected [{len(instruction)},C+1,1 to {frames},H,W]: latents, "
-                "and 1 where they are given"
-            )
+        check_given(given, len(instruction), frames)
         inputs: dict[str, Any] = {"text": self.context(context, given, states, frames)}
         grid = (given.shape[3] // self.patch, given.shape[4] // self.patch)
         if any(adapters.any for adapters in self.adapters):
@@ -164,11 +193,8 @@ class AIDModules(nn.Module):
         if self.dual_query is None:
             return text
         instruction = text.embeddings[:, 0]
-        if not self.settings.states:  # this ablation reads the instruction once more, so that it has as many weights
-            states = instruction[:, None]
-        if states is None:
-            raise ValueError("this model reads states, [B,S,L,D], and got none; a model of states=false needs none")
-        said, queries = self.dual_query(instruction, states.to(instruction), latent_tokens(given, self.patch), frames)
+        read = states_to_read(self.settings, instruction, states)
+        said, queries = self.dual_query(instruction, read, latent_tokens(given, self.patch), frames)
         context = instruction if said is None else instruction + said
         if queries is None:
             return replace(text, embeddings=context[:, None])

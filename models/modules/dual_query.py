@@ -23,13 +23,14 @@ class DualQueryTransformer(nn.Module):
     """Both branches start at zero (their last layer is zero), so that what they are added to is unchanged.
 
     Args:
-        text_dim: width of the text embeddings, read and made.
+        text_dim: width of the text embeddings that are read.
         image_dim: width of the image tokens.
         width: inner width, a multiple of `heads`.
         max_frames: most latent frames of a clip; each has queries of its own.
         max_states: most states of a clip; each has an embedding of its own, which tells their order.
         query_tokens: Q, queries per frame.
         multimodal, decomposed: which branches there are.
+        out_dim: width of what is made; None: that of the text embeddings.
     """
 
     def __init__(
@@ -45,17 +46,18 @@ class DualQueryTransformer(nn.Module):
         heads: int = 8,
         multimodal: bool = True,
         decomposed: bool = True,
+        out_dim: int | None = None,
     ) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"width is {width}, expected a multiple of heads = {heads}")
         if not (multimodal or decomposed):
             raise ValueError("multimodal and decomposed are both off: there is nothing to build")
-        self.max_frames, self.max_states = max_frames, max_states
+        self.max_frames, self.max_states, out_dim = max_frames, max_states, out_dim or text_dim
         self.read_text = nn.Linear(text_dim, width)
-        self.multimodal = _Branch(width, text_dim, heads, blocks, ("own", "image")) if multimodal else None
+        self.multimodal = _Branch(width, out_dim, heads, blocks, ("own", "image")) if multimodal else None
         self.read_image = nn.Linear(image_dim, width) if multimodal else None
-        self.decomposed = _Branch(width, text_dim, heads, blocks, ("instruction", "states")) if decomposed else None
+        self.decomposed = _Branch(width, out_dim, heads, blocks, ("instruction", "states")) if decomposed else None
         if decomposed:
             self.queries = nn.Parameter(torch.randn(max_frames, query_tokens, width) / math.sqrt(width))
             self.frame_position = nn.Parameter(0.02 * torch.randn(max_frames, 1, width))
@@ -68,7 +70,7 @@ class DualQueryTransformer(nn.Module):
         image: Tensor,  # [B,V,image_dim]; zeros for no image
         frames: int,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """E_m [B,L,text_dim], zero on padding, and Q [B,F,Q,text_dim]; None for a branch that is not there.
+        """E_m [B,L,out_dim], zero on padding, and Q [B,F,Q,out_dim]; None for a branch that is not there.
 
         Raises ValueError for more frames or states than there are queries and embeddings for.
         """

@@ -57,7 +57,7 @@ def build_toy_models(config: ToyModelsConfig) -> Path:
     )  # fmt: skip
     if config.steps:
         _train_transformer(config, backbone, codec, encoder, settings, log.info)
-    model = Model(backbone.eval().requires_grad_(False), codec, encoder, settings, small.scheduler)
+    model = _model(backbone.eval().requires_grad_(False), codec, encoder, settings, small.scheduler)
     if config.decoder_steps:
         train_decoder(
             codec.vae, denoised_source(model, config.level, config.seed),
@@ -101,7 +101,7 @@ def _train_transformer(
     def evaluate(step: int, averaged: torch.nn.Module) -> dict[str, float]:
         figures = held_out(step, averaged)
         if step % JUDGE_EVERY == 0:
-            model = Model(averaged, codec, encoder, settings)
+            model = _model(averaged, codec, encoder, settings)
             scores = held_out_scores(model, level=config.level, seed=config.seed, prompts=32)
             figures |= {f"judge/{name}": score["value"] for name, score in scores.items()}
         return figures
@@ -133,6 +133,15 @@ def _round_to_half(model: Model) -> None:
         for value in part.state_dict().values():
             if value.is_floating_point():
                 value.copy_(value.half())
+
+
+def _model(
+    backbone: Any, codec: VideoCodec, encoder: TextEncoder | ImageEncoder, settings: ModelSettings,
+    scheduler: dict[str, Any] | None = None,
+) -> Model:  # fmt: skip
+    if isinstance(encoder, ImageEncoder):
+        return Model(backbone, codec, None, settings, scheduler, image=encoder)
+    return Model(backbone, codec, encoder, settings, scheduler)
 
 
 def _encoder(model: Model) -> TextEncoder | ImageEncoder:
@@ -172,8 +181,9 @@ def _fresh(
 
 
 def _read_encoder(config: ToyModelsConfig, say: Callable[[str], None]) -> TextEncoder | ImageEncoder:
-    small, style = SMALL[config.backbone], FAMILIES[config.backbone].text_style
-    if style is None:
+    small, family = SMALL[config.backbone], FAMILIES[config.backbone]
+    style = family.text_style
+    if family.reads_images:
         torch.manual_seed(config.seed)
         return image_encoder()
     if config.text_from:

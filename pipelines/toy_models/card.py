@@ -58,7 +58,7 @@ def model_card(config: ToyModelsConfig, scores: dict[str, dict[str, float]], run
     family, small = FAMILIES[config.backbone], SMALL[config.backbone]
     name = family.pipeline.removesuffix("Pipeline")
     task, reader, asked = "text", "`T5EncoderModel` with the byte-level `ByT5Tokenizer`", "single-shot prompts"
-    if family.text_style is None:
+    if family.reads_images:
         task, reader = "image", "`CLIPVisionModelWithProjection` of random weights"
         asked = "clips, each asked for by its first frame alone: nothing says what will happen,"
     return f"""---

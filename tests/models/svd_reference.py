@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,8 +90,33 @@ def naive_resnet(block, x: Tensor, times: Tensor, image_only: bool) -> Tensor:
     return mixed(block.time_mixer, spatial, temporal, image_only)
 
 
-def naive_transformer(module, x: Tensor, contexts: Tensor, temporal_contexts: Tensor, image_only: bool) -> Tensor:
-    """x [F,C,H,W], contexts [F,L,D]: frame f reads its own, in space and in time."""
+def spatial_adapter(module, hidden: Tensor) -> Tensor:
+    """[n,D] of one frame."""
+    return module.up(F.gelu(module.down(hidden)))
+
+
+def short_term_adapter(module, column: Tensor) -> Tensor:
+    """[F,D] of one place: a depthwise convolution over a frame and its neighbours, tap by tap."""
+    hidden, weight = module.down(column), module.conv.weight[:, 0, :, 0, 0]  # [F,d], [d,3]
+    frames = []
+    for f in range(len(hidden)):
+        taps = [k for k in range(3) if 0 <= f + k - 1 < len(hidden)]
+        frames.append(sum(weight[:, k] * hidden[f + k - 1] for k in taps) + module.conv.bias)
+    return module.up(torch.stack(frames))
+
+
+def long_term_adapter(module, column: Tensor) -> Tensor:
+    """[F,D] of one place: self-attention over the frames, softmax written out."""
+    hidden = module.down(column) + module.position[: len(column)]
+    q, k, v = (t.reshape(len(t), module.heads, -1).permute(1, 0, 2) for t in module.to_qkv(hidden).chunk(3, dim=1))
+    weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1)
+    return module.up((weights @ v).permute(1, 0, 2).flatten(1))
+
+
+def naive_transformer(
+    module, x: Tensor, contexts: Tensor, temporal_contexts: Tensor, image_only: bool, adapters=None
+) -> Tensor:
+    """x [F,C,H,W], contexts [F,L,D]: frame f reads its own, in space and in time. `adapters` are AID's of the place."""
     frames, _, height, width = x.shape
     [block], [temporal] = module.transformer_blocks, module.temporal_transformer_blocks
     spatial, moved = [], []
@@ -97,6 +124,8 @@ def naive_transformer(module, x: Tensor, contexts: Tensor, temporal_contexts: Te
         hidden = module.proj_in(module.norm(x[f, None])[0].flatten(1).T)  # [n,D]
         normed = block.norm1(hidden)
         hidden = hidden + attention(block.attn1, normed, normed)
+        if adapters is not None:
+            hidden = hidden + spatial_adapter(adapters[0].spatial, normed)
         hidden = hidden + attention(block.attn2, block.norm2(hidden), contexts[f])
         hidden = hidden + block.ff(block.norm3(hidden))
         spatial.append(hidden)
@@ -106,6 +135,9 @@ def naive_transformer(module, x: Tensor, contexts: Tensor, temporal_contexts: Te
         hidden = hidden + temporal.ff_in(temporal.norm_in(hidden))
         normed = temporal.norm1(hidden)
         hidden = hidden + attention(temporal.attn1, normed, normed)
+        if adapters is not None:
+            short_term, long_term = adapters[1].short_term, adapters[1].long_term
+            hidden = hidden + short_term_adapter(short_term, normed) + long_term_adapter(long_term, normed)
         normed = temporal.norm2(hidden)
         rows = [attention(temporal.attn2, normed[f, None], temporal_contexts[f]) for f in range(frames)]
         hidden = hidden + torch.cat(rows)
@@ -122,23 +154,29 @@ def naive_unet(
     image: ImageCondition,
     temporal_contexts: Tensor | None = None,  # [B,F,L,D]
     image_only: bool = False,
+    adapters: Sequence[Any] = (),  # AID's, of every place with attention in the order of computation
+    process: Any = None,
 ) -> Tensor:
-    samples = []
+    samples, process = [], process or Process()
     for b in range(len(x)):
         context = contexts[b]
         temporal = context if temporal_contexts is None else temporal_contexts[b]
-        ids = plain.add_time_proj(torch.tensor([6.0, 127.0, 0.02])).flatten().to(x.dtype)
+        numbers = torch.tensor([image.fps - 1, image.motion_bucket, image.noise_aug])
+        ids = plain.add_time_proj(numbers).flatten().to(x.dtype)
         times = torch.stack([
-            plain.time_embedding(plain.time_proj(Process().to_model_time(level[None])).to(x.dtype))[0]
+            plain.time_embedding(plain.time_proj(process.to_model_time(level[None])).to(x.dtype))[0]
             + plain.add_embedding(ids)
             for level in levels[b]
         ])  # fmt: skip
 
+        beside = iter(adapters)
+
+        def transform(module, h: Tensor) -> Tensor:
+            return naive_transformer(module, h, context, temporal, image_only, next(beside, None))  # noqa: B023
+
         def through(block, i: int, h: Tensor) -> Tensor:
             h = naive_resnet(block.resnets[i], h, times, image_only)  # noqa: B023
-            return naive_transformer(block.attentions[i], h, context, temporal, image_only) if hasattr(  # noqa: B023
-                block, "attentions"
-            ) else h  # fmt: skip
+            return transform(block.attentions[i], h) if hasattr(block, "attentions") else h  # noqa: B023
 
         latents = image.latents[b].expand(-1, x.shape[2], -1, -1)
         h = torch.cat([plain.conv_in(torch.cat([x[b, :, f], latents[:, f]])[None]) for f in range(x.shape[2])])
@@ -151,7 +189,7 @@ def naive_unet(
                 h = sampler(h)
                 skips.append(h)
         h = naive_resnet(plain.mid_block.resnets[0], h, times, image_only)
-        h = naive_transformer(plain.mid_block.attentions[0], h, context, temporal, image_only)
+        h = transform(plain.mid_block.attentions[0], h)
         h = naive_resnet(plain.mid_block.resnets[1], h, times, image_only)
         for block in plain.up_blocks:
             for i in range(len(block.resnets)):

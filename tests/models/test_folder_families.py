@@ -304,7 +304,9 @@ def test_a_folder_comes_back_as_it_was_written(tmp_path, folders, name):
         states = [(m if part == "backbone" else m.vae).state_dict() for m in (one, other)]
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
-    assert first._parts["text"].hash == again._parts["text"].hash
+    for part in ("text", "image"):
+        assert first.has(part) == again.has(part) == (part == ("image" if name == "svd" else "text"))
+        assert not first.has(part) or first._parts[part].hash == again._parts[part].hash
     for file in ("scheduler/scheduler_config.json", "model_index.json"):
         assert (tmp_path / "again" / file).read_text() == (folders[name] / file).read_text()
 
@@ -335,7 +337,14 @@ def test_plain_folders_say_what_they_were_trained_for(tmp_path, folders):
     shared = {"fps": 8.0, "level_shift": 1.0, "method_params": {"shift": 1.0}, "width": 32, "height": 32}
     assert found["cogvideox"] == ModelSettings(backbone="cogvideox", text_length=7, frames_per_shot=21, **shared)
     assert found["svd"] == ModelSettings(
-        backbone="svd", method="svd", text_length=1, level_shift=1.0, fps=7.0, frames_per_shot=6, height=576, width=1024
+        backbone="svd",
+        method="svd",
+        text_length=77,
+        level_shift=1.0,
+        fps=7.0,
+        frames_per_shot=6,
+        height=576,
+        width=1024,
     )
     assert found["hunyuan"] == ModelSettings(
         backbone="hunyuan", text_length=257, level_shift=7.0, method_params={"shift": 7.0}, frames_per_shot=129,

@@ -340,5 +340,5 @@ def test_svd_makes_a_shot_of_its_first_frame(tmp_path):
         generate_scene(model, Storyboard("one", shots=[StoryboardShot("go")]), settings, 0)
     service = server_settings(ServeConfig(model=tmp_path / "svd", folder=tmp_path / "jobs")).service
     assert "first_frame" not in service.refused_fields and service.max_shots == 1 and service.frame_step == 1
-    with pytest.raises(ValueError, match="reads an image, no text.*to prepare or train use another model"):
+    with pytest.raises(ValueError, match="reads an image, no text.*to prepare or train put text_encoder/"):
         Encoder.from_folder(tmp_path / "svd")
