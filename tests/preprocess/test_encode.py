@@ -83,7 +83,9 @@ def test_texts_longer_than_the_model_reads_are_refused_by_shot(encoder: Encoder)
 
 def test_values_that_are_not_finite_are_refused(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     encode = encoder.codec.encode
-    monkeypatch.setattr(encoder.codec, "encode", lambda video: (encode(video)[0] * float("nan"), encode(video)[1]))
+    monkeypatch.setattr(
+        encoder.codec, "encode", lambda video, tile: (encode(video)[0] * float("nan"), encode(video)[1])
+    )
     with pytest.raises(Failed, match="not finite for shot 1"):
         encoder.encode_shots([None, clip(5)], "float16")
 
