@@ -223,14 +223,15 @@ def decode_stage(unit: Unit, place: Workplace, side_by_side: SideBySide = in_tur
     `side_by_side` runs the pieces of a long video.
     """
     assert unit.info is not None
-    anew = place.settings.cuts == "captions"  # other captions may have other cuts
-    recalled = recall_scenes(unit.recall, unit.info) if unit.recall and not anew else None
+    recalled, earlier = None, unit.earlier
+    if unit.recall and place.settings.cuts != "captions":  # other captions may have other cuts
+        _take_size(unit, place, (earlier.get("picture_height") or 0, earlier.get("picture_width") or 0))
+        recalled = recall_scenes(unit.recall, unit.info)
     if recalled is not None and _answered(replace(unit, scenes=recalled[0], shots=recalled[1]), place):
         unit.scenes, unit.shots = recalled
         place.forget_video(unit)
-        unit.count = recalled_count(unit.earlier, unit.info)
-        unit.lost = json.loads(unit.earlier.get("lost") or "[]")
-        _take_size(unit, place, (unit.earlier.get("picture_height") or 0, unit.earlier.get("picture_width") or 0))
+        unit.count = recalled_count(earlier, unit.info)
+        unit.lost = json.loads(earlier.get("lost") or "[]")
         return
     unit.recall = {}
     cuts = caption_cuts(place.captions(unit)) if place.settings.cuts == "captions" else None

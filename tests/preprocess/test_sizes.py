@@ -268,6 +268,10 @@ def test_other_captions_and_sizes_at_once(videos: Path, tmp_path: Path, model: P
     run_here(videos, out, model, replace(SIZES, captions="describe", states_key=predictor.key), states=predictor)
     asked = predictor.calls
     assert asked == 9
+    calls.clear()
+    apart = replace(SIZES, captions="describe", states_key=predictor.key, texts_apart=True)
+    assert run_here(videos, out, model, apart, states=predictor)[1] == 3
+    assert calls == {"encode_texts": 3} and predictor.calls == asked, "recorded answers are found by the size"
     fewer = replace(SIZES, captions="describe", states_key=predictor.key, sizes=(WIDE, SQUARE))
     run_here(videos, out, model, fewer, states=predictor)
     assert predictor.calls == asked + 3, "of the one video whose pictures are others"
