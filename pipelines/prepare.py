@@ -314,16 +314,16 @@ def make_settings(config: PrepareConfig) -> PrepareSettings:
 
         require_transnet()
     model = load_settings(config.model)
-    height, width, sizes = config.height or model.height, config.width or model.width, read_sizes(config.sizes)
-    check_sizes(config.model, height if config.height else None, width if config.width else None, sizes)
+    sizes = read_sizes(config.sizes)
+    check_sizes(config.model, config.height, config.width, sizes)
     if config.tile_over is not None:
         try:
             VideoCodec.check_tile_of(config.model, config.tile_over)
         except ValueError as error:
             raise ValueError(f"tile_over={config.tile_over}: {error}") from error
     return PrepareSettings(
-        height=height,
-        width=width,
+        height=config.height or model.height,
+        width=config.width or model.width,
         sizes=sizes,
         fps=config.fps or model.fps,
         frame_step=VideoCodec.frame_step_of(config.model),

@@ -28,6 +28,8 @@ def check_sizes(model: Path, height: int | None, width: int | None, sizes: Seque
     from models.codecs import VideoCodec
     from models.folder import pixel_multiple
 
+    if height is None and width is None and not sizes:
+        return  # the model's own
     multiple, stride = pixel_multiple(model), VideoCodec.spatial_stride_of(model)
 
     def nearest(pixels: int) -> int:
