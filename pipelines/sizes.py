@@ -41,7 +41,8 @@ def check_sizes(model: Path, height: int | None, width: int | None, sizes: Seque
         near = nearest(size[0]), nearest(size[1])
         if near != size:
             found.append((f"sizes[{i}]", in_words(size), in_words(near)))
-    for name, value, valid in found:
+    if found:
+        name, value, valid = found[0]
         raise ValueError(
             f"{name}={value}: {model} takes multiples of {multiple} pixels (of its VAE {stride}, of a patch "
             f"{multiple // stride} of these); nearest is {valid}"
