@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -29,6 +30,7 @@ from diffusers import (
 from torch import Tensor
 
 from models.text import weights_hash
+from models.tiles import check_tile, tiled
 
 VideoVAE = AutoencoderKLWan | AutoencoderKLCogVideoX | AutoencoderKLHunyuanVideo
 ImageVAE = AutoencoderKL | AutoencoderKLTemporalDecoder  # the latter's decoder sees all frames of a clip
@@ -76,29 +78,25 @@ class VideoCodec:
     def __init__(self, vae: VAE) -> None:
         self.vae = cast(Any, vae)
         self.temporal_stride: int
-        self.spatial_stride: int
+        self.spatial_stride = _spatial_stride(type(vae).__name__, self.vae.config)
         self.latent_channels: int
         self.frame_step = _frame_step(type(vae).__name__, self.vae.config)  # a clip has frame_step * k + 1 video frames
         self.vae.eval().requires_grad_(False)
         config = self.vae.config
         if isinstance(vae, ImageVAE):
             self.temporal_stride = 1
-            self.spatial_stride = 2 ** (len(config.block_out_channels) - 1)
             self.latent_channels = config.latent_channels
             mean, std = _scaling(config)
         elif isinstance(vae, AutoencoderKLCogVideoX):
             self.temporal_stride = int(config.temporal_compression_ratio)
-            self.spatial_stride = 2 ** (len(config.block_out_channels) - 1)
             self.latent_channels = config.latent_channels
             mean, std = _scaling(config)
         elif isinstance(vae, AutoencoderKLHunyuanVideo):
             self.temporal_stride = int(config.temporal_compression_ratio)
-            self.spatial_stride = int(config.spatial_compression_ratio)
             self.latent_channels = config.latent_channels
             mean, std = _scaling(config)
         else:
             self.temporal_stride = config.scale_factor_temporal
-            self.spatial_stride = config.scale_factor_spatial
             self.latent_channels = config.z_dim
             mean, std = config.latents_mean, config.latents_std
         if {len(mean), len(std)} != {self.latent_channels}:
@@ -129,6 +127,17 @@ class VideoCodec:
         config = _read_config(path)
         return _frame_step(config["_class_name"], config)
 
+    @staticmethod
+    def spatial_stride_of(path: Path | str) -> int:
+        """`spatial_stride` of the VAE of a model folder, without loading it."""
+        config = _read_config(path)
+        return _spatial_stride(config["_class_name"], config)
+
+    @staticmethod
+    def check_tile_of(path: Path | str, tile: int) -> None:
+        """ValueError unless the VAE of a model folder can encode in tiles of this side, without loading it."""
+        check_tile(_read_config(path)["_class_name"], tile, VideoCodec.spatial_stride_of(path))
+
     @property
     def device(self) -> torch.device:
         return self.vae.device
@@ -152,15 +161,20 @@ class VideoCodec:
         return (num_frames - 1) // self.temporal_stride + 1
 
     @torch.no_grad()
-    def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior (mean, logvar), each [B,C,F,h,w] in raw VAE units, of video [B,3,T,H,W] in [-1,1]."""
+    def encode(self, video: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
+        """Posterior (mean, logvar), each [B,C,F,h,w] in raw VAE units, of video [B,3,T,H,W] in [-1,1].
+
+        Frames higher or wider than `tile` are encoded in overlapping tiles of at most that side (`models.tiles`).
+        """
         if video.ndim != 5 or video.shape[1] != 3:
             raise ValueError(f"video has shape {tuple(video.shape)}, expected [B,3,T,H,W]")
         self.num_latent_frames(video.shape[2])
         height, width = video.shape[3:]
         if height % self.spatial_stride or width % self.spatial_stride:
             raise ValueError(f"video is {height}x{width}, the VAE needs multiples of {self.spatial_stride}")
-        return posterior(self.vae, video.to(self.device, self.vae.dtype))
+        large = tile is not None and max(height, width) > tile
+        with tiled(self.vae, height, width, tile, self.spatial_stride) if large else nullcontext():
+            return posterior(self.vae, video.to(self.device, self.vae.dtype))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -202,3 +216,12 @@ def _frame_step(kind: str, config: Mapping[str, Any]) -> int:
     if kind == AutoencoderKLHunyuanVideo.__name__:
         return int(config.get("temporal_compression_ratio", 4))
     return int(config.get("scale_factor_temporal", 4)) if kind == AutoencoderKLWan.__name__ else 1
+
+
+def _spatial_stride(kind: str, config: Mapping[str, Any]) -> int:
+    """Pixels of a frame along a side of one of its latents."""
+    if kind == AutoencoderKLWan.__name__:
+        return int(config.get("scale_factor_spatial", 8))
+    if kind == AutoencoderKLHunyuanVideo.__name__:
+        return int(config.get("spatial_compression_ratio", 8))
+    return 2 ** (len(config["block_out_channels"]) - 1)

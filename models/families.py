@@ -50,6 +50,7 @@ class Family:
     build: Callable[..., Backbone]  # of the model, the process and, for one of two experts, which it is
     # of a plain folder, from the configs of its model and its scheduler
     settings: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
+    patch: Callable[[Mapping[str, Any]], int]  # latents along a side that its model takes together, by its config
     text_style: TextStyle = TextStyle()
     # further entries of model_index.json
     index: Mapping[str, Any] = field(default_factory=dict)
@@ -138,22 +139,27 @@ def _svd_surroundings(path: Path, fps: float) -> dict[str, Any]:
     return found
 
 
+def _square_patch(config: Mapping[str, Any]) -> int:
+    return config["patch_size"]
+
+
 FAMILIES: dict[FamilyName, Family] = {
     "wan": Family(
         "WanPipeline", WanTransformer3DModel, AutoencoderKLWan, _wan, _wan_settings,
+        lambda config: config["patch_size"][1],
         index={"boundary_ratio": None, "expand_timesteps": False, "transformer_2": [None, None]},
     ),
     "cogvideox": Family(
         "CogVideoXPipeline", CogVideoXTransformer3DModel, AutoencoderKLCogVideoX, _cogvideox, _cogvideox_settings,
-        text_style=TextStyle(padded=True),
+        _square_patch, text_style=TextStyle(padded=True),
     ),
     "latte": Family(
         "LattePipeline", LatteTransformer3DModel, AutoencoderKL, LatteBackbone, _latte_settings,
-        text_style=TextStyle(lowercase=True),
+        _square_patch, text_style=TextStyle(lowercase=True),
     ),
     "hunyuan": Family(
         "HunyuanVideoPipeline", HunyuanVideoTransformer3DModel, AutoencoderKLHunyuanVideo, _hunyuan, _hunyuan_settings,
-        text_style=TextStyle(pooled=True),
+        _square_patch, text_style=TextStyle(pooled=True),
         folders={
             "backbone": ("transformer",), "codec": ("vae",),
             "text": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
@@ -161,7 +167,7 @@ FAMILIES: dict[FamilyName, Family] = {
     ),
     "svd": Family(
         "StableVideoDiffusionPipeline", UNetSpatioTemporalConditionModel, AutoencoderKLTemporalDecoder, SVDBackbone,
-        _svd_settings,
+        _svd_settings, lambda config: 2 ** (len(config["block_out_channels"]) - 1),  # halved so often, and brought back
         folders={
             "backbone": ("unet",), "codec": ("vae",), "text": ("text_encoder", "tokenizer"),
             "image": ("image_encoder", "feature_extractor"),

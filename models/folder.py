@@ -258,6 +258,13 @@ def is_distilled(path: Path | str) -> bool:
     return bool(json.loads(file.read_text()).get("guidance_embeds")) if file.is_file() else False
 
 
+def pixel_multiple(path: Path | str) -> int:
+    """Of which height and width of a video must be for the model of a folder: its VAE's stride times its patch."""
+    family = FAMILIES[load_settings(path).backbone]
+    config = json.loads((Path(path) / family.folders["backbone"][0] / "config.json").read_text())
+    return VideoCodec.spatial_stride_of(path) * family.patch(config)
+
+
 def part_folders(path: Path | str) -> Mapping[Part, tuple[str, ...]]:
     """The folders of each part in a model folder; none of a part that it does not hold."""
     index = read_index(path)

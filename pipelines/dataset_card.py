@@ -25,6 +25,8 @@ from preprocess.dataset import Earlier, scenes_aside
 from preprocess.filters import RULES, SCORES, rule_of
 from preprocess.parts import Part, Row
 from preprocess.replay import Step, recorded_waterfall
+from preprocess.report import sizes_of
+from preprocess.sizes import in_words
 
 _BINS = 32
 # what a score says, in words
@@ -104,7 +106,7 @@ def write_card(folder: Path, out: Path, max_scenes: int = 60) -> Path:
             Entry("shots, of them encoded", f"{totals['shots']} / {totals['encoded_shots']}"),
             Entry("seconds of shots", f"{seconds:.0f}"),
             Entry("encoded frames", str(totals["encoded_frames"])),
-            Entry("size, frames/s", f"{settings['width']}x{settings['height']}, {settings['fps']:g}"),
+            Entry("size (encoded shots), frames/s", f"{_sizes(rows, settings)}, {settings['fps']:g}"),
         ],
         bars=_bar_rows(steps, len(rows)),
         histograms=[chart for name in SCORES if (chart := histogram(name, rows, limits)) is not None],
@@ -113,6 +115,14 @@ def write_card(folder: Path, out: Path, max_scenes: int = 60) -> Path:
         num_scenes=len(groups),
         stages=_stages(folder),
     )
+
+
+def _sizes(rows: Sequence[Row], settings: Row) -> str:
+    """Width x height, each with its number of shots where there are several."""
+    found = sizes_of(rows)
+    if len(found) < 2:
+        return next(iter(found), in_words((settings["height"], settings["width"])))
+    return ", ".join(f"{size} ({count})" for size, count in found.items())
 
 
 def _bar_rows(steps: Sequence[Step], shots: int) -> list[tuple[Step, float]]:

@@ -25,6 +25,7 @@ from preprocess.filters import thresholds
 from preprocess.parts import part_path
 from preprocess.pieces import frames_taken
 from preprocess.settings import ASKED, PrepareSettings
+from preprocess.sizes import Size, in_words
 from preprocess.sources import SourceFile
 from preprocess.unit import (
     Unit,
@@ -66,12 +67,14 @@ class DryRun:
     set_aside: list[tuple[str, str]] = field(default_factory=list)  # (status, "name (stage): reason")
     frames: float = 0.0  # of what is to do, as far as it passes the probe; scaled where not all were probed
     video_seconds: float = 0.0
+    sizes: dict[Size, float] = field(default_factory=dict)  # those frames by the training size of their video
     sampled: list[str] = field(default_factory=list)
     sample_frames: int = 0
     sample_shots: int = 0
     sample_encoded_shots: int = 0
-    sample_seconds: dict[str, float] = field(default_factory=dict)  # by stage
-    sample_bytes: int = 0  # of the parts
+    # of the stages and of the parts, as if the sizes had the shares in the sample that they have in what is to do
+    sample_seconds: dict[str, float] = field(default_factory=dict)
+    sample_bytes: float = 0.0
     scratch_bytes: float = 0.0  # of one video of the longest kind, while it waits to be encoded
     memory: dict[str, int] = field(default_factory=dict)  # bytes of one process: decoding, encoding
     free_disk: int = 0
@@ -162,7 +165,7 @@ class DryRun:
         lines = [
             f"stages: probe -> decode ({self.decoding} videos at once) -> captions -> encode ({self.encoders}) "
             "-> shards",
-            f"frames: {one.width}x{one.height} (width x height), {one.fps:g} a second, "
+            f"frames: {self._size_words()} (width x height), {one.fps:g} a second, "
             f"shots of {one.min_shot_frames} to {one.shot_frames}, at most {one.max_shots} shots a scene; "
             f"cuts={one.cuts} {captions} crop_bars={str(one.crop_bars).lower()}",
         ]
@@ -171,6 +174,12 @@ class DryRun:
         if self.asked:
             lines.append(f"not asked and not in the estimate: {self.asked}")
         return lines
+
+    def _size_words(self) -> str:
+        if not self.settings.sizes:
+            return in_words((self.settings.height, self.settings.width))
+        shares = {size: self.sizes.get(size, 0.0) / max(1.0, self.frames) for size in self.settings.sizes}
+        return ", ".join(f"{in_words(size)} ({share:.0%} of what is decoded)" for size, share in shares.items())
 
     def _sample_words(self) -> list[str]:
         whole = sum(self.sample_seconds.values())
@@ -213,9 +222,9 @@ def dry_run(config: PrepareConfig) -> DryRun:
         passed = _probe(_evenly(todo, PROBED), len(todo), place, found)
         cut = min(SECONDS, wanted.max_seconds or SECONDS)
         place = replace(place, settings=replace(settings, max_seconds=cut))
-        units = [Unit(unit.file) for unit in _evenly(passed, SAMPLE)]
-        longest = max((frames_taken(unit.info, wanted) for unit in passed if unit.info), default=0)
-        _decode(units, place, found, longest)
+        units = [Unit(unit.file) for unit in _of_each_size(passed)]
+        largest = max((_pixels(unit, wanted) for unit in passed), default=0)
+        _decode(units, place, found, largest)
         device = "cuda" if config.encoder_gpus else "cpu"
         scorer = make_scorer(config.aesthetic, bool(config.encoder_gpus))
         if any(not unit.status for unit in units):
@@ -229,9 +238,9 @@ def _todo(
 ) -> list[SourceFile]:
     """Sources without a result that still holds, as `prepare` finds them, but for what only a started run repairs."""
     parts = output / "parts"
-    keys, earlier = Workplace(settings, parts, parts / "scratch", encoder_key(model)).keys(), Earlier(output)
+    place, earlier = Workplace(settings, parts, parts / "scratch", encoder_key(model)), Earlier(output)
     limits = thresholds(settings)
-    return [file for file in files if find_finished(file, keys, parts, earlier, retry_failed, limits) is None]
+    return [file for file in files if find_finished(file, place.keys_for, parts, earlier, retry_failed, limits) is None]
 
 
 def _probe(files: list[SourceFile], todo: int, place: Workplace, found: DryRun) -> list[Unit]:
@@ -245,15 +254,20 @@ def _probe(files: list[SourceFile], todo: int, place: Workplace, found: DryRun) 
             found.set_aside.append((unit.status, f"{file.name} ({unit.stage}): {unit.reason}"))
         elif unit.info is not None:
             passed.append(unit)
-            found.frames += frames_taken(unit.info, found.settings)
+            # as if there were no black bars: they are found in the decode
+            size = place.settings.size_of((unit.info.height, unit.info.width))
+            unit.size, frames = list(size), frames_taken(unit.info, found.settings)
+            found.sizes[size] = found.sizes.get(size, 0.0) + frames
+            found.frames += frames
             found.video_seconds += min(unit.info.duration_s, found.settings.max_seconds or math.inf)
     scale = todo / max(1, len(files))
     found.frames, found.video_seconds = found.frames * scale, found.video_seconds * scale
+    found.sizes = {size: frames * scale for size, frames in found.sizes.items()}
     return passed
 
 
-def _decode(units: list[Unit], place: Workplace, found: DryRun, longest: int) -> None:
-    """All before the encoder, video by video; `longest`: frames of the longest video."""
+def _decode(units: list[Unit], place: Workplace, found: DryRun, largest: int) -> None:
+    """All before the encoder, video by video; `largest`: pixels of all frames of the video that has most."""
     import decord  # noqa: F401  its import is no part of the sample
 
     for unit in units:
@@ -263,7 +277,8 @@ def _decode(units: list[Unit], place: Workplace, found: DryRun, longest: int) ->
         shown = unit.count.shown if unit.count else 0
         waits = place.scratch_file(unit)
         if shown and waits.exists():
-            found.scratch_bytes = max(found.scratch_bytes, waits.stat().st_size * longest / shown)
+            pixels = shown * unit.size[0] * unit.size[1]
+            found.scratch_bytes = max(found.scratch_bytes, waits.stat().st_size * largest / pixels)
     found.memory["decoding"] = _memory_peak()
 
 
@@ -271,16 +286,45 @@ def _encode(units: list[Unit], place: Workplace, encoder: Encoder, found: DryRun
     for unit in units:
         run_stage("encode", lambda u: encode_stage(u, place, encoder), unit)
         close_stage(unit, place)
-        if unit.count is None or not unit.count.shown:
-            continue
+    units = [unit for unit in units if unit.count is not None and unit.count.shown]
+    weights = _weights(units, found)
+    for unit, weight in zip(units, weights, strict=True):
+        assert unit.count is not None
         found.sampled.append(unit.file.name)
         found.sample_frames += unit.count.shown
         found.sample_shots += len(unit.shots)
         found.sample_encoded_shots += sum(bool(shot.span_pts) for shot in unit.shots)
-        found.sample_bytes += part_path(place.parts, unit.file.video_id).stat().st_size
+        found.sample_bytes += weight * part_path(place.parts, unit.file.video_id).stat().st_size
         for stage in STAGES:
-            found.sample_seconds[stage] = found.sample_seconds.get(stage, 0.0) + unit.seconds.get(stage, 0.0)
+            found.sample_seconds[stage] = found.sample_seconds.get(stage, 0.0) + weight * unit.seconds.get(stage, 0.0)
     found.memory["encoding"] = _memory_peak()
+
+
+def _weights(units: list[Unit], found: DryRun) -> list[float]:
+    """For each unit of the sample: frames to do at its size for one frame of the sample, over the mean of all sizes.
+
+    With one size all are 1. A size that no unit of the sample has turned out to take is left out.
+    """
+    shown: dict[Size, int] = {}
+    for unit in units:
+        size = (unit.size[0], unit.size[1])
+        shown[size] = shown.get(size, 0) + (unit.count.shown if unit.count else 0)
+    todo = {size: found.sizes.get(size, 0.0) for size in shown}
+    mean = sum(todo.values()) / max(1, sum(shown.values()))
+    return [todo[size] / shown[size] / mean if mean else 1.0 for size in ((u.size[0], u.size[1]) for u in units)]
+
+
+def _of_each_size(units: list[Unit]) -> list[Unit]:
+    """The sample: SAMPLE units evenly over the list, or of several sizes as many of each, at least one."""
+    groups: dict[tuple[int, ...], list[Unit]] = {}
+    for unit in units:
+        groups.setdefault(tuple(unit.size), []).append(unit)
+    return [unit for group in groups.values() for unit in _evenly(group, max(1, SAMPLE // len(groups)))]
+
+
+def _pixels(unit: Unit, settings: PrepareSettings) -> int:
+    """Of all frames that are decoded of a probed video, at its training size."""
+    return frames_taken(unit.info, settings) * unit.size[0] * unit.size[1] if unit.info else 0
 
 
 def _without_models(settings: PrepareSettings) -> PrepareSettings:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from infra.knobs import knob, required
 from pipelines.aesthetic import AestheticConfig, make_scorer, scorer_key
 from pipelines.captioner import CaptionerConfig, api_key, asks, captioner_name, make_asker
+from pipelines.sizes import check_sizes, read_sizes
 from pipelines.states import StatesConfig, predictor_key
 from preprocess.filters import FilterSettings
 from preprocess.report import PrepareReport
@@ -53,6 +54,9 @@ class PrepareConfig:
     list_root: Path | None = knob(None, "folder that lists may name files of; null = the list's own folder")
     height: int | None = knob(None, "of the encoded frames; null = the model's")
     width: int | None = knob(None, "of the encoded frames; null = the model's")
+    sizes: list[str] | None = knob(
+        None, "WIDTHxHEIGHT, such as [832x480,480x832]: each video takes the one of its aspect; null = one size for all"
+    )
     fps: float | None = knob(None, "of the encoded frames; null = the model's")
     shot_frames: int | None = knob(None, "encoded frames per shot at most (Wan: 4k+1); null = the model's")
     min_shot_frames: int = knob(5, "a shot with fewer encoded frames is recorded but not encoded")
@@ -83,6 +87,9 @@ class PrepareConfig:
         False, "CogVideoX, for method lct with global_prompt=group: also encode story and prompts each alone"
     )
     dtype: StoreType = knob("float16", "how latents and text embeddings are stored")
+    tile_over: int | None = knob(
+        None, "encode frames higher or wider than this in overlapping tiles of this side: less memory; null = whole"
+    )
     shard_mb: float = knob(256.0, "target size of a shard")
     unit_minutes: float = knob(
         5.0, "longer videos are decoded and encoded in units of about this, side by side; changes no result"
@@ -99,6 +106,9 @@ class PrepareConfig:
             raise ValueError("sources is empty; name folders, globs, list files, tars or videos")
         if self.frames_fps is not None and not 0 < self.frames_fps <= 1000:
             raise ValueError(f"frames_fps={self.frames_fps} must lie above 0 and at most at 1000 frames per second")
+        if self.sizes and (self.height or self.width):
+            raise ValueError(f"sizes={self.sizes}, height={self.height}, width={self.width}: give sizes, or one size")
+        read_sizes(self.sizes)
         if self.unit_minutes <= 0:
             raise ValueError(f"unit_minutes={self.unit_minutes} must be positive")
         if self.shard_mb <= 0 or self.encoders < 1:
@@ -304,9 +314,17 @@ def make_settings(config: PrepareConfig) -> PrepareSettings:
 
         require_transnet()
     model = load_settings(config.model)
+    sizes = read_sizes(config.sizes)
+    check_sizes(config.model, config.height, config.width, sizes)
+    if config.tile_over is not None:
+        try:
+            VideoCodec.check_tile_of(config.model, config.tile_over)
+        except ValueError as error:
+            raise ValueError(f"tile_over={config.tile_over}: {error}") from error
     return PrepareSettings(
         height=config.height or model.height,
         width=config.width or model.width,
+        sizes=sizes,
         fps=config.fps or model.fps,
         frame_step=VideoCodec.frame_step_of(config.model),
         shot_frames=config.shot_frames or model.frames_per_shot,
@@ -324,6 +342,7 @@ def make_settings(config: PrepareConfig) -> PrepareSettings:
         caption_frames=config.captioner.frames,
         caption_words=config.captioner.words,
         dtype=config.dtype,
+        tile_over=config.tile_over,
         seconds_per_video=config.seconds_limit,
         unit_seconds=60 * config.unit_minutes,
         states_key=predictor_key(config.states),

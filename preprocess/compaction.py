@@ -27,7 +27,7 @@ def without_duplicates(finished: Finished, verdicts: dict[str, Verdict]) -> Fini
         row |= {f"score_{name}": value for name, value in verdict.scores.items()}
         if verdict.reason:
             row |= {"filtered": verdict.reason, "duplicate_of": verdict.of}
-            row |= {"encoded_frames": 0, "encoded_start_frame": -1}
+            row |= {"encoded_frames": 0, "encoded_start_frame": -1, "encoded_height": 0, "encoded_width": 0}
         rows.append(row)
     written = {row["key"] for row in rows if row["encoded_frames"] > 0}
     rows = [row if row["key"] in written else row | {"key": "", "shard": ""} for row in rows]

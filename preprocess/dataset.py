@@ -30,6 +30,7 @@ from preprocess.shards import ShardReader, ShardWriter
 from preprocess.sources import SourceFile, fields_text
 
 Sample = dict[str, bytes]  # {extension: bytes}
+KeysFor = Callable[[Row], dict[str, str]]
 FORMAT = "shotloom-dataset-1"
 _FILES = (INDEX, "manifest.parquet", "sources.parquet", ANSWERS, "dataset.json")
 _ORDER = ("shards", *_FILES)
@@ -78,18 +79,21 @@ class Earlier:
 
 def find_finished(
     file: SourceFile,
-    keys: dict[str, str],
+    keys_for: KeysFor,
     parts: Path,
     earlier: Earlier,
     retry_failed: bool,
     limits: dict[str, float | None],
 ) -> Finished | None:
-    """The finished work on a source that still holds: same settings, same file. None: it has to be done."""
+    """The finished work on a source that still holds: same settings, same file. None: it has to be done.
+
+    `keys_for` is `Workplace.keys_for`: what a row depends on is known only with the size that its video takes.
+    """
     part = read_part(part_path(parts, file.video_id))
-    if part is not None and _still_holds(part, file, keys, retry_failed, limits):
+    if part is not None and _still_holds(part, file, keys_for, retry_failed, limits):
         return Finished(part, part_path(parts, file.video_id))
     part = earlier.parts.get(file.video_id)
-    if part is not None and _still_holds(part, file, keys, retry_failed, limits) and earlier.whole(part):
+    if part is not None and _still_holds(part, file, keys_for, retry_failed, limits) and earlier.whole(part):
         return Finished(part, None)
     return None
 
@@ -104,7 +108,7 @@ _DEPENDS = {
 
 
 def _still_holds(
-    part: Part, file: SourceFile, keys: dict[str, str], retry_failed: bool, limits: dict[str, float | None]
+    part: Part, file: SourceFile, keys_for: KeysFor, retry_failed: bool, limits: dict[str, float | None]
 ) -> bool:
     row = part.source
     if row["name"] != file.name:
@@ -114,7 +118,8 @@ def _still_holds(
         return False
     stage = row["stage"]
     depends = _DEPENDS.get(stage, ("vision_key",))
-    if any(row.get(name) != keys[name] for name in depends):
+    keys = keys_for(row)
+    if any(row.get(name) != keys.get(name) for name in depends):
         return False
     if stage == "sources":
         return row["reason"] == file.error
@@ -133,7 +138,7 @@ def _same_verdicts(part: Part, limits: dict[str, float | None]) -> bool:
 
 
 def find_pictures(
-    file: SourceFile, keys: dict[str, str], parts: Path, earlier: Earlier, limits: dict[str, float | None]
+    file: SourceFile, keys_for: KeysFor, parts: Path, earlier: Earlier, limits: dict[str, float | None]
 ) -> tuple[Row, dict[str, str]]:
     """Where only captions changed: the earlier row, and key -> tar of its samples; empty where pictures changed too."""
     part = read_part(part_path(parts, file.video_id))
@@ -144,9 +149,9 @@ def find_pictures(
         return {}, {}
     if not _same_verdicts(part, limits) or any(row["duplicate_of"] for row in part.shots):
         return {}, {}  # of a shot that was left out the latents are gone
-    row = part.source
+    row, keys = part.source, keys_for(part.source)
     same = row["name"] == file.name and not file.error
-    same = same and all(row[name] == keys[name] for name in ("vision_key", "encoder_key"))
+    same = same and all(row[name] == keys.get(name) for name in ("vision_key", "encoder_key"))
     if not same or not _same_video(row, file):
         return {}, {}
     return row, places
@@ -308,6 +313,7 @@ SOURCE_SCHEMA = _schema(
     decoded_frames="int", damaged_packets="int", decoder="str", decoder_reason="str", container="str", codec="str",
     pix_fmt="str", width="int", height="int", fps="float", variable_rate="bool", duration_s="float", rotation="int",
     hdr="bool", interlaced="bool", audio="bool", mirrored="bool", truncated="str", colour="str",
+    picture_height="int", picture_width="int", encoded_height="int", encoded_width="int",
     bytes="int", mtime_ns="int", sha256="str", captions="str", captions_mtime_ns="int", captions_sha256="str",
     frames_fps="float", fields="str", vision_key="str", caption_key="str", encoder_key="str",
 )  # fmt: skip
@@ -315,8 +321,8 @@ SHOT_SCHEMA = _schema(
     video_id="str", source="str", scene_id="str", shot_id="str", index="int", key="str", shard="str", start_s="float",
     duration_s="float", start_pts="int", end_pts="int", time_base_num="int", time_base_den="int", start_frame="int",
     end_frame="int", transition="str", confidence="float", blend_frames="ints", blend_pts="ints", encoded_frames="int",
-    encoded_start_frame="int", prompt="str", sentence="str", camera="str", label="int", captions="str", scores="str",
-    filtered="str", set_aside="str", duplicate_of="str", signature="str",
+    encoded_start_frame="int", encoded_height="int", encoded_width="int", prompt="str", sentence="str", camera="str",
+    label="int", captions="str", scores="str", filtered="str", set_aside="str", duplicate_of="str", signature="str",
     **{f"score_{name}": "float" for name in SCORES},
 )  # fmt: skip
 

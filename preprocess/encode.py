@@ -53,8 +53,12 @@ class Encoder:
         image = model.image_encoder if model.reads_images else None
         return Encoder(model.codec, model.text, model.settings.text_length, threads, aesthetic, image)
 
-    def encode_shots(self, spans: Sequence[np.ndarray | None], dtype: StoreType) -> list[dict[str, Tensor]]:
+    def encode_shots(
+        self, spans: Sequence[np.ndarray | None], dtype: StoreType, tile: int | None = None
+    ) -> list[dict[str, Tensor]]:
         """Posterior of each span uint8 [n,H,W,3], and of its first and last frame, each frame encoded alone.
+
+        `tile`: side of the tiles in which larger frames are encoded, then one clip at a time; None: whole.
 
         Returns per shot latent_mean, latent_logvar [C,F,h,w] and first_*, last_* [C,1,h,w] in raw VAE units, for a
         model that reads images also first_image [1,D], the embedding of the first frame; {} for a shot without span.
@@ -68,10 +72,11 @@ class Encoder:
             if span is not None
             for name, at in (("first", 0), ("last", -1))
         ]
-        for jobs in (*_by_length(clips), singles):
-            for begin in range(0, len(jobs), _BATCH):
-                batch = jobs[begin : begin + _BATCH]
-                mean, logvar = self.codec.encode(to_video([span for _, _, span in batch]))
+        count = _BATCH if tile is None else 1
+        for jobs in (*_by_shape(clips), *_by_shape(singles)):
+            for begin in range(0, len(jobs), count):
+                batch = jobs[begin : begin + count]
+                mean, logvar = self.codec.encode(to_video([span for _, _, span in batch]), tile)
                 for (shot, name, _), m, v in zip(batch, mean, logvar, strict=True):
                     if not (torch.isfinite(m).all() and torch.isfinite(v).all()):
                         raise Failed("encode", f"the VAE gave values that are not finite for shot {shot}")
@@ -83,10 +88,10 @@ class Encoder:
                 results[shot][IMAGE_TENSOR] = embedding.to(_DTYPES[dtype]).contiguous()
         return results
 
-    def encode_references(self, clips: Sequence[np.ndarray], dtype: StoreType) -> list[Tensor]:
+    def encode_references(self, clips: Sequence[np.ndarray], dtype: StoreType, tile: int | None = None) -> list[Tensor]:
         """Posterior mean [C,F,h,w] in raw VAE units of each clip uint8 [n,H,W,3], each encoded alone."""
         torch.set_num_threads(self.threads)
-        means = [self.codec.encode(to_video([clip]))[0][0] for clip in clips]
+        means = [self.codec.encode(to_video([clip]), tile)[0][0] for clip in clips]
         if not all(torch.isfinite(mean).all() for mean in means):
             raise Failed("encode", "the VAE gave values that are not finite for a reference")
         return [mean.to("cpu", _DTYPES[dtype]).contiguous() for mean in means]
@@ -164,8 +169,9 @@ def scene_texts(scene: Scene, apart: bool = False) -> dict[str, str]:
     return texts
 
 
-def _by_length(clips: list[tuple[int, str, np.ndarray]]) -> list[list[tuple[int, str, np.ndarray]]]:
-    groups: dict[int, list[tuple[int, str, np.ndarray]]] = {}
+def _by_shape(clips: list[tuple[int, str, np.ndarray]]) -> list[list[tuple[int, str, np.ndarray]]]:
+    """Clips that fit into one call of the VAE: of one length and one size."""
+    groups: dict[tuple[int, ...], list[tuple[int, str, np.ndarray]]] = {}
     for clip in clips:
-        groups.setdefault(len(clip[2]), []).append(clip)
-    return [groups[length] for length in sorted(groups)]
+        groups.setdefault(clip[2].shape, []).append(clip)
+    return [groups[shape] for shape in sorted(groups)]

@@ -65,6 +65,10 @@ class Bars:
         scale = max(height / (self.height * info.height), width / (self.width * info.width))
         return int(np.ceil(scale * info.height)) + 2, int(np.ceil(scale * info.width)) + 2
 
+    def picture(self, info: VideoInfo) -> tuple[int, int]:
+        """(height, width) in displayed pixels of what lies inside of the bars."""
+        return max(1, round(self.height * info.height)), max(1, round(self.width * info.width))
+
     def inside(self, image: np.ndarray) -> np.ndarray:
         """The picture without its bars, a view of [h,w,3]."""
         if not self.area:

@@ -120,6 +120,8 @@ def shot_rows(scene: Scene, written: bool, aside: str = "") -> list[Row]:
             "blend_pts": shot.blend_pts,
             "encoded_frames": shot.encoded.num_frames if written and shot.encoded else 0,
             "encoded_start_frame": shot.encoded.start_frame if written and shot.encoded else -1,
+            "encoded_height": shot.encoded.height if written and shot.encoded else 0,
+            "encoded_width": shot.encoded.width if written and shot.encoded else 0,
             "prompt": shot.prompt,
             "sentence": shot.sentence,
             "camera": shot.camera,

@@ -23,6 +23,7 @@ from preprocess.filters import (
 )
 from preprocess.parts import Part, Row
 from preprocess.settings import PrepareSettings
+from preprocess.sizes import in_words
 
 # scores measured under other settings are other scores
 _MEASURED_UNDER = ("height", "width", "fps", "frame_step", "shot_frames", "max_seconds", "crop_bars", "cuts")
@@ -90,6 +91,12 @@ def replay(folder: Path, settings: PrepareSettings) -> Waterfall:
                 f"{name}={now[name]}, but the scores in {folder} were measured with {name}={was.get(name)}; "
                 "leave it as it was, or prepare again"
             )
+    if sorted(was.get("sizes", [])) != sorted(now["sizes"]):
+        words = ("[" + ", ".join(map(in_words, sizes)) + "]" for sizes in (now["sizes"], was.get("sizes", [])))
+        raise ValueError(
+            f"sizes={next(words)}, but the scores in {folder} were measured with sizes={next(words)}; leave them as "
+            "they were, or prepare again"
+        )
     if settings.aesthetic_key and was.get("aesthetic_key") != settings.aesthetic_key:
         raise ValueError(
             f"the shots in {folder} were not scored by this aesthetic model; leave it out, or prepare again"

@@ -14,6 +14,7 @@ from typing import Any
 from infra.log import duration
 from preprocess.filters import rule_of
 from preprocess.parts import Row
+from preprocess.sizes import in_words
 
 
 @dataclass
@@ -40,6 +41,7 @@ class PrepareReport:
     shots: int = 0
     encoded_shots: int = 0
     encoded_frames: int = 0
+    sizes: dict[str, int] = field(default_factory=dict)  # encoded shots by width x height
     shards: int = 0
     source_frames: int = 0  # frames of this run's videos that lie in the part that was taken
     decoded_frames: int = 0
@@ -85,7 +87,9 @@ class PrepareReport:
                 self.decoded_frames += row["decoded_frames"] if row["used_frames"] else 0
 
     def count_shots(self, rows: Iterable[Row]) -> None:
-        """Take from the rows of manifest.parquet which filter left out how many shots."""
+        """Take from the rows of manifest.parquet which filter left out how many shots, and the sizes of the others."""
+        rows = list(rows)
+        self.sizes = sizes_of(rows)
         self.filtered_shots = dict(Counter(rule_of(row["filtered"]) for row in rows if row["filtered"]))
 
     @contextlib.contextmanager
@@ -116,6 +120,10 @@ class PrepareReport:
             f"{self.scenes} scenes, {self.shots} shots, {self.encoded_shots} of them encoded, in {self.shards} shards: "
             f"{self.output}",
         ]
+        if len(self.sizes) > 1:
+            (first, count), *others = self.sizes.items()
+            more = "".join(f", {size} ({number})" for size, number in others)
+            lines.append(f"encoded at {first} ({count} shots){more}")
         if self.filtered_shots:
             taken = ", ".join(f"{count} {name}" for name, count in self.filtered_shots.items())
             lines.append(f"filters left out {sum(self.filtered_shots.values())} shots: {taken}")
@@ -134,3 +142,9 @@ class PrepareReport:
         if self.source_frames:
             lines.append(f"  decoded {self.decoded_frames} frames, {self.decodes_per_frame:.3f} per source frame")
         return "\n".join([*lines, f"took {duration(self.seconds)}"])
+
+
+def sizes_of(rows: Iterable[Row]) -> dict[str, int]:
+    """Encoded shots of manifest rows by their size, the most frequent one first."""
+    sizes = [(row["encoded_height"], row["encoded_width"]) for row in rows if row.get("encoded_width")]
+    return {in_words(size): count for size, count in sorted(Counter(sizes).items(), key=lambda one: (-one[1], one[0]))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,8 +24,9 @@ from preprocess.encode import encoder_key
 from preprocess.filters import thresholds
 from preprocess.parts import Part, part_path, read_part, write_part
 from preprocess.settings import PrepareSettings
+from preprocess.source_rows import source_row
 from preprocess.sources import SourceFile
-from preprocess.unit import Unit, Workplace, source_row
+from preprocess.unit import Unit, Workplace
 from preprocess.watch import MAX_ATTEMPTS, Attempts
 
 
@@ -92,7 +94,7 @@ class Work:
 
     def _unit(self, file: SourceFile) -> Unit:
         limits = thresholds(self.place.settings)
-        row, places = find_pictures(file, self.place.keys(), self.place.parts, self.earlier, limits)
+        row, places = find_pictures(file, self.place.keys_for, self.place.parts, self.earlier, limits)
         return Unit(file, recall=places, earlier=row)
 
     def _give_up(self, file: SourceFile, stage: str, attempts: int) -> Part:
@@ -108,7 +110,7 @@ class Work:
         return (
             list(self.earlier.parts) == here
             and self.earlier.facts.get("shard_bytes") == shard_bytes
-            and self.same_filters()
+            and self.same_settings("filters", "sizes", "tile_over")
             and all(one.path is None for one in self.finished.values())
         )
 
@@ -127,9 +129,11 @@ class Work:
         dataset.commit(self.output)
         return record
 
-    def same_filters(self) -> bool:
-        """Whether the dataset in the folder was made with the thresholds of this run."""
-        return bool(self.earlier.facts.get("settings", {}).get("filters") == asdict(self.place.settings.filters))
+    def same_settings(self, *names: str) -> bool:
+        """Whether the dataset in the folder was made with these settings of this run; what it lacks had its default."""
+        now = json.loads(json.dumps(asdict(self.place.settings)))
+        was = asdict(PrepareSettings()) | self.earlier.facts.get("settings", {})
+        return all(json.loads(json.dumps(was[name])) == now[name] for name in names)
 
     def clean(self) -> None:
         shutil.rmtree(self.place.parts, ignore_errors=True)
@@ -145,16 +149,15 @@ def plan_work(
         shutil.rmtree(parts / leftover, ignore_errors=True)
     place = Workplace(settings, parts, parts / "scratch", encoder_key(model))
     work = Work(output, place, list(files), Earlier(output))
-    keys = place.keys()
     originals: set[str] = set()  # shots and videos, kept by the earlier dataset, that later ones may double
     for file in files:
-        finished = find_finished(file, keys, parts, work.earlier, retry_failed, thresholds(settings))
+        finished = find_finished(file, place.keys_for, parts, work.earlier, retry_failed, thresholds(settings))
         if finished is None:
             continue
         rows = finished.part.shots if finished.path is None else []
         doubled = {row["duplicate_of"] for row in rows if row["duplicate_of"]}
         # the latents of a duplicate are gone: where it is none any more, they have to be made again
-        if not doubled or (doubled <= originals and work.same_filters()):
+        if not doubled or (doubled <= originals and work.same_settings("filters")):
             originals |= {
                 name for row in rows if row["key"] and not row["filtered"] for name in (row["shot_id"], row["video_id"])
             }

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from preprocess.filters import FilterSettings
+from preprocess.sizes import Size, choose_size, in_words
 
 CaptionBackend = Literal["sidecar", "describe", "sidecar_or_describe", "endpoint", "transformers"]
 ASKED: tuple[CaptionBackend, ...] = ("endpoint", "transformers")  # a model is shown pictures
@@ -20,7 +21,7 @@ STAGES_VERSION = 3
 # thresholds of shots are not in the key: what they would change is seen in the recorded scores (`preprocess.dataset`)
 _NOT_VISION = (
     "captions", "caption_model", "caption_frames", "caption_words", "seconds_per_video", "states_key", "states_frames",
-    "texts_apart", "filters", "unit_seconds",
+    "texts_apart", "filters", "unit_seconds", "sizes", "tile_over",
 )  # fmt: skip
 
 
@@ -28,6 +29,7 @@ _NOT_VISION = (
 class PrepareSettings:
     height: int = 64
     width: int = 64
+    sizes: tuple[Size, ...] = ()  # of which each video takes the one that fits it, see `at`; (): height x width
     fps: float = 8.0  # of the encoded frames
     frame_step: int = 4  # the VAE takes frame_step * k + 1 frames: 4 Wan, 8 CogVideoX, 1 an image VAE
     shot_frames: int = 17  # encoded frames per shot at most
@@ -45,6 +47,7 @@ class PrepareSettings:
     caption_frames: int = 3  # encoded frames per shot that it is shown
     caption_words: int = 130  # of story and one prompt together
     dtype: StoreType = "float16"  # of latents and text embeddings
+    tile_over: int | None = None  # frames higher or wider than this are encoded in tiles of it; None: whole
     seconds_per_video: float = 600.0  # time limit for the work on one video, or on one unit of a long one
     unit_seconds: float = 300.0  # longer videos are cut into units of about this; it changes no result
     states_key: str = ""  # of the state predictor (`models.states`); "" = states are not predicted
@@ -60,8 +63,11 @@ class PrepareSettings:
                 )
         if self.min_shot_frames > self.shot_frames:
             raise ValueError(f"min_shot_frames={self.min_shot_frames} is more than shot_frames={self.shot_frames}")
-        if self.height % 8 or self.width % 8 or min(self.height, self.width) < 8:
-            raise ValueError(f"{self.height}x{self.width}: height and width must be multiples of 8")
+        for name, size in (("", (self.height, self.width)), *(("sizes: ", size) for size in self.sizes)):
+            if size[0] % 8 or size[1] % 8 or min(size) < 8:
+                raise ValueError(f"{name}{in_words(size)}: height and width must be multiples of 8")
+        if twice := [size for i, size in enumerate(self.sizes) if size in self.sizes[:i]]:
+            raise ValueError(f"sizes: {in_words(twice[0])} is listed twice")
         if self.fps <= 0 or self.max_shots < 1 or self.seconds_per_video <= 0:
             raise ValueError("fps, max_shots and seconds_per_video must be positive")
         if (self.captions in ASKED) != bool(self.caption_model):
@@ -75,8 +81,21 @@ class PrepareSettings:
         if self.max_seconds is not None and self.max_seconds <= 0:
             raise ValueError(f"max_seconds={self.max_seconds} must be positive; null takes whole videos")
 
+    def size_of(self, picture: Size) -> Size:
+        """The training size of a video whose picture, without black bars, is displayed at (height, width)."""
+        return choose_size(picture, self.sizes) if self.sizes else (self.height, self.width)
+
+    def at(self, size: Size) -> PrepareSettings:
+        """The settings of the videos that take this size: no other size changes what becomes of them."""
+        return replace(self, height=size[0], width=size[1], sizes=())
+
+    @property
+    def tile(self) -> int | None:
+        """Side of the tiles in which frames of height x width are encoded; None: whole."""
+        return self.tile_over if self.tile_over and max(self.height, self.width) > self.tile_over else None
+
     def vision_key(self) -> str:
-        """Changes when shots, encoded frames or what is kept would change."""
+        """Changes when shots, encoded frames or what is kept would change; of a video of size height x width."""
         return _key({k: v for k, v in asdict(self).items() if k not in _NOT_VISION})
 
     def caption_key(self, template_hash: str) -> str:

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.torch import save
@@ -45,7 +44,9 @@ from preprocess.references import read_reference, reference_here
 from preprocess.remote import NO_ROOM, copy_here, is_direct, sha256_at
 from preprocess.scenes import make_scenes
 from preprocess.settings import ASKED, PrepareSettings
-from preprocess.sources import SourceFile, fields_text, readable
+from preprocess.sizes import Size
+from preprocess.source_rows import source_row
+from preprocess.sources import SourceFile, fields_text
 from preprocess.spans import RawShot, read_shots
 from preprocess.stills import probe_images
 
@@ -61,6 +62,8 @@ class Unit:
     earlier: Row = field(default_factory=dict)  # the row of that result
     info: VideoInfo | None = None
     count: DecodeCount | None = None
+    picture: list[int] = field(default_factory=list)  # [height, width] displayed, without black bars; empty: unknown
+    size: list[int] = field(default_factory=list)  # [height, width] of the encoded frames; empty: not yet known
     shots: list[RawShot] = field(default_factory=list)
     scenes: list[Scene] = field(default_factory=list)
     aside: dict[str, str] = field(default_factory=dict)  # scenes that are not written -> "stage: reason"
@@ -102,7 +105,8 @@ class Workplace:
 
     def film(self, unit: Unit) -> Path:
         """The folder of a long video that is under way. Its name says what it depends on, so it outlives a run."""
-        depends = [unit.sha256, unit.captions_sha256, fields_text(unit.file), asdict(self.settings), self.keys()]
+        settings = self.settings_of(unit)
+        depends = [unit.sha256, unit.captions_sha256, fields_text(unit.file), asdict(settings), self._keys(settings)]
         return self.parts / "films" / f"{unit.file.video_id}-{question_key(depends, sorted(unit.recall))[:12]}"
 
     def part_folder(self, unit: Unit) -> Path:
@@ -142,16 +146,35 @@ class Workplace:
             copy_here(path, span, copy)
         return str(copy)
 
+    def settings_of(self, unit: Unit) -> PrepareSettings:
+        """The settings at the size that the unit takes, once it is known."""
+        return self.settings.at((unit.size[0], unit.size[1])) if unit.size else self.settings
+
     def answers(self) -> Answers:
         """What models have answered for this output folder."""
         return Answers(self.parts.parent / ANSWERS, self.parts / "answers")
 
-    def keys(self) -> dict[str, str]:
-        """What the results of this run depend on; equal keys and equal input mean equal results."""
+    def keys(self, size: Size | None = None) -> dict[str, str]:
+        """What the results of this run depend on; equal keys and equal input mean equal results.
+
+        `size`: of a video that takes this one; None: of one that ended before its size was known.
+        """
+        return self._keys(self.settings.at(size) if size else self.settings)
+
+    def keys_for(self, row: Row) -> dict[str, str]:
+        """What the result of an earlier row of sources.parquet would depend on now; {}: on what it does not say."""
+        if not self.settings.sizes:
+            return self.keys()
+        picture = row.get("picture_height"), row.get("picture_width")
+        if picture[0] and picture[1]:
+            return self.keys(self.settings.size_of((picture[0], picture[1])))
+        return {} if row["shots"] else self.keys()
+
+    def _keys(self, settings: PrepareSettings) -> dict[str, str]:
         return {
-            "vision_key": self.settings.vision_key(),
-            "caption_key": self.settings.caption_key(template_hash(self.settings.captions)),
-            "encoder_key": self.encoder_key,
+            "vision_key": settings.vision_key(),
+            "caption_key": settings.caption_key(template_hash(settings.captions)),
+            "encoder_key": question_key(self.encoder_key, settings.tile)[:16] if settings.tile else self.encoder_key,
         }
 
 
@@ -200,13 +223,15 @@ def decode_stage(unit: Unit, place: Workplace, side_by_side: SideBySide = in_tur
     `side_by_side` runs the pieces of a long video.
     """
     assert unit.info is not None
-    anew = place.settings.cuts == "captions"  # other captions may have other cuts
-    recalled = recall_scenes(unit.recall, unit.info) if unit.recall and not anew else None
+    recalled, earlier = None, unit.earlier
+    if unit.recall and place.settings.cuts != "captions":  # other captions may have other cuts
+        _take_size(unit, place, (earlier.get("picture_height") or 0, earlier.get("picture_width") or 0))
+        recalled = recall_scenes(unit.recall, unit.info)
     if recalled is not None and _answered(replace(unit, scenes=recalled[0], shots=recalled[1]), place):
         unit.scenes, unit.shots = recalled
         place.forget_video(unit)
-        unit.count = recalled_count(unit.earlier, unit.info)
-        unit.lost = json.loads(unit.earlier.get("lost") or "[]")
+        unit.count = recalled_count(earlier, unit.info)
+        unit.lost = json.loads(earlier.get("lost") or "[]")
         return
     unit.recall = {}
     cuts = caption_cuts(place.captions(unit)) if place.settings.cuts == "captions" else None
@@ -215,18 +240,26 @@ def decode_stage(unit: Unit, place: Workplace, side_by_side: SideBySide = in_tur
     if place.settings.crop_bars:
         bars, looked_at = find_bars(place.video(unit), unit.info, place.settings.max_seconds)
         unit.info.probe_frames += looked_at
+    _take_size(unit, place, bars.picture(unit.info))
+    settings = place.settings_of(unit)
     place.scratch.mkdir(parents=True, exist_ok=True)
-    video, pieces = place.video(unit), plan_pieces(unit.info, place.settings)
+    video, pieces = place.video(unit), plan_pieces(unit.info, settings)
     if len(pieces) > 1:
         folder, attempts = place.film(unit), place.parts / "attempts"
-        jobs = make_jobs(video, unit.info, place.settings, pieces, folder, attempts, cuts, bars)
+        jobs = make_jobs(video, unit.info, settings, pieces, folder, attempts, cuts, bars)
         unit.shots, unit.count, unit.lost = read_pieces(jobs, side_by_side)
     else:
         with place.scratch_file(unit).open("wb") as file:
-            unit.shots, unit.count = read_shots(video, unit.info, place.settings, file, deadline, cuts, bars)
+            unit.shots, unit.count = read_shots(video, unit.info, settings, file, deadline, cuts, bars)
     place.forget_video(unit)
-    unit.scenes = make_scenes(unit.file, unit.sha256, unit.info, unit.shots, place.settings)
-    check_shots(unit.shots, place.settings)
+    unit.scenes = make_scenes(unit.file, unit.sha256, unit.info, unit.shots, settings)
+    check_shots(unit.shots, settings)
+
+
+def _take_size(unit: Unit, place: Workplace, picture: Size) -> None:
+    """Note what a video shows, (0, 0) if an earlier version did not say, and the training size that follows."""
+    unit.picture = list(picture) if all(picture) else []
+    unit.size = list(place.settings.size_of(picture))
 
 
 def caption_stage(unit: Unit, place: Workplace, asker: Asker | None = None) -> None:
@@ -234,7 +267,7 @@ def caption_stage(unit: Unit, place: Workplace, asker: Asker | None = None) -> N
 
     `asker`: whom to ask what is not recorded; None where the settings ask nobody, or all has been answered.
     """
-    settings = place.settings
+    settings = place.settings_of(unit)
     if settings.captions not in ASKED:
         spans = [shot.span_frames for shot in unit.shots]
         caption_scenes(unit.scenes, spans, place.captions(unit), settings.captions)
@@ -280,6 +313,7 @@ def _written(unit: Unit) -> list[Scene]:
 
 def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
     """Latents and text embeddings, scene by scene, straight into the part."""
+    settings = place.settings_of(unit)
     place.scratch.mkdir(parents=True, exist_ok=True)
     if encoder.aesthetic is not None:
         _score_aesthetics(unit, place, encoder.aesthetic)
@@ -290,27 +324,27 @@ def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
             unit.aside[scene.scene_id] = str(error)
     written = _written(unit)
     for scene in written:
-        scene.latents = encoder.source(place.settings.dtype)
-    texts = encoder.encode_texts(written, place.settings.dtype, place.settings.texts_apart)
+        scene.latents = encoder.source(settings.dtype)
+    texts = encoder.encode_texts(written, settings.dtype, settings.texts_apart)
 
     def references(scene: Scene) -> list[Tensor]:
         clips = []
         for one in scene.references:
             with tempfile.TemporaryDirectory(dir=place.scratch) as folder:
-                clips.append(read_reference(*reference_here(one, unit.file, Path(folder)), place.settings))
-        return encoder.encode_references(clips, place.settings.dtype)
+                clips.append(read_reference(*reference_here(one, unit.file, Path(folder)), settings))
+        return encoder.encode_references(clips, settings.dtype, settings.tile)
 
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
         for scene, shots in unit.scenes_and_shots():
             if scene in written:
-                named = scene_texts(scene, place.settings.texts_apart)
+                named = scene_texts(scene, settings.texts_apart)
                 tensors = {name: texts[text].clone() for name, text in named.items()}
-                tensors |= encoder.encode_states(scene, place.settings.dtype)
+                tensors |= encoder.encode_states(scene, settings.dtype)
                 if scene.scene_id in unit.recall:
                     tensors |= recall_latents(unit.recall[scene.scene_id], scene.scene_id)
                 else:
                     spans = _read_spans(place, unit, shots)
-                    for i, latents in enumerate(encoder.encode_shots(spans, place.settings.dtype)):
+                    for i, latents in enumerate(encoder.encode_shots(spans, settings.dtype, settings.tile)):
                         tensors |= {shot_tensor_key(i, name): value for name, value in latents.items()}
                 tensors |= {reference_tensor_key(i): mean for i, mean in enumerate(references(scene))}
                 yield scene.scene_id, {"json": scene.to_json().encode(), "safetensors": save(tensors)}
@@ -424,54 +458,9 @@ def prepare_video(
     return part
 
 
-def source_row(unit: Unit, place: Workplace) -> Row:
-    """The row of sources.parquet."""
-    info, count, file = unit.info, unit.count, unit.file
-    scenes = [scene for scene in unit.scenes if scene.scene_id not in unit.aside]
-    encoded = [shot.encoded for scene in scenes for shot in scene.shots if shot.encoded]
-    return {
-        "video_id": file.video_id,
-        "name": file.name,
-        "path": readable(file.path),
-        "status": unit.status,
-        "stage": unit.stage,
-        "reason": unit.reason,
-        "attempts": unit.attempts,
-        "lost": json.dumps(unit.lost) if unit.lost else "",
-        "scenes": sum(any(s.encoded for s in scene.shots) for scene in scenes) if unit.status == "written" else 0,
-        "shots": len(unit.shots),
-        "encoded_shots": len(encoded),
-        "encoded_frames": sum(span.num_frames for span in encoded),
-        "source_frames": len(info.pts) if info else 0,
-        "used_frames": count.shown if count else 0,
-        "decoded_frames": (count.decoded if count else 0) + (info.probe_frames if info else 0),
-        "damaged_packets": count.damaged if count else 0,
-        "decoder": count.decoder if count else "",
-        "decoder_reason": info.decoder_reason if info else "",
-        **({name: getattr(info, name) if info else default for name, default in _INFO.items()}),
-        "colour": str(info.colour) if info else "",
-        "bytes": file.bytes,
-        "mtime_ns": file.mtime_ns,
-        "sha256": unit.sha256,
-        "captions": readable(file.captions or ""),
-        "captions_mtime_ns": file.captions_mtime_ns,
-        "captions_sha256": unit.captions_sha256,
-        "frames_fps": file.fps or 0.0,
-        "fields": fields_text(file),
-        **place.keys(),
-    }
-
-
-_INFO: dict[str, Any] = {
-    "container": "", "codec": "", "pix_fmt": "", "width": 0, "height": 0, "fps": 0.0, "variable_rate": False,
-    "duration_s": 0.0, "rotation": 0, "hdr": False, "interlaced": False, "audio": False, "mirrored": False,
-    "truncated": "",
-}  # fmt: skip
-
-
 def _read_spans(place: Workplace, unit: Unit, shots: list[RawShot]) -> list[np.ndarray | None]:
     """Encoded spans, uint8 [n,H,W,3] each, of shots of one source from its scratch files."""
-    shape = (place.settings.height, place.settings.width, 3)
+    shape = (*unit.size, 3)
     size = int(np.prod(shape))
     spans: list[np.ndarray | None] = []
     for shot in shots:

@@ -10,6 +10,7 @@ import tarfile
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from preprocess.encode import scene_texts
 from preprocess.index import INDEX, sample_places, sha256_of
 from preprocess.parts import Row
 from preprocess.shards import ShardReader
+from preprocess.sizes import in_words
 
 
 @dataclass
@@ -124,6 +126,10 @@ def _check_tables(
             for what, count in counted.items():
                 if source[what] != count:
                     yield f"sources.parquet: {name} has {what} {source[what]}, manifest.parquet counts {count}"
+            for side, row in product(("encoded_height", "encoded_width"), mine):
+                if row.get(side) and row[side] != source.get(side):
+                    said = f"{side} {source.get(side)}, its shot {row['shot_id']} in manifest.parquet {row[side]}"
+                    yield f"sources.parquet: {name} has {said}"
         elif counted["scenes"]:
             yield f"manifest.parquet: {name} was {source['status']}, but {counted['scenes']} scenes of it are written"
     for video in sorted(of_source):
@@ -186,6 +192,7 @@ class _Samples:
     def __init__(self, settings: Row) -> None:
         self.settings = settings
         self.dtype = getattr(torch, settings["dtype"])
+        self.sizes = settings.get("sizes") or [[settings["height"], settings["width"]]]
         self.common: dict[str, Any] = {}
 
     def sample(self, key: str, files: dict[str, bytes], rows: list[Row]) -> Iterator[str]:
@@ -213,6 +220,8 @@ class _Samples:
             expected.add(reference_tensor_key(i))
             if reference_tensor_key(i) not in tensors:
                 yield f"reference {i} has no latents"
+            else:
+                yield from self._reference(i, scene, tensors)
         for shot in scene.shots:
             if shot.encoded is not None:
                 expected |= {shot_tensor_key(shot.index, name) for name in LATENT_TENSORS}
@@ -265,6 +274,9 @@ class _Samples:
         shapes = {name: tuple(tensor.shape) for name, tensor in named.items() if tensor is not None}
         channels, count, height, width = shapes["latent_mean"]
         yield from self._same("latent channels", at, channels)
+        if [span.height, span.width] not in self.sizes:
+            known = ", ".join(map(in_words, self.sizes))
+            yield f"{at} is encoded at {in_words((span.height, span.width))}, dataset.json knows {known}"
         yield from self._same("pixels per latent", at, (span.height / height, span.width / width))
         if (count > 1) != (span.num_frames > 1) or (count > 1 and (span.num_frames - 1) % (count - 1)):
             yield f"{at} has {count} latent frames for {span.num_frames} encoded frames"
@@ -274,6 +286,17 @@ class _Samples:
             wanted = (channels, count if name.startswith("latent") else 1, height, width)
             if shape != wanted:
                 yield f"{shot_tensor_key(shot.index, name)} is {list(shape)}, expected {list(wanted)}"
+
+    def _reference(self, index: int, scene: Scene, tensors: dict[str, Tensor]) -> Iterator[str]:
+        """It stands before the shots of its scene, so it is as large."""
+        sizes = {
+            tuple(tensors[key].shape[2:])
+            for shot in scene.shots
+            if shot.encoded and (key := shot_tensor_key(shot.index, "latent_mean")) in tensors
+        }
+        found = tuple(tensors[reference_tensor_key(index)].shape[2:])
+        if found not in sizes:
+            yield f"reference {index} has latents of {list(found)}, the shots of its scene {sorted(sizes)}"
 
     def _same(self, what: str, name: str, value: Any) -> Iterator[str]:
         known = self.common.setdefault(what, value)
@@ -294,6 +317,9 @@ def _check_rows(scene: Scene, rows: list[Row]) -> Iterator[str]:
             "start_pts": shot.start_pts, "end_pts": shot.end_pts, "start_frame": shot.start_frame,
             "end_frame": shot.end_frame, "prompt": shot.prompt, "filtered": shot.filtered,
         }  # fmt: skip
+        if row.get("encoded_height") is not None:  # an earlier version did not say
+            said["encoded_height"] = shot.encoded.height if shot.encoded else 0
+            said["encoded_width"] = shot.encoded.width if shot.encoded else 0
         for name, value in said.items():
             if row[name] != value:
                 yield f"{name} of shot {shot.index} is {value!r}, manifest.parquet says {row[name]!r}"

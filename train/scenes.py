@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -316,7 +316,13 @@ class ShardDataset:
             "text_drop": asdict(self.text_drop),
             "data_seed": self.seed,
             **({"labels": self._labels} if self.classes else {}),
+            **({"latent_sizes": sizes} if len(sizes := self._sizes()) > 1 else {}),
         }
+
+    def _sizes(self) -> list[str]:
+        """Latent sizes of the dataset, `HxW`, each with its number of shots: which batch holds what depends on them."""
+        counts = Counter(key[3][1:] for key, found in self.buckets.items() if key[0] == "single" for _ in found)
+        return [f"{height}x{width}: {count}" for (height, width), count in sorted(counts.items())]
 
     def windows(self, index: int) -> list[Window]:
         """Windows of micro-batch `index`, all of one bucket."""

@@ -53,6 +53,21 @@ def test_spans_first_and_last_frames(encoder: Encoder) -> None:
         assert torch.allclose(result["first_mean"], whole[0, :, :1], atol=1e-4)  # causal: nothing before it anyway
 
 
+def test_only_spans_of_one_shape_share_a_call_of_the_vae(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    spans = [clip(5)[:, :16], clip(5, 1), clip(9, 2)[:, :16], clip(5, 3)[:, :16]]
+    alone = [encoder.encode_shots([span], "float32")[0] for span in spans]
+    encode, shapes = encoder.codec.encode, []
+    monkeypatch.setattr(encoder.codec, "encode", lambda video, tile: shapes.append(video.shape) or encode(video, tile))
+    for together, one in zip(encoder.encode_shots(spans, "float32"), alone, strict=True):
+        assert all(torch.allclose(together[name], one[name], atol=1e-5) for name in one)
+    of_clips, of_frames = [s for s in shapes if s[2] > 1], [s for s in shapes if s[2] == 1]
+    assert sorted((s[0], *s[2:]) for s in of_clips) == [(1, 5, 32, 32), (1, 9, 16, 32), (2, 5, 16, 32)]
+    assert sorted((s[0], *s[3:]) for s in of_frames) == [(2, 16, 32), (2, 32, 32), (4, 16, 32)]
+    shapes.clear()
+    encoder.encode_shots(spans, "float32", tile=32)
+    assert {s[0] for s in shapes} == {1}, "in tiles, a clip at a time"
+
+
 def test_video_range() -> None:
     video = to_video([np.array([0, 255], np.uint8).repeat(24).reshape(1, 4, 4, 3)])
     assert video.shape == (1, 3, 1, 4, 4) and video.min() == -1 and video.max() == 1
@@ -83,7 +98,9 @@ def test_texts_longer_than_the_model_reads_are_refused_by_shot(encoder: Encoder)
 
 def test_values_that_are_not_finite_are_refused(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     encode = encoder.codec.encode
-    monkeypatch.setattr(encoder.codec, "encode", lambda video: (encode(video)[0] * float("nan"), encode(video)[1]))
+    monkeypatch.setattr(
+        encoder.codec, "encode", lambda video, tile: (encode(video)[0] * float("nan"), encode(video)[1])
+    )
     with pytest.raises(Failed, match="not finite for shot 1"):
         encoder.encode_shots([None, clip(5)], "float16")
 

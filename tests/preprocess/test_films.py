@@ -141,9 +141,19 @@ def test_a_film_in_units_gives_the_same_bytes(videos: Path, model: Path, whole: 
     assert plan_work(list_sources([videos]).files, output, WHOLE, model).todo == [], "other units, same result"
 
 
+SIZES = replace(UNITS, height=64, width=64, sizes=((32, 32), (32, 64)))
+
+
+@pytest.mark.parametrize("settings", [(UNITS, UNITS), (SIZES, replace(SIZES, sizes=((64, 32), *SIZES.sizes)))])
 def test_a_killed_run_goes_on_with_what_is_done(
-    videos: Path, model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: tuple[PrepareSettings, PrepareSettings],
+    videos: Path,
+    model: Path,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Also with a size more in the list, which is not this film's."""
     counts: Counter[str] = Counter()
     for module, name in ((pieces, "read_piece"), (Encoder, "encode_texts")):
         real = getattr(module, name)
@@ -155,9 +165,9 @@ def test_a_killed_run_goes_on_with_what_is_done(
         monkeypatch.setattr(module, name, counted)
     output = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        run_here(videos, output, model, UNITS, die_at=2)
+        run_here(videos, output, model, settings[0], die_at=2)
     assert counts == {"read_piece": 3, "encode_texts": 2}
-    run_here(videos, output, model, UNITS)
+    run_here(videos, output, model, settings[1])
     assert counts == {"read_piece": 3, "encode_texts": 3}
     assert shards(output) == shards(whole) and table(output, "manifest") == table(whole, "manifest")
 

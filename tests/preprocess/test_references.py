@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -63,6 +64,21 @@ def test_a_pair_becomes_a_scene_with_the_latents_of_its_references(task: str, tm
     assert sum(get_method("tic_ft").condition_frames(roles, lengths)) == 5, (
         "1 and 1 + 3 frames of two images, or a clip of 5"
     )
+
+
+def test_references_have_the_size_of_their_video(tmp_path: Path, encoder: Encoder) -> None:
+    """Whatever theirs would be: they stand before its shot in one clip."""
+    write_pair(sample_pair("multi_image", index=3), tmp_path, size=64)
+    (video,) = (tmp_path / "videos").glob("*.mp4")
+    write(video, [image[:48] for image in pan(1, size=96)])
+    sizes = replace(SETTINGS, sizes=((32, 32), (32, 64)))
+    part = prepare_video(list_sources([video]).files[0], sizes, encoder, tmp_path / "parts")
+    assert part.source["status"] == "written", part.source["reason"]
+    scene, tensors = sample_of(tmp_path / "videos", part)
+    assert (scene.shots[0].encoded.height, scene.shots[0].encoded.width) == (32, 64)
+    assert len(scene.references) == 2
+    for i in range(2):
+        assert tensors[f"r{i:03d}.latent_mean"].shape == (*tensors["s000.latent_mean"].shape[:2], 4, 8)
 
 
 @pytest.mark.parametrize("kind", ["tar", "address"])
