@@ -15,11 +15,11 @@ import shutil
 import tempfile
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from safetensors.torch import save
@@ -42,12 +42,15 @@ from preprocess.pieces import SideBySide, frames_file, in_turn, make_jobs, plan_
 from preprocess.probe import VideoInfo, probe
 from preprocess.recall import recall_latents, recall_scenes, recalled_count
 from preprocess.references import read_reference, reference_here
-from preprocess.remote import NO_ROOM, copy_here, is_direct, sha256_at
+from preprocess.remote import copy_here, is_direct, sha256_at
+from preprocess.room import OutputError, writing
 from preprocess.scenes import make_scenes
 from preprocess.settings import ASKED, PrepareSettings
 from preprocess.sources import SourceFile, fields_text, readable
 from preprocess.spans import RawShot, read_shots
 from preprocess.stills import probe_images
+
+Stage = TypeVar("Stage", bound=Callable[..., Any])
 
 
 @dataclass
@@ -118,12 +121,13 @@ class Workplace:
         file = unit.file
         return self._here(file.captions, file.captions_span, self._copies(unit)[1]) if file.captions else None
 
+    def leftovers(self, unit: Unit) -> list[Path]:
+        """All that may lie in scratch for a source; nobody needs it once the source has its part."""
+        return [self.scratch_file(unit), *self._copies(unit), self.film(unit)]
+
     def forget(self, unit: Unit) -> None:
         """Drop all that lies in scratch for a source."""
-        for path in (self.scratch_file(unit), *self._copies(unit)):
-            path.unlink(missing_ok=True)
-        if (self.parts / "films").is_dir():
-            shutil.rmtree(self.film(unit), ignore_errors=True)
+        drop(self.leftovers(unit))
 
     def forget_video(self, unit: Unit) -> None:
         """Drop the copy that was made for the decode."""
@@ -155,8 +159,31 @@ class Workplace:
         }
 
 
+def drop(paths: Iterable[Path]) -> None:
+    """Remove files and folders that are there."""
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _writes(stage: Stage) -> Stage:
+    """A stage function whose errors in writing to the place, its second argument, are OutputErrors."""
+
+    @wraps(stage)
+    def guarded(unit: Unit, place: Workplace, *args: Any, **kwargs: Any) -> Any:
+        with writing(place.parts.parent, place.parts, place.scratch):
+            return stage(unit, place, *args, **kwargs)
+
+    return guarded  # type: ignore[return-value]
+
+
 def run_stage(name: str, stage: Callable[[Unit], None], unit: Unit) -> Unit:
-    """Run one stage on a unit that is still under way; what goes wrong ends this unit and no other."""
+    """Run one stage on a unit that is still under way; what goes wrong ends this unit and no other.
+
+    Raises OutputError where the run cannot write: that is no fault of this video, and nothing is recorded of it.
+    """
     if unit.status:
         return unit
     began = time.perf_counter()
@@ -164,16 +191,15 @@ def run_stage(name: str, stage: Callable[[Unit], None], unit: Unit) -> Unit:
         stage(unit)
     except SetAside as end:
         unit.status, unit.stage, unit.reason = end.status, end.stage, end.reason
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            raise  # the run's trouble, not this video's: nothing is recorded, and the run stops
-        unit.status, unit.stage, unit.reason = "failed", name, f"unexpected {short(error)}"
+    except OutputError:
+        raise
     except Exception as error:  # a bug or an odd file must not take the run with it; it is reported by name
         unit.status, unit.stage, unit.reason = "failed", name, f"unexpected {short(error)}"
     unit.seconds[name] = unit.seconds.get(name, 0.0) + time.perf_counter() - began
     return unit
 
 
+@_writes
 def probe_stage(unit: Unit, place: Workplace) -> None:
     """Container index and content hash; rules that need nothing else."""
     if unit.file.error:
@@ -194,6 +220,7 @@ def probe_stage(unit: Unit, place: Workplace) -> None:
     check_video(unit.info, place.settings)
 
 
+@_writes
 def decode_stage(unit: Unit, place: Workplace, side_by_side: SideBySide = in_turn) -> None:
     """The one decode: shots, and their encoded spans in the scratch file; an earlier result is recalled.
 
@@ -229,6 +256,7 @@ def decode_stage(unit: Unit, place: Workplace, side_by_side: SideBySide = in_tur
     check_shots(unit.shots, place.settings)
 
 
+@_writes
 def caption_stage(unit: Unit, place: Workplace, asker: Asker | None = None) -> None:
     """Captions and predicted states of all scenes; what goes wrong with a scene sets that scene aside.
 
@@ -278,6 +306,7 @@ def _written(unit: Unit) -> list[Scene]:
     return scenes
 
 
+@_writes
 def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
     """Latents and text embeddings, scene by scene, straight into the part."""
     place.scratch.mkdir(parents=True, exist_ok=True)
@@ -348,8 +377,9 @@ def _score_aesthetics(unit: Unit, place: Workplace, scorer: AestheticScorer) -> 
     check_shots(unit.shots, place.settings)
 
 
-def close_stage(unit: Unit, place: Workplace) -> Unit:
-    """Last step of every unit: a part for those set aside, and no scratch left.
+@_writes
+def end_stage(unit: Unit, place: Workplace) -> Unit:
+    """A part for a unit that was set aside. May be done again, and gives the same.
 
     Of a long video the last of its units to end makes the part; `status` is "" for those before.
     """
@@ -359,9 +389,14 @@ def close_stage(unit: Unit, place: Workplace) -> Unit:
         folders = [place.part_folder(replace(unit, group=[k, unit.group[1]])) for k in range(unit.group[1])]
         whole = join_parts([part_path(folder, unit.file.video_id) for folder in folders], place.parts)
         unit.status, unit.stage = (whole["status"], whole["stage"]) if whole else ("", "")
-        if whole is None:
-            return unit
-    place.forget(unit)
+    return unit
+
+
+def close_stage(unit: Unit, place: Workplace) -> Unit:
+    """Last step of every unit: `end_stage`, and no scratch left."""
+    end_stage(unit, place)
+    if unit.status or not unit.group:  # else other units of a long video want it
+        place.forget(unit)
     return unit
 
 

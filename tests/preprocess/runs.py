@@ -41,7 +41,7 @@ def run_here(
     for manifest in work.rounds():
         for row in pq.read_table(manifest).to_pylist():
             row = decode_row(probe_row(row, work.place), work.place)
-            encode(caption(row) if chat or states else caption_row(row, work.place))
+            work.take(encode(caption(row) if chat or states else caption_row(row, work.place)))
     if not work.unchanged(SHARD_BYTES):
         work.compact(SHARD_BYTES)
     work.clean()
