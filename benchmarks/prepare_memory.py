@@ -85,7 +85,15 @@ def peaks(work: str, videos: Path, folder: Path, unit_minutes: float) -> dict[st
 
 def in_a_process(work: str, videos: Path, folder: Path, unit_minutes: float) -> dict[str, Any]:
     """`peaks` in a process of its own."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--process", work, str(videos), str(folder), f"{unit_minutes}"]
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--process",
+        work,
+        str(videos),
+        str(folder),
+        f"{unit_minutes}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{work} of {videos} failed:\n{done.stderr}")
@@ -144,9 +152,7 @@ def main() -> int:
         print(f"prepare_memory: {error}", file=sys.stderr)
         return 2
     full = {"few": 20, "many": 200, "short_minutes": 3.0, "long_minutes": 30.0, "unit_minutes": 5.0, "side": 256}
-    sizes: dict[str, Any] = {
-        name: getattr(config, name) or (QUICK if arguments.quick else full)[name] for name in full
-    }
+    sizes: dict[str, Any] = {name: getattr(config, name) or (QUICK if arguments.quick else full)[name] for name in full}
     record: dict[str, Any] = {"benchmark": "prepare_memory", **sizes, "figures": {}}
     goals, rows = [], []
     with tempfile.TemporaryDirectory() as name:
@@ -154,7 +160,9 @@ def main() -> int:
         inputs = {
             f"{sizes['few']} videos": make_clips(folder / "few", sizes["few"]),
             f"{sizes['many']} videos": make_clips(folder / "many", sizes["many"]),
-            f"film of {sizes['short_minutes']:g} min": make_film(folder / "short", sizes["short_minutes"], sizes["side"]),
+            f"film of {sizes['short_minutes']:g} min": make_film(
+                folder / "short", sizes["short_minutes"], sizes["side"]
+            ),
             f"film of {sizes['long_minutes']:g} min": make_film(folder / "long", sizes["long_minutes"], sizes["side"]),
         }
         for work in WORK:

@@ -41,9 +41,7 @@ def no_room(folder: Path, error: OSError) -> OutputError:
 
 def is_about(error: OSError, *folders: Path) -> bool:
     """Whether an error says that files in `folders` cannot be written, rather than that a source cannot be read."""
-    if isinstance(
-        error, FFmpegError
-    ):  # these are OSErrors, too, and tell of a damaged file; FFmpeg writes nothing here
+    if isinstance(error, FFmpegError):  # some are OSErrors and tell of a damaged file: FFmpeg writes nothing here
         return False
     if error.errno in _WRITING:
         return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,8 +27,9 @@ from preprocess.parts import Part, part_path, read_part, write_part
 from preprocess.room import OutputError, no_room
 from preprocess.settings import PrepareSettings
 from preprocess.sources import SourceFile
-from preprocess.unit import Unit, Workplace, drop, source_row
+from preprocess.unit import Unit, Workplace, source_row
 from preprocess.watch import MAX_ATTEMPTS, Attempts
+from preprocess.workplace import drop
 
 _ROOM = 2**20  # bytes without which no work is begun
 
@@ -155,7 +157,7 @@ class Work:
         try:
             yield
         finally:
-            shutil.rmtree(self.place.scratch, ignore_errors=True)
+            shutil.rmtree(self.place.parts / "scratch", ignore_errors=True)
 
     def clean(self) -> None:
         shutil.rmtree(self.place.parts, ignore_errors=True)
@@ -171,7 +173,8 @@ def plan_work(
     drop_temporaries(parts)
     for leftover in ("attempts", "scratch"):
         shutil.rmtree(parts / leftover, ignore_errors=True)
-    place = Workplace(settings, parts, parts / "scratch", encoder_key(model))
+    # a folder of this run's own: a worker that outlives a killed driver for a moment may still write in the old one
+    place = Workplace(settings, parts, parts / "scratch" / secrets.token_hex(4), encoder_key(model))
     work = Work(output, place, list(files), Earlier(output))
     keys = place.keys()
     originals: set[str] = set()  # shots and videos, kept by the earlier dataset, that later ones may double

@@ -10,16 +10,14 @@ same functions with units as rows.
 from __future__ import annotations
 
 import json
-import re
-import shutil
 import tempfile
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from safetensors.torch import save
@@ -28,9 +26,8 @@ from torch import Tensor
 from models.records import decode as from_json
 from models.scene import Scene, reference_tensor_key, shot_tensor_key
 from preprocess.aesthetic import AestheticScorer
-from preprocess.answers import ANSWERS, Answers, question_key
 from preprocess.asked import Asker, Questions, Unasked
-from preprocess.captions import caption_scenes, finish_asked, template_hash
+from preprocess.captions import caption_scenes, finish_asked
 from preprocess.decode import DecodeCount
 from preprocess.encode import Encoder, scene_texts
 from preprocess.filters import AESTHETIC, check_shots, check_video, judge, thresholds
@@ -38,19 +35,18 @@ from preprocess.known_cuts import caption_cuts
 from preprocess.letterbox import NO_BARS, find_bars
 from preprocess.outcome import Failed, SetAside, short
 from preprocess.parts import Part, Row, join_parts, part_path, read_part, shot_rows, write_part
-from preprocess.pieces import SideBySide, frames_file, in_turn, make_jobs, plan_pieces, read_pieces
+from preprocess.pieces import SideBySide, in_turn, make_jobs, plan_pieces, read_pieces
 from preprocess.probe import VideoInfo, probe
 from preprocess.recall import recall_latents, recall_scenes, recalled_count
 from preprocess.references import read_reference, reference_here
-from preprocess.remote import copy_here, is_direct, sha256_at
-from preprocess.room import OutputError, writing
+from preprocess.remote import sha256_at
+from preprocess.room import OutputError
 from preprocess.scenes import make_scenes
 from preprocess.settings import ASKED, PrepareSettings
 from preprocess.sources import SourceFile, fields_text, readable
 from preprocess.spans import RawShot, read_shots
 from preprocess.stills import probe_images
-
-Stage = TypeVar("Stage", bound=Callable[..., Any])
+from preprocess.workplace import Workplace, writes
 
 
 @dataclass
@@ -90,95 +86,6 @@ class Unit:
         return from_json(Unit, json.loads(text), "unit")
 
 
-@dataclass(frozen=True)
-class Workplace:
-    """Where a run keeps its files, and the keys of its settings."""
-
-    settings: PrepareSettings
-    parts: Path
-    scratch: Path
-    encoder_key: str
-
-    def scratch_file(self, unit: Unit, piece: int = 0) -> Path:
-        """Where the encoded spans of a video wait, or those of one piece of it."""
-        return frames_file(self.film(unit), piece) if piece else self.scratch / f"{unit.file.video_id}.frames"
-
-    def film(self, unit: Unit) -> Path:
-        """The folder of a long video that is under way. Its name says what it depends on, so it outlives a run."""
-        depends = [unit.sha256, unit.captions_sha256, fields_text(unit.file), asdict(self.settings), self.keys()]
-        return self.parts / "films" / f"{unit.file.video_id}-{question_key(depends, sorted(unit.recall))[:12]}"
-
-    def part_folder(self, unit: Unit) -> Path:
-        """Where the part of a unit goes: that of some scenes of a long video waits for the others."""
-        return self.film(unit) / f"scenes-{unit.group[0]:04d}" if unit.group else self.parts
-
-    def video(self, unit: Unit) -> str:
-        """The source as a local path; one in a tar or at an address is copied to scratch until it is decoded."""
-        return self._here(unit.file.path, unit.file.span, self._copies(unit)[0])
-
-    def captions(self, unit: Unit) -> str | None:
-        """The caption file as a local path, alike."""
-        file = unit.file
-        return self._here(file.captions, file.captions_span, self._copies(unit)[1]) if file.captions else None
-
-    def leftovers(self, unit: Unit) -> list[Path]:
-        """All that may lie in scratch for a source; nobody needs it once the source has its part."""
-        return [self.scratch_file(unit), *self._copies(unit), self.film(unit)]
-
-    def forget(self, unit: Unit) -> None:
-        """Drop all that lies in scratch for a source."""
-        drop(self.leftovers(unit))
-
-    def forget_video(self, unit: Unit) -> None:
-        """Drop the copy that was made for the decode."""
-        self._copies(unit)[0].unlink(missing_ok=True)
-
-    def _copies(self, unit: Unit) -> tuple[Path, Path]:
-        # a name with the suffix: some demuxers go by it
-        suffix = re.search(r"(\.[A-Za-z0-9]{1,8})(~\d+)?$", unit.file.name)
-        stem = f"{unit.file.video_id}.source"
-        return self.scratch / f"{stem}{suffix[1] if suffix else ''}", self.scratch / f"{stem}.captions.json"
-
-    def _here(self, path: str, span: list[int] | None, copy: Path) -> str:
-        if is_direct(path, span):
-            return path
-        if not copy.exists():
-            copy_here(path, span, copy)
-        return str(copy)
-
-    def answers(self) -> Answers:
-        """What models have answered for this output folder."""
-        return Answers(self.parts.parent / ANSWERS, self.parts / "answers")
-
-    def keys(self) -> dict[str, str]:
-        """What the results of this run depend on; equal keys and equal input mean equal results."""
-        return {
-            "vision_key": self.settings.vision_key(),
-            "caption_key": self.settings.caption_key(template_hash(self.settings.captions)),
-            "encoder_key": self.encoder_key,
-        }
-
-
-def drop(paths: Iterable[Path]) -> None:
-    """Remove files and folders that are there."""
-    for path in paths:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def _writes(stage: Stage) -> Stage:
-    """A stage function whose errors in writing to the place, its second argument, are OutputErrors."""
-
-    @wraps(stage)
-    def guarded(unit: Unit, place: Workplace, *args: Any, **kwargs: Any) -> Any:
-        with writing(place.parts.parent, place.parts, place.scratch):
-            return stage(unit, place, *args, **kwargs)
-
-    return guarded  # type: ignore[return-value]
-
-
 def run_stage(name: str, stage: Callable[[Unit], None], unit: Unit) -> Unit:
     """Run one stage on a unit that is still under way; what goes wrong ends this unit and no other.
 
@@ -199,7 +106,7 @@ def run_stage(name: str, stage: Callable[[Unit], None], unit: Unit) -> Unit:
     return unit
 
 
-@_writes
+@writes
 def probe_stage(unit: Unit, place: Workplace) -> None:
     """Container index and content hash; rules that need nothing else."""
     if unit.file.error:
@@ -220,7 +127,7 @@ def probe_stage(unit: Unit, place: Workplace) -> None:
     check_video(unit.info, place.settings)
 
 
-@_writes
+@writes
 def decode_stage(unit: Unit, place: Workplace, side_by_side: SideBySide = in_turn) -> None:
     """The one decode: shots, and their encoded spans in the scratch file; an earlier result is recalled.
 
@@ -256,7 +163,7 @@ def decode_stage(unit: Unit, place: Workplace, side_by_side: SideBySide = in_tur
     check_shots(unit.shots, place.settings)
 
 
-@_writes
+@writes
 def caption_stage(unit: Unit, place: Workplace, asker: Asker | None = None) -> None:
     """Captions and predicted states of all scenes; what goes wrong with a scene sets that scene aside.
 
@@ -306,7 +213,7 @@ def _written(unit: Unit) -> list[Scene]:
     return scenes
 
 
-@_writes
+@writes
 def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
     """Latents and text embeddings, scene by scene, straight into the part."""
     place.scratch.mkdir(parents=True, exist_ok=True)
@@ -377,7 +284,7 @@ def _score_aesthetics(unit: Unit, place: Workplace, scorer: AestheticScorer) -> 
     check_shots(unit.shots, place.settings)
 
 
-@_writes
+@writes
 def end_stage(unit: Unit, place: Workplace) -> Unit:
     """A part for a unit that was set aside. May be done again, and gives the same.
 

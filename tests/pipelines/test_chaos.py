@@ -18,10 +18,12 @@ from pipelines.prepare import PrepareConfig, make_settings
 from preprocess.verify import verify
 from tests.pipelines.chaos import Run
 from tests.preprocess.runs import run_here
-from tests.preprocess.videos import three_shots, write, write_unusable
+from tests.preprocess.videos import write_unusable
+from toyworld.video import write_video
+from toyworld.world import sample_scene
 
 KILLS = int(os.environ.get("SHOTLOOM_CHAOS_KILLS", "20"))
-SHARD_MB = 0.1  # several shards
+SHARD_MB = 0.05  # several shards
 PATIENCE = 900.0  # seconds in which something has to happen, on a machine that has other work
 SEED = 4
 VIDEOS = 8
@@ -37,7 +39,7 @@ def videos(tmp_path: Path) -> Path:
     """Eight clips that can be written, and three that cannot."""
     folder = tmp_path / "videos"
     for k in range(VIDEOS):
-        write(folder / f"v{k}.mp4", three_shots(17 + k))
+        write_video(sample_scene("small", seed=51, index=k, num_shots=2), folder / f"toy{k}.mp4", size=64)
     write_unusable(folder)
     return folder
 

@@ -39,10 +39,11 @@ def run_here(
     todo = len(work.todo)
     encode = EncodeRow(work.place, str(model), "cpu", 1)
     caption = CaptionRow(work.place, lambda: Asker(chat, states, 2))
-    for manifest in work.rounds():
-        for row in pq.read_table(manifest).to_pylist():
-            row = decode_row(probe_row(row, work.place), work.place)
-            work.take(encode(caption(row) if chat or states else caption_row(row, work.place)))
+    with work.scratch():
+        for manifest in work.rounds():
+            for row in pq.read_table(manifest).to_pylist():
+                row = decode_row(probe_row(row, work.place), work.place)
+                work.take(encode(caption(row) if chat or states else caption_row(row, work.place)))
     if not work.unchanged(shard_bytes):
         work.compact(shard_bytes)
     work.clean()

@@ -102,7 +102,7 @@ def test_a_worker_and_the_row_again(videos: Path, model: Path, encoder: Encoder,
     for name, stage in (("probe", probe_row), ("decode", decode_row), ("captions", caption_row), ("encode", encode)):
         for number in count(1):
             parts = shutil.copytree(state, tmp_path / "out" / "parts")
-            dead = killed_at(parts, number, lambda stage=stage, parts=parts: stage(row, at(parts)))
+            dead = killed_at(parts, number, lambda stage=stage, row=row, parts=parts: stage(row, at(parts)))
             again = stage(row, at(parts))
             found = {k: data for k, data in dataset(parts).items() if k.endswith((".tar", ".frames"))}
             expected = expected if number > 1 else found

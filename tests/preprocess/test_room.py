@@ -16,12 +16,12 @@ from pathlib import Path
 import av
 import pytest
 
-from preprocess import unit
 from preprocess.parts import read_part
 from preprocess.remote import copy_here
 from preprocess.room import OutputError, is_about, writing
 from preprocess.run import lock
 from preprocess.unit import Unit, Workplace, run_stage
+from preprocess.workplace import writes
 from tests.preprocess.disturb import disturbed, fail
 from tests.preprocess.runs import SETTINGS, run_here
 from toyworld.video import write_video
@@ -86,7 +86,7 @@ def test_a_source_without_permission_is_its_own_fault(tmp_path: Path) -> None:
     """Only what lies in the output is the run's trouble."""
     place = Workplace(SETTINGS, tmp_path / "out" / "parts", tmp_path / "out" / "parts" / "scratch", "")
 
-    @unit._writes
+    @writes
     def stage(_: Unit, place: Workplace) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "video.mp4"))
 
@@ -145,7 +145,10 @@ def test_a_real_disk_that_is_too_small(
     command = [sys.executable, "-m", "tests.preprocess.cramped", how, str(videos), str(model), str(tmp_path / "out")]
     if how == "tmpfs":
         own = ["unshare", "--mount", "--map-root-user"]
-        if shutil.which("unshare") is None or subprocess.run([*own, "mount", "-t", "tmpfs", "x", str(tmp_path)]).returncode:
+        if (
+            shutil.which("unshare") is None
+            or subprocess.run([*own, "mount", "-t", "tmpfs", "x", str(tmp_path)]).returncode
+        ):
             pytest.skip("this user may not mount anything")
         command = [*own, *command]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
