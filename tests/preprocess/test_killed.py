@@ -16,7 +16,7 @@ import pytest
 
 from infra.storage import atomic_write_json
 from preprocess.encode import Encoder
-from preprocess.parts import read_part
+from preprocess.parts import part_path, part_samples, read_part
 from preprocess.rows import EncodeRow, caption_row, decode_row, probe_row
 from preprocess.run import lock, plan_work
 from preprocess.sources import list_sources
@@ -97,16 +97,19 @@ def test_a_worker_and_the_row_again(videos: Path, model: Path, encoder: Encoder,
         return actor(row)
 
     state.mkdir(parents=True)
-    expected: dict[str, bytes] = {}
+    expected: dict[str, object] = {}
     changes = {}
     for name, stage in (("probe", probe_row), ("decode", decode_row), ("captions", caption_row), ("encode", encode)):
         for number in count(1):
             parts = shutil.copytree(state, tmp_path / "out" / "parts")
             dead = killed_at(parts, number, lambda stage=stage, row=row, parts=parts: stage(row, at(parts)))
             again = stage(row, at(parts))
-            found = {k: data for k, data in dataset(parts).items() if k.endswith((".tar", ".frames"))}
+            found = {k: data for k, data in dataset(parts).items() if k.endswith(".frames")}
+            if (part := read_part(part_path(parts, file.video_id))) is not None:
+                source = part.source | {"attempts": 0}
+                found |= {"rows": (source, part.shots), "samples": list(part_samples(part_path(parts, file.video_id)))}
             expected = expected if number > 1 else found
-            assert found == expected and expected.keys() >= ({f"{file.video_id}.tar"} if name == "encode" else set())
+            assert found == expected and ("rows" in found) == (name == "encode"), (name, number)
             unit = json.loads(again["unit"]) if "unit" in again else again
             assert unit["status"] == ("written" if name == "encode" else ""), (name, number, unit.get("reason"))
             if not dead:
@@ -115,7 +118,7 @@ def test_a_worker_and_the_row_again(videos: Path, model: Path, encoder: Encoder,
         changes[name] = number
         state, row = parts.rename(tmp_path / name), again
     assert changes["encode"] > 5 and changes["decode"] > 5, changes
-    part = read_part(state / f"{file.video_id}.tar")
+    part = read_part(part_path(state, file.video_id))
     assert part is not None and part.source["status"] == "written"
 
 
