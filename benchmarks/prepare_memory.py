@@ -30,6 +30,7 @@ DISTINCT = 20  # clips that are made; the others are copies of them
 FLAT = 0.15
 QUICK = {"few": 3, "many": 6, "short_minutes": 0.5, "long_minutes": 2.0, "unit_minutes": 0.75, "side": 64}
 WORK = ("decoding", "whole run")
+MEMORY = ("bytes", "at_start")
 
 
 @dataclass(kw_only=True)
@@ -63,6 +64,7 @@ def peaks(work: str, videos: Path, folder: Path, unit_minutes: float) -> dict[st
         work_here = plan_work(list_sources(config.sources).files, folder, make_settings(config), MODEL)
         place = work_here.place
         encoder = Encoder.from_folder(MODEL) if work == "whole run" else None
+        start = peak_memory()  # programs and weights
         for _ in work_here.rounds():
             for file in work_here.todo:
                 unit = Unit(file)
@@ -80,20 +82,13 @@ def peaks(work: str, videos: Path, folder: Path, unit_minutes: float) -> dict[st
                 break  # nothing was written, so there is no end to the rounds
         if encoder is not None:
             counted["scenes"] = work_here.compact(int(config.shard_mb * 2**20))["totals"]["scenes"]
-    return {"bytes": peak_memory(), **counted}
+    return {"bytes": peak_memory(), "at_start": start, **counted}
 
 
 def in_a_process(work: str, videos: Path, folder: Path, unit_minutes: float) -> dict[str, Any]:
     """`peaks` in a process of its own."""
-    command = [
-        sys.executable,
-        str(Path(__file__).resolve()),
-        "--process",
-        work,
-        str(videos),
-        str(folder),
-        f"{unit_minutes}",
-    ]
+    arguments = ["--process", work, str(videos), str(folder), str(unit_minutes)]
+    command = [sys.executable, str(Path(__file__).resolve()), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{work} of {videos} failed:\n{done.stderr}")
@@ -175,10 +170,10 @@ def main() -> int:
                 off = abs(found[large]["bytes"] / found[small]["bytes"] - 1)
                 goals.append(Goal(f"{work}: {large} against {small}, off by", off, "<", FLAT, not arguments.quick))
             rows += [
-                [work, what, f"{one['frames']}", f"{one['pieces']}", f"{one['bytes'] / 2**20:.0f}"]
+                [work, what, *(f"{one[k]}" for k in ("frames", "pieces")), *(f"{one[k] / 2**20:.0f}" for k in MEMORY)]
                 for what, one in found.items()
             ]
-    text = table(["process", "input", "frames", "units", "peak MiB"], rows)
+    text = table(["process", "input", "frames", "units", "peak MiB", "at the start"], rows)
     return finish(record, goals, text + "\n", as_json=arguments.json)
 
 
