@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import resource
+import sys
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -34,6 +36,17 @@ def available_memory() -> int:
         if line.startswith("MemAvailable:"):
             return min(int(line.split()[1]) * 1024, total_memory())
     return total_memory()
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process has held at most.
+
+    Linux counts in `getrusage` what the parent held when it started this process, too; VmHWM is of the program alone.
+    """
+    for line in _read(Path("/proc/self/status")).splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _read(path: Path) -> str:

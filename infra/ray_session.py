@@ -33,6 +33,10 @@ _SWITCHES = {
 }
 
 
+class SessionError(RuntimeError):
+    """Ray cannot be started or joined; says what to do."""
+
+
 @dataclass(frozen=True)
 class RaySession:
     """Which Ray this process talks to. `started` is true where this block started it and will stop it."""
@@ -56,7 +60,7 @@ def ray_session(
     log_to_driver: show what workers print. Errors reach the caller as exceptions either way.
 
     A session that this process already has is used as it is and left running, so blocks may be nested.
-    Raises RuntimeError, with what to do, when Ray cannot be started or joined.
+    Raises SessionError, with what to do, when Ray cannot be started or joined.
     """
     for name, value in _SWITCHES.items():
         os.environ.setdefault(name, value)
@@ -91,7 +95,7 @@ def _init(num_cpus: int | None, address: str, log_to_driver: bool) -> None:
     except Exception as error:
         joining = "check the address and that the cluster runs the same Ray and Python versions"
         remedy = "free memory or disk; `shotloom doctor` says more" if address == "local" else joining
-        raise RuntimeError(f"Ray could not be reached at '{address}': {error}\nWhat to do: {remedy}") from error
+        raise SessionError(f"Ray could not be reached at '{address}': {error}\nWhat to do: {remedy}") from error
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,14 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def drop_temporaries(folder: Path | str, stem: str = "") -> None:
+    """Removes what `atomic_path` left in `folder` when its process was killed; with `stem`, of files of that name."""
+    mine = re.compile(rf"\.{re.escape(stem) or '.*'}\.\d+-[0-9a-f]{{8}}\.tmp(\.[^.]*)?")
+    for path in Path(folder).glob(".*.tmp*"):
+        if mine.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def atomic_write_bytes(path: Path | str, data: bytes) -> None:

@@ -38,21 +38,22 @@ def tiled(vae: Any, height: int, width: int, tile: int, spatial_stride: int) -> 
 
     ValueError for a VAE that has no tiles, and for a side that its strides do not divide.
     """
+    model: Any = vae  # diffusers' own types leave the tiling out
     check_tile(type(vae).__name__, tile, spatial_stride)
     before = {name: value for name, value in vars(vae).items() if name == "use_tiling" or name.startswith("tile_")}
     # Wan 2.2 counts the pixels of a tile after it has made one of each patch, in encoding
-    patch = (vae.config.patch_size or 1) if isinstance(vae, AutoencoderKLWan) else 1
+    patch = (model.config.patch_size or 1) if isinstance(vae, AutoencoderKLWan) else 1
     multiple = tile_multiple(spatial_stride) // patch
     high, wide = (fitted_tile(length // patch, tile // patch, multiple) for length in (height, width))
     try:
         if isinstance(vae, AutoencoderKL):  # its tiles are square, and of one size for all frames
-            vae.enable_tiling()
-            vae.tile_sample_min_size, vae.tile_latent_min_size = tile, tile // spatial_stride
-            vae.tile_overlap_factor = 1 / _PARTS
+            model.enable_tiling()
+            model.tile_sample_min_size, model.tile_latent_min_size = tile, tile // spatial_stride
+            model.tile_overlap_factor = 1 / _PARTS
         elif isinstance(vae, AutoencoderKLCogVideoX):
-            vae.enable_tiling(high, wide, 1 / _PARTS, 1 / _PARTS)
+            model.enable_tiling(high, wide, 1 / _PARTS, 1 / _PARTS)
         else:
-            vae.enable_tiling(
+            model.enable_tiling(
                 tile_sample_min_height=high,
                 tile_sample_min_width=wide,
                 tile_sample_stride_height=high // _PARTS * (_PARTS - 1),

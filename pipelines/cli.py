@@ -119,13 +119,14 @@ class JobCommand(click.Command):
 
     def _run(self, file: Path | None, traceback: bool, overrides: tuple[str, ...]) -> None:
         from infra.config import ConfigError, load_config
+        from infra.ray_session import SessionError
 
         config_class, function = self._load()
         try:
             result = function(load_config(config_class, file, overrides))
         except ConfigError as error:
             _fail(error, 2)
-        except (ValueError, OSError) as error:  # bad input, which our errors explain; anything else is a bug
+        except (ValueError, OSError, SessionError) as error:  # what our errors explain; anything else is a bug
             if traceback:
                 raise
             _fail(f"{error}\n(--traceback shows where in the code this arose)", 1)

@@ -8,6 +8,7 @@ scenes shown, their records and sources; a source that is gone leaves its pictur
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from preprocess.filters import RULES, SCORES, rule_of
 from preprocess.parts import Part, Row
 from preprocess.replay import Step, recorded_waterfall
 from preprocess.report import sizes_of
+from preprocess.room import OutputError, is_about
 from preprocess.sizes import in_words
 
 _BINS = 32
@@ -81,7 +83,10 @@ class Aside:
 
 
 def write_card(folder: Path, out: Path, max_scenes: int = 60) -> Path:
-    """Write the card of the dataset in `folder` to `out`. Raises ValueError where there is no dataset."""
+    """Write the card of the dataset in `folder` to `out`.
+
+    Raises ValueError where there is no dataset, OutputError where the card cannot be written.
+    """
     earlier = Earlier(folder)
     if not earlier.facts:
         raise ValueError(f"{folder}: no dataset in it; `shotloom prepare output={folder}` makes one")
@@ -93,28 +98,34 @@ def write_card(folder: Path, out: Path, max_scenes: int = 60) -> Path:
     seconds = sum(row["duration_s"] for row in rows)
     groups = _scenes(parts)
     shown = [groups[k] for k in _evenly(len(groups), max_scenes)]
-    return write_page(
-        out,
-        "dataset_card.html.j2",
-        title=f"Dataset {folder.resolve().name}",
-        figures=[
-            Entry(
-                "videos: written, filtered, failed",
-                " / ".join(str(totals[k]) for k in ("written", "filtered", "failed")),
-            ),
-            Entry("scenes", str(totals["scenes"])),
-            Entry("shots, of them encoded", f"{totals['shots']} / {totals['encoded_shots']}"),
-            Entry("seconds of shots", f"{seconds:.0f}"),
-            Entry("encoded frames", str(totals["encoded_frames"])),
-            Entry("size (encoded shots), frames/s", f"{_sizes(rows, settings)}, {settings['fps']:g}"),
-        ],
-        bars=_bar_rows(steps, len(rows)),
-        histograms=[chart for name in SCORES if (chart := histogram(name, rows, limits)) is not None],
-        aside=_set_aside(parts),
-        scenes=_sheets(shown, earlier),
-        num_scenes=len(groups),
-        stages=_stages(folder),
-    )
+    try:
+        return write_page(
+            out,
+            "dataset_card.html.j2",
+            title=f"Dataset {folder.resolve().name}",
+            figures=[
+                Entry(
+                    "videos: written, filtered, failed",
+                    " / ".join(str(totals[k]) for k in ("written", "filtered", "failed")),
+                ),
+                Entry("scenes", str(totals["scenes"])),
+                Entry("shots, of them encoded", f"{totals['shots']} / {totals['encoded_shots']}"),
+                Entry("seconds of shots", f"{seconds:.0f}"),
+                Entry("encoded frames", str(totals["encoded_frames"])),
+                Entry("size (encoded shots), frames/s", f"{_sizes(rows, settings)}, {settings['fps']:g}"),
+            ],
+            bars=_bar_rows(steps, len(rows)),
+            histograms=[chart for name in SCORES if (chart := histogram(name, rows, limits)) is not None],
+            aside=_set_aside(parts),
+            scenes=_sheets(shown, earlier),
+            num_scenes=len(groups),
+            stages=_stages(folder),
+        )
+    except OSError as error:
+        if not is_about(error, out.parent):
+            raise
+        why = f"the card cannot be written to {out} ({os.strerror(error.errno or 0)}): name another file with --out"
+        raise OutputError(error.errno, why) from error
 
 
 def _sizes(rows: Sequence[Row], settings: Row) -> str:

@@ -8,9 +8,7 @@ and no captioning model is started: what a model would be asked is left out of t
 from __future__ import annotations
 
 import math
-import resource
 import shutil
-import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -18,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from infra.log import duration
-from infra.machine import available_memory, usable_cores
+from infra.machine import available_memory, peak_memory, usable_cores
 from preprocess.dataset import Earlier, find_finished
 from preprocess.encode import Encoder, encoder_key
 from preprocess.filters import thresholds
@@ -279,7 +277,7 @@ def _decode(units: list[Unit], place: Workplace, found: DryRun, largest: int) ->
         if shown and waits.exists():
             pixels = shown * unit.size[0] * unit.size[1]
             found.scratch_bytes = max(found.scratch_bytes, waits.stat().st_size * largest / pixels)
-    found.memory["decoding"] = _memory_peak()
+    found.memory["decoding"] = peak_memory()
 
 
 def _encode(units: list[Unit], place: Workplace, encoder: Encoder, found: DryRun) -> None:
@@ -297,7 +295,7 @@ def _encode(units: list[Unit], place: Workplace, encoder: Encoder, found: DryRun
         found.sample_bytes += weight * part_path(place.parts, unit.file.video_id).stat().st_size
         for stage in STAGES:
             found.sample_seconds[stage] = found.sample_seconds.get(stage, 0.0) + weight * unit.seconds.get(stage, 0.0)
-    found.memory["encoding"] = _memory_peak()
+    found.memory["encoding"] = peak_memory()
 
 
 def _weights(units: list[Unit], found: DryRun) -> list[float]:
@@ -343,11 +341,6 @@ def _evenly(items: list[T], most: int) -> list[T]:
     """At most `most` of the items, evenly over them, each from the middle of its part."""
     count = min(most, len(items))
     return [items[(2 * k + 1) * len(items) // (2 * count)] for k in range(count)]
-
-
-def _memory_peak() -> int:
-    """Bytes that this process has held at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _free_disk(folder: Path) -> int:

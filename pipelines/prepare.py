@@ -137,13 +137,15 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     Needs a Ray session (`infra.ray_session`); opens one of its own if there is work to do and none is up.
 
     Raises:
-        ValueError, OSError: bad config, sources or model folder; the output cannot be written.
+        ValueError, OSError: bad config, sources or model folder.
+        OutputError: the output cannot be written; what is done stays, and the next run goes on from it.
         ReconcileError: scenes lost or doubled; the dataset that was there before is left as it was.
     """
     from infra.log import get_logger, progress
     from infra.ray_session import ray_session
     from infra.storage import atomic_write_json
     from preprocess.dataset import scenes_aside
+    from preprocess.room import writing
     from preprocess.run import lock, plan_work
 
     began = time.monotonic()
@@ -152,16 +154,18 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     settings = make_settings(config)
     if config.captions == "endpoint":
         api_key(config.captioner)  # a key that is missing is told before the first decode
-    with lock(output):
+    with lock(output), writing(output):
         found = listed_sources(config, output)
         work = plan_work(found.files, output, settings, model, config.retry_failed)
         todo = {file.video_id for file in work.todo}
         report = PrepareReport(output, repeated=found.repeated)
         log.info("%d sources: %d to do, %d unchanged", len(work.files), len(todo), len(work.files) - len(todo))
         if todo:
-            with ray_session(), progress("prepare", len(todo)) as shown:
+            work.check_room()
+            with work.scratch(), ray_session(), progress("prepare", len(todo)) as shown:
                 for manifest in work.rounds():
                     for row in run_stages(config, work.place, manifest):
+                        work.take(row)
                         report.count_done(json.loads(row["seconds"]), row["stage"], bool(row["status"]))
                         if row["status"]:  # else more of a long video is under way
                             shown.advance(**{row["status"]: shown.figures.get(row["status"], 0) + 1})

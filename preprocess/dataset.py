@@ -205,11 +205,29 @@ def build(
 
     `clean` gives what is written of a sample, None for nothing; the parts say the same. `answers` are taken along.
 
-    Raises ReconcileError where a scene would be lost, doubled or unaccounted for.
+    Raises ReconcileError where a scene would be lost, doubled or unaccounted for. Then, or where there is no room,
+    nothing is left of it.
     """
     staging = folder / "next"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
+    try:
+        return _build(folder, staging, finished, earlier, shard_bytes, facts, clean, answers)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _build(
+    folder: Path,
+    staging: Path,
+    finished: Sequence[Finished],
+    earlier: Earlier,
+    shard_bytes: int,
+    facts: dict[str, Any],
+    clean: Callable[[str, Sample], Sample | None],
+    answers: Answers | None,
+) -> dict[str, Any]:
     places: dict[str, str] = {}
     with ShardWriter(staging / "shards", shard_bytes) as writer:
         for one in finished:

@@ -6,7 +6,6 @@ decode. A place is a path or address, and a span [offset, size] of it where it l
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import posixpath
 from collections.abc import Iterator
@@ -17,8 +16,8 @@ from typing import IO, Any
 
 from infra.storage import atomic_path
 from preprocess.outcome import Failed, short
+from preprocess.room import is_about
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _CHUNK = 2**20
 # package behind each kind of address; fsspec's own messages differ from one to the next
 _DRIVERS = {
@@ -156,7 +155,7 @@ def sha256_at(path: str, span: list[int] | None = None) -> str:
 
 
 def copy_here(path: str, span: list[int] | None, target: Path) -> None:
-    """Copy what lies at a place to `target`, whole or not at all. Raises Failed; OSError where there is no room."""
+    """Copy what lies at a place to `target`, whole or not at all. Raises Failed; OSError where it cannot be written."""
     try:
         with atomic_path(target) as temporary, temporary.open("wb") as file:
             for data in chunks(path, span):
@@ -164,7 +163,7 @@ def copy_here(path: str, span: list[int] | None, target: Path) -> None:
     except FileNotFoundError:
         raise Failed("probe", "no such file") from None
     except Exception as error:  # each driver has exceptions of its own
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
+        if isinstance(error, OSError) and is_about(error, target.parent):
             raise
         raise Failed("probe", f"cannot be fetched ({short(error)})") from error
 

@@ -3,25 +3,28 @@
 A long video is one row until its scenes are known, and then one for the scenes of each of its pieces.
 
 No frame travels in a row. Each call is one counted attempt under a time limit, because a broken file can kill or hang
-the worker that opens it; what a stage raises ends its own unit only.
+the worker that opens it; what a stage raises ends its own unit only. Where the output cannot be written, the row comes
+back as STOPPED with the reason, for the driver to end the run: there may be no room to write that down.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from preprocess.outcome import Failed
 from preprocess.pieces import SideBySide, in_turn, plan_pieces
+from preprocess.room import OutputError, writing
 from preprocess.unit import (
     Unit,
     Workplace,
     caption_stage,
-    close_stage,
     decode_stage,
     encode_stage,
+    end_stage,
     part_is_there,
     probe_stage,
     run_stage,
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from preprocess.asked import Asker
 
 Row = dict[str, str]
+STOPPED = "stopped"  # status of a unit that cannot be written: it passes all stages, and nothing is recorded of it
 
 
 def probe_row(row: Row, place: Workplace) -> Row:
@@ -69,7 +73,9 @@ class CaptionRow:
 
         if self.asker.side_by_side == 1:
             return _stage("captions", stage, row, self.place)
-        unit = run_stage("captions", stage, Unit.from_json(row["unit"]))
+        unit = Unit.from_json(row["unit"])
+        with _stopping(unit, self.place):
+            run_stage("captions", stage, unit)
         return {"video_id": row["video_id"], "unit": unit.to_json()}
 
 
@@ -90,38 +96,60 @@ class EncodeRow:
         self.encoder = Encoder.from_folder(Path(model), device, threads, make_aesthetic())
 
     def __call__(self, row: Row) -> Row:
-        """Returns only what the driver reports: id, status ("": more of this video is under way), stage, seconds."""
+        """Returns only what the driver needs: id, status ("": more of this video is under way), stage, seconds; what to
+        drop then, as a worker that dies after it has dropped something cannot be replaced; why the run has to stop.
+        """
         unit = Unit.from_json(row["unit"])
         if part_is_there(unit, self.place):
             unit.status = "written"
         else:
-            unit = _run("encode", lambda unit: encode_stage(unit, self.place, self.encoder), row, self.place)
-        close_stage(unit, self.place)
+            unit = _run("encode", lambda unit: encode_stage(unit, self.place, self.encoder), unit, self.place)
+        with _stopping(unit, self.place):
+            if unit.status != STOPPED:
+                end_stage(unit, self.place)
+        stopped = unit.status == STOPPED
         return {
             "video_id": unit.file.video_id,
-            "status": unit.status,
+            "status": "" if stopped else unit.status,
             "stage": unit.stage,
             "seconds": json.dumps(unit.seconds),
+            "leftovers": json.dumps([] if stopped else [str(path) for path in self.place.leftovers(unit)]),
+            "stopped": unit.reason if stopped else "",
         }
 
 
 def _stage(name: str, stage: Callable[[Unit], None], row: Row, place: Workplace) -> Row:
-    return {"video_id": row["video_id"], "unit": _run(name, stage, row, place).to_json()}
+    unit = _run(name, stage, Unit.from_json(row["unit"]), place)
+    return {"video_id": row["video_id"], "unit": unit.to_json()}
 
 
-def _run(name: str, stage: Callable[[Unit], None], row: Row, place: Workplace) -> Unit:
-    unit = Unit.from_json(row["unit"])
-    if unit.status:
-        return unit
+def _run(name: str, stage: Callable[[Unit], None], unit: Unit, place: Workplace) -> Unit:
+    if not unit.status:
+        with _stopping(unit, place):
+            _attempt(name, stage, unit, place)
+    return unit
+
+
+@contextmanager
+def _stopping(unit: Unit, place: Workplace) -> Iterator[None]:
+    """Marks the unit as stopped where the block cannot write."""
+    try:
+        with writing(place.parts.parent, place.parts, place.scratch):
+            yield
+    except OutputError as error:
+        unit.status, unit.reason = STOPPED, str(error)
+
+
+def _attempt(name: str, stage: Callable[[Unit], None], unit: Unit, place: Workplace) -> None:
     attempts = Attempts(place.parts / "attempts")
     # the stage's own deadline comes first and names what was slow; this one is for code that never returns
     hard_limit = 1.25 * place.settings.seconds_per_video + 10
     if name == "decode" and unit.info and len(plan_pieces(unit.info, place.settings)) > 1:
-        return run_stage(name, stage, unit)  # it waits for its pieces, each of which is an attempt of its own
+        run_stage(name, stage, unit)  # it waits for its pieces, each of which is an attempt of its own
+        return
     try:
-        with attempts.attempt("-".join([row["video_id"], *map(str, unit.group)]), name, hard_limit) as attempt:
+        with attempts.attempt("-".join([unit.file.video_id, *map(str, unit.group)]), name, hard_limit) as attempt:
             unit.attempts = max(unit.attempts, attempt)
-            return run_stage(name, stage, unit)
+            run_stage(name, stage, unit)
     except Failed as end:
         unit.status, unit.stage, unit.reason, unit.attempts = "failed", end.stage, end.reason, MAX_ATTEMPTS
-        return unit

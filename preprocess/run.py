@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from infra.storage import atomic_path, atomic_write_bytes
+from infra.storage import atomic_path, atomic_write_bytes, drop_temporaries
 from preprocess import dataset
 from preprocess.compaction import cleaned_sample, gone_by_scene, without_duplicates
 from preprocess.dataset import Earlier, Finished, find_finished, find_pictures
@@ -23,18 +24,29 @@ from preprocess.duplicates import find_duplicates
 from preprocess.encode import encoder_key
 from preprocess.filters import thresholds
 from preprocess.parts import Part, part_path, read_part, write_part
+from preprocess.room import OutputError, no_room
 from preprocess.settings import PrepareSettings
 from preprocess.source_rows import source_row
 from preprocess.sources import SourceFile
 from preprocess.unit import Unit, Workplace
 from preprocess.watch import MAX_ATTEMPTS, Attempts
+from preprocess.workplace import drop
+
+_ROOM = 2**20  # bytes without which no work is begun
 
 
 @contextlib.contextmanager
 def lock(output: Path) -> Iterator[None]:
-    """Keep a second run out of the same output folder; the lock goes with this process, however it ends."""
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / ".lock").open("a") as file:
+    """Keep a second run out of the same output folder; the lock goes with this process, however it ends.
+
+    Raises ValueError where there is one, OutputError where the folder cannot be made or written.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        file = (output / ".lock").open("a")
+    except OSError as error:
+        raise no_room(output, error) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -69,28 +81,35 @@ class Work:
         rounds = 0
         while todo := self.todo:
             rounds += 1
-            self._check_room()
+            self.check_room()
             yield write_manifest(self.place.parts / "todo.parquet", [self._unit(file) for file in todo])
             for file in todo:
                 part = read_part(part_path(self.place.parts, file.video_id))
                 if part is None:
-                    self._check_room()
+                    self.check_room()
                     stage, deaths = self.attempts.unfinished(file.video_id)
                     if max(deaths, rounds) < MAX_ATTEMPTS:
                         continue
                     part = self._give_up(file, stage, max(deaths, rounds))
                 self.finished[file.video_id] = Finished(part, part_path(self.place.parts, file.video_id))
 
-    def _check_room(self) -> None:
-        """Raises OSError where nothing can be written: no video is to blame for a full disk."""
+    def check_room(self) -> None:
+        """Raises OutputError where nothing can be written: no video is to blame for a full disk."""
         try:
-            atomic_write_bytes(self.place.parts / "room", bytes(2**20))
+            atomic_write_bytes(self.place.parts / "room", bytes(_ROOM))
+            (self.place.parts / "room").unlink()
         except OSError as error:
-            raise OSError(
-                error.errno,
-                f"{self.output} cannot be written ({error.strerror}); what is done is kept there: make room and start "
-                "the same command again",
-            ) from error
+            raise no_room(self.output, error) from error
+
+    def take(self, row: dict[str, str]) -> None:
+        """What `EncodeRow` says of a unit: what lay in scratch for a video that has ended goes.
+
+        Raises OutputError where the unit could not be written.
+        """
+        if row["stopped"]:
+            raise OutputError(0, row["stopped"])
+        if row["status"]:
+            drop(Path(path) for path in json.loads(row["leftovers"]))
 
     def _unit(self, file: SourceFile) -> Unit:
         limits = thresholds(self.place.settings)
@@ -135,6 +154,14 @@ class Work:
         was = asdict(PrepareSettings()) | self.earlier.facts.get("settings", {})
         return all(json.loads(json.dumps(was[name])) == now[name] for name in names)
 
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[None]:
+        """However the block ends, frames and copies of videos under way go after it: their room may be wanted."""
+        try:
+            yield
+        finally:
+            shutil.rmtree(self.place.parts / "scratch", ignore_errors=True)
+
     def clean(self) -> None:
         shutil.rmtree(self.place.parts, ignore_errors=True)
 
@@ -142,12 +169,15 @@ class Work:
 def plan_work(
     files: Sequence[SourceFile], output: Path, settings: PrepareSettings, model: Path, retry_failed: bool = False
 ) -> Work:
-    """What has to be done for `files`. Completes an interrupted commit first, and drops half-done scratch."""
+    """What has to be done for `files`. Completes an interrupted commit first, and drops what was half done."""
     dataset.recover(output)
     parts = output / "parts"
+    drop_temporaries(output, "report")
+    drop_temporaries(parts)
     for leftover in ("attempts", "scratch"):
         shutil.rmtree(parts / leftover, ignore_errors=True)
-    place = Workplace(settings, parts, parts / "scratch", encoder_key(model))
+    # a folder of this run's own: a worker that outlives a killed driver for a moment may still write in the old one
+    place = Workplace(settings, parts, parts / "scratch" / secrets.token_hex(4), encoder_key(model))
     work = Work(output, place, list(files), Earlier(output))
     originals: set[str] = set()  # shots and videos, kept by the earlier dataset, that later ones may double
     for file in files:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import tarfile
@@ -70,7 +71,8 @@ class ShardWriter:
         if kind is None:
             self._close()
         elif self._tar is not None:
-            self._tar.close()
+            with contextlib.suppress(OSError):  # a full disk has no room for the end of a tar, either
+                self._tar.close()
             self._path.__exit__(kind, value, trace)
 
 

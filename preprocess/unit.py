@@ -10,8 +10,6 @@ same functions with units as rows.
 from __future__ import annotations
 
 import json
-import re
-import shutil
 import tempfile
 import time
 from bisect import bisect_right
@@ -27,9 +25,8 @@ from torch import Tensor
 from models.records import decode as from_json
 from models.scene import Scene, reference_tensor_key, shot_tensor_key
 from preprocess.aesthetic import AestheticScorer
-from preprocess.answers import ANSWERS, Answers, question_key
 from preprocess.asked import Asker, Questions, Unasked
-from preprocess.captions import caption_scenes, finish_asked, template_hash
+from preprocess.captions import caption_scenes, finish_asked
 from preprocess.decode import DecodeCount
 from preprocess.encode import Encoder, scene_texts
 from preprocess.filters import AESTHETIC, check_shots, check_video, judge, thresholds
@@ -37,18 +34,20 @@ from preprocess.known_cuts import caption_cuts
 from preprocess.letterbox import NO_BARS, find_bars
 from preprocess.outcome import Failed, SetAside, short
 from preprocess.parts import Part, Row, join_parts, part_path, read_part, shot_rows, write_part
-from preprocess.pieces import SideBySide, frames_file, in_turn, make_jobs, plan_pieces, read_pieces
+from preprocess.pieces import SideBySide, in_turn, make_jobs, plan_pieces, read_pieces
 from preprocess.probe import VideoInfo, probe
 from preprocess.recall import recall_latents, recall_scenes, recalled_count
 from preprocess.references import read_reference, reference_here
-from preprocess.remote import NO_ROOM, copy_here, is_direct, sha256_at
+from preprocess.remote import sha256_at
+from preprocess.room import OutputError
 from preprocess.scenes import make_scenes
 from preprocess.settings import ASKED, PrepareSettings
 from preprocess.sizes import Size
 from preprocess.source_rows import source_row
-from preprocess.sources import SourceFile, fields_text
+from preprocess.sources import SourceFile
 from preprocess.spans import RawShot, read_shots
 from preprocess.stills import probe_images
+from preprocess.workplace import Workplace, writes
 
 
 @dataclass
@@ -90,96 +89,11 @@ class Unit:
         return from_json(Unit, json.loads(text), "unit")
 
 
-@dataclass(frozen=True)
-class Workplace:
-    """Where a run keeps its files, and the keys of its settings."""
-
-    settings: PrepareSettings
-    parts: Path
-    scratch: Path
-    encoder_key: str
-
-    def scratch_file(self, unit: Unit, piece: int = 0) -> Path:
-        """Where the encoded spans of a video wait, or those of one piece of it."""
-        return frames_file(self.film(unit), piece) if piece else self.scratch / f"{unit.file.video_id}.frames"
-
-    def film(self, unit: Unit) -> Path:
-        """The folder of a long video that is under way. Its name says what it depends on, so it outlives a run."""
-        settings = self.settings_of(unit)
-        depends = [unit.sha256, unit.captions_sha256, fields_text(unit.file), asdict(settings), self._keys(settings)]
-        return self.parts / "films" / f"{unit.file.video_id}-{question_key(depends, sorted(unit.recall))[:12]}"
-
-    def part_folder(self, unit: Unit) -> Path:
-        """Where the part of a unit goes: that of some scenes of a long video waits for the others."""
-        return self.film(unit) / f"scenes-{unit.group[0]:04d}" if unit.group else self.parts
-
-    def video(self, unit: Unit) -> str:
-        """The source as a local path; one in a tar or at an address is copied to scratch until it is decoded."""
-        return self._here(unit.file.path, unit.file.span, self._copies(unit)[0])
-
-    def captions(self, unit: Unit) -> str | None:
-        """The caption file as a local path, alike."""
-        file = unit.file
-        return self._here(file.captions, file.captions_span, self._copies(unit)[1]) if file.captions else None
-
-    def forget(self, unit: Unit) -> None:
-        """Drop all that lies in scratch for a source."""
-        for path in (self.scratch_file(unit), *self._copies(unit)):
-            path.unlink(missing_ok=True)
-        if (self.parts / "films").is_dir():
-            shutil.rmtree(self.film(unit), ignore_errors=True)
-
-    def forget_video(self, unit: Unit) -> None:
-        """Drop the copy that was made for the decode."""
-        self._copies(unit)[0].unlink(missing_ok=True)
-
-    def _copies(self, unit: Unit) -> tuple[Path, Path]:
-        # a name with the suffix: some demuxers go by it
-        suffix = re.search(r"(\.[A-Za-z0-9]{1,8})(~\d+)?$", unit.file.name)
-        stem = f"{unit.file.video_id}.source"
-        return self.scratch / f"{stem}{suffix[1] if suffix else ''}", self.scratch / f"{stem}.captions.json"
-
-    def _here(self, path: str, span: list[int] | None, copy: Path) -> str:
-        if is_direct(path, span):
-            return path
-        if not copy.exists():
-            copy_here(path, span, copy)
-        return str(copy)
-
-    def settings_of(self, unit: Unit) -> PrepareSettings:
-        """The settings at the size that the unit takes, once it is known."""
-        return self.settings.at((unit.size[0], unit.size[1])) if unit.size else self.settings
-
-    def answers(self) -> Answers:
-        """What models have answered for this output folder."""
-        return Answers(self.parts.parent / ANSWERS, self.parts / "answers")
-
-    def keys(self, size: Size | None = None) -> dict[str, str]:
-        """What the results of this run depend on; equal keys and equal input mean equal results.
-
-        `size`: of a video that takes this one; None: of one that ended before its size was known.
-        """
-        return self._keys(self.settings.at(size) if size else self.settings)
-
-    def keys_for(self, row: Row) -> dict[str, str]:
-        """What the result of an earlier row of sources.parquet would depend on now; {}: on what it does not say."""
-        if not self.settings.sizes:
-            return self.keys()
-        picture = row.get("picture_height"), row.get("picture_width")
-        if picture[0] and picture[1]:
-            return self.keys(self.settings.size_of((picture[0], picture[1])))
-        return {} if row["shots"] else self.keys()
-
-    def _keys(self, settings: PrepareSettings) -> dict[str, str]:
-        return {
-            "vision_key": settings.vision_key(),
-            "caption_key": settings.caption_key(template_hash(settings.captions)),
-            "encoder_key": question_key(self.encoder_key, settings.tile)[:16] if settings.tile else self.encoder_key,
-        }
-
-
 def run_stage(name: str, stage: Callable[[Unit], None], unit: Unit) -> Unit:
-    """Run one stage on a unit that is still under way; what goes wrong ends this unit and no other."""
+    """Run one stage on a unit that is still under way; what goes wrong ends this unit and no other.
+
+    Raises OutputError where the run cannot write: that is no fault of this video, and nothing is recorded of it.
+    """
     if unit.status:
         return unit
     began = time.perf_counter()
@@ -187,16 +101,15 @@ def run_stage(name: str, stage: Callable[[Unit], None], unit: Unit) -> Unit:
         stage(unit)
     except SetAside as end:
         unit.status, unit.stage, unit.reason = end.status, end.stage, end.reason
-    except OSError as error:
-        if error.errno in NO_ROOM:
-            raise  # the run's trouble, not this video's: nothing is recorded, and the run stops
-        unit.status, unit.stage, unit.reason = "failed", name, f"unexpected {short(error)}"
+    except OutputError:
+        raise
     except Exception as error:  # a bug or an odd file must not take the run with it; it is reported by name
         unit.status, unit.stage, unit.reason = "failed", name, f"unexpected {short(error)}"
     unit.seconds[name] = unit.seconds.get(name, 0.0) + time.perf_counter() - began
     return unit
 
 
+@writes
 def probe_stage(unit: Unit, place: Workplace) -> None:
     """Container index and content hash; rules that need nothing else."""
     if unit.file.error:
@@ -217,6 +130,7 @@ def probe_stage(unit: Unit, place: Workplace) -> None:
     check_video(unit.info, place.settings)
 
 
+@writes
 def decode_stage(unit: Unit, place: Workplace, side_by_side: SideBySide = in_turn) -> None:
     """The one decode: shots, and their encoded spans in the scratch file; an earlier result is recalled.
 
@@ -262,6 +176,7 @@ def _take_size(unit: Unit, place: Workplace, picture: Size) -> None:
     unit.size = list(place.settings.size_of(picture))
 
 
+@writes
 def caption_stage(unit: Unit, place: Workplace, asker: Asker | None = None) -> None:
     """Captions and predicted states of all scenes; what goes wrong with a scene sets that scene aside.
 
@@ -311,6 +226,7 @@ def _written(unit: Unit) -> list[Scene]:
     return scenes
 
 
+@writes
 def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
     """Latents and text embeddings, scene by scene, straight into the part."""
     settings = place.settings_of(unit)
@@ -382,8 +298,9 @@ def _score_aesthetics(unit: Unit, place: Workplace, scorer: AestheticScorer) -> 
     check_shots(unit.shots, place.settings)
 
 
-def close_stage(unit: Unit, place: Workplace) -> Unit:
-    """Last step of every unit: a part for those set aside, and no scratch left.
+@writes
+def end_stage(unit: Unit, place: Workplace) -> Unit:
+    """A part for a unit that was set aside. May be done again, and gives the same.
 
     Of a long video the last of its units to end makes the part; `status` is "" for those before.
     """
@@ -393,9 +310,14 @@ def close_stage(unit: Unit, place: Workplace) -> Unit:
         folders = [place.part_folder(replace(unit, group=[k, unit.group[1]])) for k in range(unit.group[1])]
         whole = join_parts([part_path(folder, unit.file.video_id) for folder in folders], place.parts)
         unit.status, unit.stage = (whole["status"], whole["stage"]) if whole else ("", "")
-        if whole is None:
-            return unit
-    place.forget(unit)
+    return unit
+
+
+def close_stage(unit: Unit, place: Workplace) -> Unit:
+    """Last step of every unit: `end_stage`, and no scratch left."""
+    end_stage(unit, place)
+    if unit.status or not unit.group:  # else other units of a long video want it
+        place.forget(unit)
     return unit
 
 

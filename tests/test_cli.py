@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from infra.config import describe, knob, required
+from infra.ray_session import SessionError
 from pipelines import cli
 
 ALL_JOBS = [*cli.JOBS, cli.RENDER]
@@ -41,6 +42,8 @@ def run_stub(config: StubConfig) -> StubReport:
         raise ValueError("clip.mp4: no video stream; give a file with one")
     if config.fail == "bug":
         raise RuntimeError("a bug")
+    if config.fail == "ray":
+        raise SessionError("Ray could not be reached at 'local': no room")
     return StubReport(f"{config.steps} steps to {config.out}", int(config.fail == "some"))
 
 
@@ -152,6 +155,7 @@ def test_a_job_runs_with_its_config_and_its_summary_is_printed(stub: cli.JobComm
         ([], 2, "stub: command line: key 'out' (path) is required: where to\n"),
         (["--config", "none.yaml"], 2, "stub: none.yaml: no such config file"),
         (["--steps", "3"], 2, "There is no option --steps; keys are written without dashes: steps=VALUE"),
+        (["out=a", "fail=ray"], 1, "stub: Ray could not be reached at 'local': no room\n(--traceback shows"),
         (["out=a", "fail=value"], 1, "stub: clip.mp4: no video stream; give a file with one\n(--traceback shows"),
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,3 +39,14 @@ def test_memory_limit(cgroup: Path) -> None:
     assert machine.available_memory() <= 2**29
     (cgroup / "memory.max").write_text("max\n")
     assert machine.total_memory() > 2**29
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux counts the parent's memory")
+def test_peak_memory_is_of_this_program_alone(repo_root: Path) -> None:
+    """A large parent starts a small child: `getrusage` would give the child the parent's peak."""
+    child = "import resource; from infra.machine import peak_memory; print(peak_memory(), "
+    child += "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    parent = f"import subprocess, sys; held = b'x' * 2**28; subprocess.run([sys.executable, '-c', {child!r}])"
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True, cwd=repo_root)
+    peak, counted = (int(word) for word in done.stdout.split())
+    assert 2**20 < peak < 2**27 < 1024 * counted

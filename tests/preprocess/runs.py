@@ -32,18 +32,20 @@ def run_here(
     states: StatePredictor | None = None,
     frames_fps: float | None = None,
     chat: Chat | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> tuple[Work, int]:
     """The chain of `pipelines.prepare.run_stages` in this process; returns the work and how many videos it did."""
     work = plan_work(list_sources([videos], frames_fps=frames_fps).files, output, settings, model, retry_failed)
     todo = len(work.todo)
     encode = EncodeRow(work.place, str(model), "cpu", 1)
     caption = CaptionRow(work.place, lambda: Asker(chat, states, 2))
-    for manifest in work.rounds():
-        for row in pq.read_table(manifest).to_pylist():
-            row = decode_row(probe_row(row, work.place), work.place)
-            encode(caption(row) if chat or states else caption_row(row, work.place))
-    if not work.unchanged(SHARD_BYTES):
-        work.compact(SHARD_BYTES)
+    with work.scratch():
+        for manifest in work.rounds():
+            for row in pq.read_table(manifest).to_pylist():
+                row = decode_row(probe_row(row, work.place), work.place)
+                work.take(encode(caption(row) if chat or states else caption_row(row, work.place)))
+    if not work.unchanged(shard_bytes):
+        work.compact(shard_bytes)
     work.clean()
     return work, todo
 

@@ -75,8 +75,9 @@ def run_here(
 
 
 _PEAK = """
-import resource, sys
+import sys
 from pathlib import Path
+from infra.machine import peak_memory
 from preprocess.encode import Encoder
 from preprocess.filters import NO_FILTERS
 from preprocess.settings import PrepareSettings
@@ -86,7 +87,7 @@ model, video, parts = map(Path, sys.argv[1:])
 settings = PrepareSettings(height=64, width=64, filters=NO_FILTERS)
 row = prepare_video(list_sources([video]).files[0], settings, Encoder.from_folder(model), parts).source
 assert row["status"] == "written", row
-print(row["source_frames"], row["decoded_frames"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(row["source_frames"], row["decoded_frames"], peak_memory())
 """
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import shutil
 from collections import Counter
@@ -14,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from models.tiny import build_tiny_folder
-from preprocess import run, unit
+from preprocess import unit
 from preprocess.dataset import known_hashes
 from preprocess.encode import Encoder
 from preprocess.rows import EncodeRow, caption_row, decode_row, probe_row
@@ -223,40 +221,6 @@ def test_ids_of_the_content_keep_what_is_done(videos: Path, tmp_path: Path, mode
     assert prepare(known) == 0
     (videos / "toy0.mp4").rename(videos / "new.mp4"), (videos / "toy0.json").rename(videos / "new.json")
     assert prepare(known) == 1 and set(records(tmp_path / "out")) == keys
-
-
-def test_a_full_disk_stops_the_run_and_keeps_what_is_done(
-    videos: Path, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = unit.write_part
-    full = False
-
-    def write_part(folder, part, samples):
-        nonlocal full
-        if part.source["name"] == "toy1.mp4":
-            full = True
-        if full:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(folder, part, samples)
-
-    def write_bytes(path, data):
-        if full:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(unit, "write_part", write_part)
-    monkeypatch.setattr(run, "atomic_write_bytes", write_bytes)
-    work = plan_work(list_sources([videos]).files, tmp_path / "out", SETTINGS, model)
-    encode = EncodeRow(work.place, str(model), "cpu", 1)
-    with pytest.raises(OSError, match=r"out cannot be written \(No space left on device\); what is done is kept"):
-        for manifest in work.rounds():
-            for row in pq.read_table(manifest).to_pylist():
-                for stage in (probe_row, decode_row, caption_row):
-                    row = stage(row, work.place)
-                with contextlib.suppress(OSError):  # Ray counts the block as errored and goes on
-                    encode(row)
-    monkeypatch.undo()
-    _, todo = run_here(videos, tmp_path / "out", model)
-    assert todo == 1 and len(records(tmp_path / "out")) == 2
 
 
 def test_rows_that_never_come_back_end_as_failed(videos: Path, tmp_path: Path, model: Path) -> None:
