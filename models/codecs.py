@@ -172,8 +172,8 @@ class VideoCodec:
         height, width = video.shape[3:]
         if height % self.spatial_stride or width % self.spatial_stride:
             raise ValueError(f"video is {height}x{width}, the VAE needs multiples of {self.spatial_stride}")
-        in_tiles = tile is not None and max(height, width) > tile
-        with tiled(self.vae, height, width, tile, self.spatial_stride) if tile and in_tiles else nullcontext():
+        large = tile and max(height, width) > tile
+        with tiled(self.vae, height, width, tile, self.spatial_stride) if tile and large else nullcontext():
             return posterior(self.vae, video.to(self.device, self.vae.dtype))
 
     @torch.no_grad()
