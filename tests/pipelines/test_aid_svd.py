@@ -130,7 +130,9 @@ def test_verify_knows_the_embeddings(dataset: Path) -> None:
 
 
 def problems(scene: Scene, tensors: dict[str, torch.Tensor]) -> Any:
-    return _Samples({"dtype": "float16"})._tensors(scene, tensors)
+    span = scene.shots[0].encoded
+    assert span is not None
+    return _Samples({"dtype": "float16", "height": span.height, "width": span.width})._tensors(scene, tensors)
 
 
 def test_training_moves_modules_and_cross_attentions_only(base: Path, trained: Path) -> None:
