@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+MODEL = ROOT / "toyworld" / "weights" / "wan-small"
 
 sys.path.insert(0, str(ROOT))  # so that `python benchmarks/x.py` finds its helpers and, uninstalled, the packages
 
@@ -57,6 +59,15 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--json", action="store_true", help="print nothing but the last line, one JSON object")
     made.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     return made
+
+
+@contextmanager
+def refusing(made: argparse.ArgumentParser) -> Iterator[None]:
+    """Wrong keys and values end the program as wrong arguments do: the error on stderr, exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        made.error(str(error))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -25,7 +25,7 @@ from claim_cells.lct_demo import LctDemoClaim, lct_demo
 from claim_cells.runner import run_cells, small
 from claim_cells.table import compile_paper, goals, text_of
 
-from infra.config import ConfigError, load_config
+from infra.config import load_config
 from infra.storage import atomic_write_text
 
 PAPERS: dict[str, Paper] = {one.PAPER.name: one.PAPER for one in (fvdm, tic_ft, lct, aid, fca)}
@@ -39,13 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=sorted([*PAPERS, *CLAIMS]), help="which claim; the five papers unless told")
     given = parser.parse_intermixed_args(arguments)
     config_class, measure = CLAIMS.get(given.only, (TableConfig, None))
-    try:
+    with _common.refusing(parser):
         config = load_config(config_class, None, given.overrides)
         if measure is None:
             chosen_cells(given.only, config)  # raises now, not after the first paper
-    except (ConfigError, ValueError) as error:
-        print(f"claims: {error}", file=sys.stderr)
-        return 2
     only = ["--only", given.only] if given.only else []
     command = " ".join(["python benchmarks/claims.py", *only, *["--quick"] * given.quick, *given.overrides])
     if measure is None:

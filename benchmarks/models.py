@@ -35,7 +35,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor
 
-from infra.config import ConfigError, knob, load_config
+from infra.config import knob, load_config
 from infra.storage import atomic_write_text
 from models.attention import block_mask, grouped_attention, sdpa
 from models.backbones.wan import WanBackbone
@@ -363,14 +363,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _common.parser(__doc__.splitlines()[0])
     parser.add_argument("--only", choices=sorted(PARTS), help="measure one part; the others' results stay as they are")
     given = parser.parse_intermixed_args(arguments)
-    try:
+    with _common.refusing(parser):
         config = load_config(Speed, None, given.overrides)
-    except ConfigError as error:
-        print(f"models: {error}", file=sys.stderr)
-        return 2
     if config.device == "cuda" and not torch.cuda.is_available():
-        print("models: device=cuda, but PyTorch sees no GPU; take device=cpu", file=sys.stderr)
-        return 2
+        parser.error("device=cuda, but PyTorch sees no GPU; take device=cpu")
     torch.set_num_threads(config.threads)
     words = [*["--only", given.only] * bool(given.only), *["--quick"] * given.quick, *given.overrides]
     command = " ".join(["python benchmarks/models.py", *words])

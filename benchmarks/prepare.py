@@ -29,11 +29,11 @@ from statistics import median_high
 from typing import Any
 from unittest import mock
 
-from _common import ROOT, Goal, finish, have_scenedetect, parser, table
+from _common import MODEL, ROOT, Goal, finish, have_scenedetect, parser, refusing, table
 from _measure import in_turn, ratio
 from _peers_order import peers_order
 
-from infra.config import ConfigError, load_config
+from infra.config import load_config
 from infra.knobs import knob
 from infra.machine import usable_cores
 from infra.storage import sha256_file
@@ -42,9 +42,9 @@ from preprocess.letterbox import NO_BARS, find_bars
 from preprocess.probe import probe
 from preprocess.settings import PrepareSettings
 from preprocess.sources import SourceFile, list_sources
-from preprocess.unit import Unit, Workplace, all_stages, decode_stage, probe_stage, run_stage
+from preprocess.unit import Unit, all_stages, decode_stage, probe_stage, run_stage
+from preprocess.workplace import Workplace
 
-MODEL = ROOT / "toyworld" / "weights" / "wan-small"
 SIZES = {
     "64x64": PrepareSettings(),  # the shipped model's
     "832x480": PrepareSettings(height=480, width=832, fps=16.0, shot_frames=81),  # Wan 2.1's
@@ -285,12 +285,10 @@ def where_time_goes(files: list[SourceFile], settings: PrepareSettings, folder: 
 
 
 def main() -> int:
-    arguments = parser(__doc__.splitlines()[0]).parse_intermixed_args()
-    try:
+    made = parser(__doc__.splitlines()[0])
+    arguments = made.parse_intermixed_args()
+    with refusing(made):
         config = load_config(PrepareBenchmark, None, arguments.overrides)
-    except (ConfigError, ValueError) as error:
-        print(f"prepare: {error}", file=sys.stderr)
-        return 2
     repetitions = config.repetitions or (1 if arguments.quick else 3)
     parts, data = config.parts, config.data
     peers = "c" in parts and have_scenedetect()

@@ -19,15 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _common import ROOT, Goal, finish, parser, table
+from _common import MODEL, Goal, finish, parser, refusing, table
 
-from infra.config import ConfigError, load_config
+from infra.config import load_config
 from infra.knobs import knob
 from infra.machine import peak_memory
 
-MODEL = ROOT / "toyworld" / "weights" / "wan-small"
 DISTINCT = 20  # clips that are made; the others are copies of them
 FLAT = 0.15
+FULL = {"few": 20, "many": 200, "short_minutes": 3.0, "long_minutes": 30.0, "unit_minutes": 5.0, "side": 256}
 QUICK = {"few": 3, "many": 6, "short_minutes": 0.5, "long_minutes": 2.0, "unit_minutes": 0.75, "side": 64}
 WORK = ("decoding", "whole run")
 MEMORY = ("bytes", "at_start")
@@ -140,14 +140,12 @@ def main() -> int:
         work, videos, folder, unit_minutes = sys.argv[2:]
         print(json.dumps(peaks(work, Path(videos), Path(folder), float(unit_minutes))))
         return 0
-    arguments = parser(__doc__.splitlines()[0]).parse_intermixed_args()
-    try:
+    made = parser(__doc__.splitlines()[0])
+    arguments = made.parse_intermixed_args()
+    with refusing(made):
         config = load_config(MemoryBenchmark, None, arguments.overrides)
-    except (ConfigError, ValueError) as error:
-        print(f"prepare_memory: {error}", file=sys.stderr)
-        return 2
-    full = {"few": 20, "many": 200, "short_minutes": 3.0, "long_minutes": 30.0, "unit_minutes": 5.0, "side": 256}
-    sizes: dict[str, Any] = {name: getattr(config, name) or (QUICK if arguments.quick else full)[name] for name in full}
+    defaults = QUICK if arguments.quick else FULL
+    sizes: dict[str, Any] = {name: getattr(config, name) or default for name, default in defaults.items()}
     record: dict[str, Any] = {"benchmark": "prepare_memory", **sizes, "figures": {}}
     goals, rows = [], []
     with tempfile.TemporaryDirectory() as name:

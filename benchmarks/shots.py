@@ -25,9 +25,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from _common import ROOT, Goal, finish, have_scenedetect, parser, table
+from _common import ROOT, Goal, finish, have_scenedetect, parser, refusing, table
 
-from infra.config import ConfigError, load_config
+from infra.config import load_config
 from infra.knobs import knob
 from preprocess.probe import VideoInfo, probe
 from preprocess.settings import PrepareSettings
@@ -213,14 +213,12 @@ class Tally:
 
 
 def main() -> int:
-    arguments = parser(__doc__.splitlines()[0]).parse_intermixed_args()
-    try:
+    made = parser(__doc__.splitlines()[0])
+    arguments = made.parse_intermixed_args()
+    with refusing(made):
         config = load_config(ShotsConfig, None, arguments.overrides)
         if config.cuts == "transnet":
             require_transnet()
-    except (ConfigError, ValueError) as error:
-        print(f"shots: {error}", file=sys.stderr)
-        return 2
     count = 1 if arguments.quick else config.count
     settings = PrepareSettings(cuts=config.cuts)
     with_peers = have_scenedetect()

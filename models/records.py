@@ -22,7 +22,7 @@ class RecordError(ValueError):
 def decode(kind: type[T], value: Any, at: str) -> T:
     """The value of type `kind` whose JSON form is `value`; `at` is how errors call it.
 
-    Knows dataclasses, lists, string-keyed dicts, Literal, X | None, Any and the scalar types.
+    Knows dataclasses, lists, tuples of a fixed length, string-keyed dicts, Literal, X | None, Any and the scalar types.
     """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if is_dataclass(kind):
@@ -35,6 +35,9 @@ def decode(kind: type[T], value: Any, at: str) -> T:
         return cast(T, value)
     if origin is list and isinstance(value, list):
         return cast(T, [decode(args[0], inner, f"{at}[{i}]") for i, inner in enumerate(value)])
+    if origin is tuple and isinstance(value, list | tuple) and len(value) == len(args):
+        parts = (decode(part, one, f"{at}[{i}]") for i, (part, one) in enumerate(zip(args, value, strict=True)))
+        return cast(T, tuple(parts))
     if origin is dict and isinstance(value, dict):
         return cast(T, {key: decode(args[1], inner, f"{at}.{key}") for key, inner in value.items()})
     if kind is Any:

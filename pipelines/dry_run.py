@@ -254,7 +254,7 @@ def _probe(files: list[SourceFile], todo: int, place: Workplace, found: DryRun) 
             passed.append(unit)
             # as if there were no black bars: they are found in the decode
             size = place.settings.size_of((unit.info.height, unit.info.width))
-            unit.size, frames = list(size), frames_taken(unit.info, found.settings)
+            unit.size, frames = size, frames_taken(unit.info, found.settings)
             found.sizes[size] = found.sizes.get(size, 0.0) + frames
             found.frames += frames
             found.video_seconds += min(unit.info.duration_s, found.settings.max_seconds or math.inf)
@@ -275,7 +275,7 @@ def _decode(units: list[Unit], place: Workplace, found: DryRun, largest: int) ->
         shown = unit.count.shown if unit.count else 0
         waits = place.scratch_file(unit)
         if shown and waits.exists():
-            pixels = shown * unit.size[0] * unit.size[1]
+            pixels = shown * _area(unit)
             found.scratch_bytes = max(found.scratch_bytes, waits.stat().st_size * largest / pixels)
     found.memory["decoding"] = peak_memory()
 
@@ -303,26 +303,30 @@ def _weights(units: list[Unit], found: DryRun) -> list[float]:
 
     With one size all are 1. A size that no unit of the sample has turned out to take is left out.
     """
-    shown: dict[Size, int] = {}
+    shown: dict[Size | None, int] = {}
     for unit in units:
-        size = (unit.size[0], unit.size[1])
-        shown[size] = shown.get(size, 0) + (unit.count.shown if unit.count else 0)
-    todo = {size: found.sizes.get(size, 0.0) for size in shown}
+        shown[unit.size] = shown.get(unit.size, 0) + (unit.count.shown if unit.count else 0)
+    todo = {size: found.sizes.get(size, 0.0) for size in shown if size}
     mean = sum(todo.values()) / max(1, sum(shown.values()))
-    return [todo[size] / shown[size] / mean if mean else 1.0 for size in ((u.size[0], u.size[1]) for u in units)]
+    return [todo[unit.size] / shown[unit.size] / mean if mean and unit.size else 1.0 for unit in units]
 
 
 def _of_each_size(units: list[Unit]) -> list[Unit]:
     """The sample: SAMPLE units evenly over the list, or of several sizes as many of each, at least one."""
-    groups: dict[tuple[int, ...], list[Unit]] = {}
+    groups: dict[Size | None, list[Unit]] = {}
     for unit in units:
-        groups.setdefault(tuple(unit.size), []).append(unit)
+        groups.setdefault(unit.size, []).append(unit)
     return [unit for group in groups.values() for unit in _evenly(group, max(1, SAMPLE // len(groups)))]
 
 
 def _pixels(unit: Unit, settings: PrepareSettings) -> int:
     """Of all frames that are decoded of a probed video, at its training size."""
-    return frames_taken(unit.info, settings) * unit.size[0] * unit.size[1] if unit.info else 0
+    return frames_taken(unit.info, settings) * _area(unit) if unit.info else 0
+
+
+def _area(unit: Unit) -> int:
+    """Pixels of a frame at its training size."""
+    return math.prod(unit.size) if unit.size else 0
 
 
 def _without_models(settings: PrepareSettings) -> PrepareSettings:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from preprocess.replay import Waterfall
     from preprocess.sources import SourceList
     from preprocess.spans import PieceShots
-    from preprocess.unit import Workplace
+    from preprocess.workplace import Workplace
 
 
 @dataclass(kw_only=True)

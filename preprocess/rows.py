@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING
 
 from preprocess.outcome import Failed
 from preprocess.pieces import SideBySide, in_turn, plan_pieces
-from preprocess.room import OutputError, writing
+from preprocess.room import OutputError
 from preprocess.unit import (
     Unit,
-    Workplace,
     caption_stage,
     decode_stage,
     encode_stage,
@@ -31,6 +30,7 @@ from preprocess.unit import (
     spread,
 )
 from preprocess.watch import MAX_ATTEMPTS, Attempts
+from preprocess.workplace import Workplace
 
 if TYPE_CHECKING:
     from preprocess.aesthetic import AestheticScorer
@@ -134,7 +134,7 @@ def _run(name: str, stage: Callable[[Unit], None], unit: Unit, place: Workplace)
 def _stopping(unit: Unit, place: Workplace) -> Iterator[None]:
     """Marks the unit as stopped where the block cannot write."""
     try:
-        with writing(place.parts.parent, place.parts, place.scratch):
+        with place.writing():
             yield
     except OutputError as error:
         unit.status, unit.reason = STOPPED, str(error)

@@ -28,9 +28,9 @@ from preprocess.room import OutputError, no_room
 from preprocess.settings import PrepareSettings
 from preprocess.source_rows import source_row
 from preprocess.sources import SourceFile
-from preprocess.unit import Unit, Workplace
+from preprocess.unit import Unit
 from preprocess.watch import MAX_ATTEMPTS, Attempts
-from preprocess.workplace import drop
+from preprocess.workplace import Workplace, drop
 
 _ROOM = 2**20  # bytes without which no work is begun
 

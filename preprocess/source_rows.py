@@ -9,7 +9,8 @@ from preprocess.parts import Row
 from preprocess.sources import fields_text, readable
 
 if TYPE_CHECKING:
-    from preprocess.unit import Unit, Workplace
+    from preprocess.unit import Unit
+    from preprocess.workplace import Workplace
 
 
 def source_row(unit: Unit, place: Workplace) -> Row:
@@ -48,7 +49,7 @@ def source_row(unit: Unit, place: Workplace) -> Row:
         "captions_sha256": unit.captions_sha256,
         "frames_fps": file.fps or 0.0,
         "fields": fields_text(file),
-        **place.keys((unit.size[0], unit.size[1]) if unit.size else None),
+        **place.keys(unit.size),
     }
 
 

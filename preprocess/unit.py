@@ -61,8 +61,8 @@ class Unit:
     earlier: Row = field(default_factory=dict)  # the row of that result
     info: VideoInfo | None = None
     count: DecodeCount | None = None
-    picture: list[int] = field(default_factory=list)  # [height, width] displayed, without black bars; empty: unknown
-    size: list[int] = field(default_factory=list)  # [height, width] of the encoded frames; empty: not yet known
+    picture: Size | None = None  # displayed, without black bars; None: unknown
+    size: Size | None = None  # of the encoded frames; None: not yet known
     shots: list[RawShot] = field(default_factory=list)
     scenes: list[Scene] = field(default_factory=list)
     aside: dict[str, str] = field(default_factory=dict)  # scenes that are not written -> "stage: reason"
@@ -172,8 +172,8 @@ def decode_stage(unit: Unit, place: Workplace, side_by_side: SideBySide = in_tur
 
 def _take_size(unit: Unit, place: Workplace, picture: Size) -> None:
     """Note what a video shows, (0, 0) if an earlier version did not say, and the training size that follows."""
-    unit.picture = list(picture) if all(picture) else []
-    unit.size = list(place.settings.size_of(picture))
+    unit.picture = picture if all(picture) else None
+    unit.size = place.settings.size_of(picture)
 
 
 @writes
@@ -382,6 +382,7 @@ def prepare_video(
 
 def _read_spans(place: Workplace, unit: Unit, shots: list[RawShot]) -> list[np.ndarray | None]:
     """Encoded spans, uint8 [n,H,W,3] each, of shots of one source from its scratch files."""
+    assert unit.size is not None
     shape = (*unit.size, 3)
     size = int(np.prod(shape))
     spans: list[np.ndarray | None] = []

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from functools import wraps
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -42,7 +43,13 @@ class Workplace:
     def film(self, unit: Unit) -> Path:
         """The folder of a long video that is under way. Its name says what it depends on, so it outlives a run."""
         settings = self.settings_of(unit)
-        depends = [unit.sha256, unit.captions_sha256, fields_text(unit.file), asdict(settings), self._keys(settings)]
+        depends = [
+            unit.sha256,
+            unit.captions_sha256,
+            fields_text(unit.file),
+            asdict(settings),
+            _keys(settings, self.encoder_key),
+        ]
         return self.parts / "films" / f"{unit.file.video_id}-{question_key(depends, sorted(unit.recall))[:12]}"
 
     def part_folder(self, unit: Unit) -> Path:
@@ -85,7 +92,7 @@ class Workplace:
 
     def settings_of(self, unit: Unit) -> PrepareSettings:
         """The settings at the size that the unit takes, once it is known."""
-        return self.settings.at((unit.size[0], unit.size[1])) if unit.size else self.settings
+        return self.settings.at(unit.size) if unit.size else self.settings
 
     def answers(self) -> Answers:
         """What models have answered for this output folder."""
@@ -96,7 +103,7 @@ class Workplace:
 
         `size`: of a video that takes this one; None: of one that ended before its size was known.
         """
-        return self._keys(self.settings.at(size) if size else self.settings)
+        return dict(_keys(self.settings.at(size) if size else self.settings, self.encoder_key))
 
     def keys_for(self, row: Row) -> dict[str, str]:
         """What the result of an earlier row of sources.parquet would depend on now; {}: on what it does not say."""
@@ -107,12 +114,18 @@ class Workplace:
             return self.keys(self.settings.size_of((picture[0], picture[1])))
         return {} if row["shots"] else self.keys()
 
-    def _keys(self, settings: PrepareSettings) -> dict[str, str]:
-        return {
-            "vision_key": settings.vision_key(),
-            "caption_key": settings.caption_key(template_hash(settings.captions)),
-            "encoder_key": question_key(self.encoder_key, settings.tile)[:16] if settings.tile else self.encoder_key,
-        }
+    def writing(self) -> AbstractContextManager[None]:
+        """Turns errors in writing here into OutputErrors."""
+        return writing(self.parts.parent, self.parts, self.scratch)
+
+
+@lru_cache  # asked for every source of a run
+def _keys(settings: PrepareSettings, encoder_key: str) -> dict[str, str]:
+    return {
+        "vision_key": settings.vision_key(),
+        "caption_key": settings.caption_key(template_hash(settings.captions)),
+        "encoder_key": question_key(encoder_key, settings.tile)[:16] if settings.tile else encoder_key,
+    }
 
 
 def drop(paths: Iterable[Path]) -> None:
@@ -129,7 +142,7 @@ def writes(stage: Stage) -> Stage:
 
     @wraps(stage)
     def guarded(unit: Unit, place: Workplace, *args: Any, **kwargs: Any) -> Any:
-        with writing(place.parts.parent, place.parts, place.scratch):
+        with place.writing():
             return stage(unit, place, *args, **kwargs)
 
     return guarded  # type: ignore[return-value]

@@ -146,13 +146,18 @@ def _finetune(claim: LctDemoClaim) -> Path:
     model = _tune(train_config(demo, data, claim.out / f"model-{kind}-seed-{demo.seed}"))
     data = dataset(claim.out, "cast-scenes", claim.cast_scenes, demo.model)
     kind += f"-then-{claim.cast_scenes}-casts"
-    for name, steps, params in (("", claim.cast_steps, CAST_PARAMS), ("causal-", claim.causal_steps, CAUSAL_PARAMS)):
+    for name, steps, params in _on_casts(claim):
         kind += f"-{name}{steps}-steps"
         config = train_config(
             replace(demo, steps=steps, model=model), data, claim.out / f"model-{kind}-seed-{demo.seed}"
         )
         model = _tune(replace(config, method_params=params, text_drop=replace(config.text_drop, shots=CAST_SILENT)))
     return model
+
+
+def _on_casts(claim: LctDemoClaim) -> list[tuple[str, int, dict[str, Any]]]:
+    """Stages of tuning on scenes of more characters: a word of the folder's name, steps, the method's parameters."""
+    return [("", claim.cast_steps, CAST_PARAMS), ("causal-", claim.causal_steps, CAUSAL_PARAMS)]
 
 
 def _tune(config: TrainConfig) -> Path:
@@ -270,10 +275,7 @@ def _trained(claim: LctDemoClaim, tuned: Path) -> dict[str, Any]:
         return record
     demo = {k: v for k, v in asdict(claim.demo).items() if isinstance(v, int | float)}
     casts = {"scenes": claim.cast_scenes, "text_drop.shots": CAST_SILENT}
-    onward = [
-        casts | {"steps": steps, "method_params": params}
-        for steps, params in ((claim.cast_steps, CAST_PARAMS), (claim.causal_steps, CAUSAL_PARAMS))
-    ]
+    onward = [casts | {"steps": steps, "method_params": params} for _, steps, params in _on_casts(claim)]
     return record | {"demo": demo, "scenes": claim.scenes, "then_on_casts": onward}
 
 

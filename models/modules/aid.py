@@ -114,6 +114,12 @@ def states_to_read(settings: AIDSettings, instruction: Tensor, states: Tensor | 
     return states.to(instruction)
 
 
+def check_one_text(context: TextContext) -> None:
+    """Raises ValueError for a context of several texts."""
+    if context.embeddings.shape[1] != 1:
+        raise ValueError(f"aid predicts one shot from one text, got {context.embeddings.shape[1]} texts")
+
+
 def check_given(given: Tensor, batch: int, frames: int) -> None:
     """Raises ValueError unless `given` is [B,C+1,K,H,W] with 1 <= K <= frames."""
     if given.ndim != 5 or not 1 <= given.shape[2] <= frames or len(given) != batch:
@@ -121,6 +127,13 @@ def check_given(given: Tensor, batch: int, frames: int) -> None:
             f"given has shape {tuple(given.shape)}, expected [{batch},C+1,1 to {frames},H,W]: latents, "
             "and 1 where they are given"
         )
+
+
+def of_clip(given: Tensor, frames: int) -> Tensor:
+    """What is known of the first frames [B,C,K,H,W] with zeros for the others, [B,C,F,H,W]."""
+    whole = given.new_zeros(*given.shape[:2], frames, *given.shape[3:])
+    whole[:, :, : given.shape[2]] = given
+    return whole
 
 
 class GivenEmbedding(nn.Conv3d):
@@ -163,8 +176,7 @@ class AIDModules(nn.Module):
         Raises ValueError where they do not fit, and for a text that leaves no room for the queries.
         """
         context = backbone.read_text(text, frames)
-        if context.embeddings.shape[1] != 1:
-            raise ValueError(f"aid predicts one shot from one text, got {context.embeddings.shape[1]} texts")
+        check_one_text(context)
         if context.lengths is not None:  # what is behind a text is no token here
             within = torch.arange(context.embeddings.shape[2]) < context.lengths[..., None]  # [B,1,L]
             context = replace(context, embeddings=context.embeddings * within[..., None].to(context.embeddings))
@@ -183,9 +195,7 @@ class AIDModules(nn.Module):
 
             inputs["branch"] = branch
         if self.embed_image is not None:
-            whole = given.new_zeros(*given.shape[:2], frames, *given.shape[3:])
-            whole[:, :, : given.shape[2]] = given
-            inputs["patches"] = self.embed_image(whole)
+            inputs["patches"] = self.embed_image(of_clip(given, frames))
         return inputs
 
     def context(self, text: TextContext, given: Tensor, states: Tensor | None, frames: int) -> TextContext:

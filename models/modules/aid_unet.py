@@ -26,7 +26,15 @@ from torch import Tensor, nn
 from models.backbones.base import Backbone
 from models.backbones.inputs import as_context
 from models.backbones.svd import ImageCondition, SVDBackbone, Where
-from models.modules.aid import Adapters, AIDSettings, check_given, make_dual_query, states_to_read
+from models.modules.aid import (
+    Adapters,
+    AIDSettings,
+    check_given,
+    check_one_text,
+    make_dual_query,
+    of_clip,
+    states_to_read,
+)
 from models.modules.dual_query import COORDINATES, latent_tokens
 from models.text import TextContext
 
@@ -81,8 +89,7 @@ class AIDUNetModules(nn.Module):
         """
         assert isinstance(backbone, SVDBackbone)
         context = as_context(text, frames)
-        if context.embeddings.shape[1] != 1:
-            raise ValueError(f"aid predicts one shot from one text, got {context.embeddings.shape[1]} texts")
+        check_one_text(context)
         instruction = context.embeddings[:, 0]
         given = given.to(instruction)
         check_given(given, len(instruction), frames)
@@ -98,10 +105,10 @@ class AIDUNetModules(nn.Module):
         token = embedding.to(instruction) * known.amax(dim=(2, 3, 4))[..., None]  # [B,1,D]
         latents = given[:, :-1] / backbone.latent_scale
         if given.shape[2] > 1:
-            latents = _of_clip(latents, frames)
+            latents = of_clip(latents, frames)
         inputs: dict[str, Any] = {
             "image": ImageCondition(latents, backbone.fps, noise_aug=0.0),
-            "patches": self.embed_mask(_of_clip(known, frames)),
+            "patches": self.embed_mask(of_clip(known, frames)),
         }
         inputs |= self.contexts(instruction, states, given, token, frames)
         if any(one.any for one in (*self.spatial_adapters, *self.temporal_adapters)):
@@ -135,10 +142,3 @@ class AIDUNetModules(nn.Module):
 
     def _branch(self, place: int, where: Where, hidden: Tensor) -> Tensor | None:
         return (self.spatial_adapters if where == "space" else self.temporal_adapters)[place](hidden)
-
-
-def _of_clip(given: Tensor, frames: int) -> Tensor:
-    """What is known of the first frames [B,C,K,H,W] with zeros for the others, [B,C,F,H,W]."""
-    whole = given.new_zeros(*given.shape[:2], frames, *given.shape[3:])
-    whole[:, :, : given.shape[2]] = given
-    return whole

@@ -217,5 +217,6 @@ def test_a_comparison_of_unknown_cells_is_refused() -> None:
 
 
 def test_unknown_cells_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--only", "fca", "cells=[p1]"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["--only", "fca", "cells=[p1]"])
     assert "there is no p1; choose among ['full', 'lora', 'no-frame-text']" in capsys.readouterr().err

@@ -57,7 +57,8 @@ def test_table_is_markdown() -> None:
 
 
 def test_unknown_keys_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--only", "lct-demo", "pair=3"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main(["--only", "lct-demo", "pair=3"])
     assert "nearest is 'pairs'" in capsys.readouterr().err
 
 

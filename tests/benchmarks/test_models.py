@@ -168,7 +168,8 @@ def test_quick_runs_judge_no_speed(bench, tmp_path, capsys):
 
 @pytest.mark.parametrize("override", ["width=100", "device=tpu", "sizes=1"])
 def test_refuses_what_it_cannot_measure(bench, override, capsys):
-    assert bench.main([override]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        bench.main([override])
     assert override.split("=")[0] in capsys.readouterr().err
 
 

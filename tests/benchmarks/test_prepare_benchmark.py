@@ -45,7 +45,8 @@ def test_a_wrong_key_is_named_before_any_work(
     key: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["prepare.py", key])
-    assert prepare.main() == 2
+    with pytest.raises(SystemExit, match="2"):
+        prepare.main()
     assert key.split("=")[0] in capsys.readouterr().err
 
 

@@ -59,5 +59,6 @@ def test_a_wrong_key_is_named_before_any_work(
     key: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["prepare_memory.py", key])
-    assert prepare_memory.main() == 2
+    with pytest.raises(SystemExit, match="2"):
+        prepare_memory.main()
     assert key.split("=")[0] in capsys.readouterr().err

@@ -13,6 +13,7 @@ from models.backbones.cogvideox import CogVideoXBackbone
 from models.layout import shots_layout
 from models.tiny import TEXT_DIM
 from models.tiny_cogvideox import tiny_cogvideox
+from tests.draw import randn
 
 B, F, GRID, L = 2, 6, (2, 3), 7
 N_PER_FRAME = 6
@@ -25,10 +26,6 @@ class Process:
 
     def to_model_time(self, level: torch.Tensor) -> torch.Tensor:
         return 999.0 * level.float()
-
-
-def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def make(version: str = "5b", dtype: torch.dtype = torch.float64, **changes):

@@ -12,16 +12,13 @@ from models.backbones.hunyuan import HunyuanVideoBackbone, TextContext
 from models.layout import shots_layout
 from models.tiny import TEXT_DIM
 from models.tiny_hunyuan import POOLED_DIM, tiny_hunyuan
+from tests.draw import randn
 
 B, F, N_PER_FRAME, L = 2, 6, 4, 7
 AXES = (4, 4, 4)
 SCENE = shots_layout([3, 1, 2])
 LENGTHS = torch.tensor([[7, 4, 5], [3, 6, 7]])
 MODES, RULES = ("contiguous", "time_gap", "diagonal"), ("full", "group_causal", "same_frame")
-
-
-def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def make(dtype: torch.dtype = torch.float64, **changes) -> tuple[HunyuanVideoBackbone, HunyuanVideoTransformer3DModel]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from models.backbones.latte import LatteBackbone
 from models.layout import shots_layout
 from models.tiny_latte import tiny_latte
+from tests.draw import randn
 
 B, FRAMES, L = 2, 6, 7
 SCENE = shots_layout([3, 1, 2])
@@ -22,10 +23,6 @@ class Process:
 
     def to_model_time(self, level: Tensor) -> Tensor:
         return 999 * level.float()
-
-
-def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def make(dtype: torch.dtype = torch.float64, **changes) -> tuple[LatteBackbone, LatteTransformer3DModel]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from models.backbones.svd import ImageCondition, SVDBackbone
 from models.layout import shots_layout
 from models.tiny_svd import tiny_svd
+from tests.draw import randn
 
 B, FRAMES, L, D = 2, 5, 3, 16
 SCENE = shots_layout([2, 1, 2])
@@ -25,10 +26,6 @@ class Process:
 
     def to_model_time(self, level: Tensor) -> Tensor:
         return 0.25 * (0.05 + 3 * level.float()).log()
-
-
-def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def make(dtype: torch.dtype = torch.float64, **changes) -> tuple[SVDBackbone, UNetSpatioTemporalConditionModel]:

@@ -22,14 +22,11 @@ from models.text import TextContext
 from models.tiny import TEXT_DIM, build_tiny_folder, tiny_transformer
 from sample.guidance import Guidance
 from sample.sampler import sample
+from tests.draw import open_zeros, randn
 
 B, F, L, S, W, Q = 2, 5, 24, 3, 16, 2
 SMALL = {"query_tokens": Q, "width": W, "heads": 4, "num_states": S, "max_frames": 6}
 ADAPTERS = ("spatial_adapter", "short_term_adapter", "long_term_adapter")
-
-
-def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def padded(*shape: int, valid: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -49,10 +46,7 @@ def adapted(dtype: torch.dtype = torch.float64, opened: bool = True, **params):
     method.attach(backbone, seed=1)
     backbone.conditioner.to(dtype)
     if opened:
-        with torch.no_grad():
-            for i, parameter in enumerate(backbone.conditioner.parameters()):
-                if not parameter.any():
-                    parameter.copy_(0.5 * randn(*parameter.shape, seed=100 + i, dtype=dtype))
+        open_zeros(backbone.conditioner, 0.5)
     return backbone, method
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from models.modules.adapters import LongTermTemporalAdapter, ShortTermTemporalAdapter, SpatialAdapter
 from models.modules.dual_query import COORDINATES, DualQueryTransformer, latent_tokens
 from models.tiny import TEXT_DIM
-from tests.models.test_aid import B, F, L, Q, S, W, given_clip, inputs, randn
+from tests.draw import open_zeros, randn
+from tests.models.test_aid import B, F, L, Q, S, W, given_clip, inputs
 
 # --- adapters ------------------------------------------------------------------------------------------------------
 
@@ -79,10 +80,7 @@ def dual_query(**options) -> DualQueryTransformer:
     module = DualQueryTransformer(
         TEXT_DIM, 16 + COORDINATES, W, max_frames=6, max_states=S, query_tokens=Q, heads=4, **options
     ).double()
-    with torch.no_grad():
-        for i, parameter in enumerate(module.parameters()):
-            if not parameter.any():
-                parameter.copy_(randn(*parameter.shape, seed=i))
+    open_zeros(module, seed=0)
     return module
 
 

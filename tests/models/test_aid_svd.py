@@ -24,7 +24,8 @@ from models.tiny import TEXT_DIM
 from models.tiny_svd import tiny_svd
 from sample.guidance import Guidance
 from sample.sampler import sample
-from tests.models.svd_reference import naive_unet, randn
+from tests.draw import open_zeros, randn
+from tests.models.svd_reference import naive_unet
 from tests.models.test_aid import ADAPTERS, padded
 
 B, F, L, S, Q, D = 2, 4, 9, 3, 2, 16
@@ -57,10 +58,7 @@ def adapted(dtype: torch.dtype = torch.float64, opened: bool = True, **params: A
     method.attach(backbone, seed=1)
     backbone.conditioner.to(dtype)
     if opened:
-        with torch.no_grad():
-            for i, parameter in enumerate(backbone.conditioner.parameters()):
-                if not parameter.any():
-                    parameter.copy_(0.5 * randn(*parameter.shape, seed=100 + i, dtype=dtype))
+        open_zeros(backbone.conditioner, 0.5)
     return backbone, method
 
 

@@ -18,6 +18,7 @@ from models.methods import get_method
 from models.text import TextContext
 from models.tiny import TEXT_DIM, tiny_transformer
 from models.tiny_hunyuan import POOLED_DIM
+from tests.draw import open_zeros, randn
 from tests.models import cogvideox_cases, cogvideox_reference, hunyuan_inputs, hunyuan_reference, latte_reference
 from tests.models.test_aid import ADAPTERS
 from tests.models.test_aid import SMALL as AID_SMALL
@@ -27,10 +28,6 @@ B, F, L = 2, 4, 11
 LEVELS = torch.tensor([0.3, 0.8])
 NAMES = ("cogvideox-2b", "cogvideox-5b", "hunyuan", "latte")
 SMALL = {"fca": FCA_SMALL, "aid": AID_SMALL | {"query_tokens": 2, "adapter_ratio": 2}}
-
-
-def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def make(name: str, dtype: torch.dtype = torch.float64):
@@ -69,10 +66,7 @@ def adapted(name: str, method: str, opened: bool = True, dtype: torch.dtype = to
     found.attach(backbone, seed=1)
     backbone.conditioner.to(dtype).eval()
     if opened:
-        with torch.no_grad():
-            for i, parameter in enumerate(backbone.conditioner.parameters()):
-                if not parameter.any():
-                    parameter.copy_(0.3 * randn(*parameter.shape, seed=100 + i, dtype=dtype))
+        open_zeros(backbone.conditioner, 0.3)
     return backbone, found
 
 

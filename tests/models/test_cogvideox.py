@@ -15,6 +15,7 @@ from models.backbones.cogvideox_positions import TextPlaces, rotary_tables, sine
 from models.layout import shots_layout
 from models.tiny import TEXT_DIM
 from models.tiny_cogvideox import VERSIONS, tiny_cogvideox
+from tests.draw import randn
 from tests.models import cogvideox_reference as reference
 from tests.models.cogvideox_cases import (
     CPU,
@@ -28,7 +29,6 @@ from tests.models.cogvideox_cases import (
     inputs,
     make,
     pipeline_rotary,
-    randn,
     run_plain,
 )  # fmt: skip
 

@@ -13,7 +13,8 @@ from models.backbones.cogvideox import CogVideoXBackbone, TextContext
 from models.layout import shots_layout
 from models.modules.lora import inject_lora, load_lora, merge_lora, save_lora
 from models.tiny_cogvideox import tiny_cogvideox
-from tests.models.cogvideox_cases import PAIRS, SCENE, Process, inputs, make, randn, run_plain
+from tests.draw import randn
+from tests.models.cogvideox_cases import PAIRS, SCENE, Process, inputs, make, run_plain
 
 # --- training ------------------------------------------------------------------------------------------------------
 

@@ -26,13 +26,10 @@ from models.text import TextContext
 from models.tiny import TEXT_DIM, build_tiny_folder, tiny_transformer
 from models.tiny_cogvideox import tiny_cogvideox
 from models.tiny_svd import tiny_svd
+from tests.draw import randn
 
 B, FRAMES, N, L, D, Q = 2, 5, 4, 7, 48, 3
 SMALL = {"frame_queries": Q, "text_width": 24, "text_heads": 3, "max_frames": 6}
-
-
-def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def base(dtype: torch.dtype = torch.float64) -> WanBackbone:

@@ -20,6 +20,7 @@ from models.layout import ClipLayout, Segment, shots_layout
 from models.positions import interleaved_positions, position_ids, rope_tables
 from models.tiny import TEXT_DIM
 from models.tiny_hunyuan import tiny_hunyuan
+from tests.draw import randn
 from tests.models.hunyuan_inputs import (
     AXES,
     LENGTHS,
@@ -33,7 +34,6 @@ from tests.models.hunyuan_inputs import (
     inputs,
     make,
     one_text,
-    randn,
     replace,
 )
 from tests.models.hunyuan_reference import Reference, Text

@@ -18,7 +18,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from models.backbones.hunyuan import HunyuanVideoBackbone
 from models.layout import shots_layout
 from models.modules.lora import inject_lora, load_lora, save_lora
-from tests.models.hunyuan_inputs import MODES, RULES, SCENE, inputs, make, one_text, randn, replace
+from tests.draw import randn
+from tests.models.hunyuan_inputs import MODES, RULES, SCENE, inputs, make, one_text, replace
 
 
 def gradients(backbone: HunyuanVideoBackbone, *forwards) -> list[torch.Tensor]:

@@ -19,7 +19,8 @@ from models.tiny import TEXT_DIM
 from sample.guidance import Guidance
 from sample.rollout import RolloutShot, rollout
 from sample.sampler import draw_noise
-from tests.models.cogvideox_cases import B, L, make, randn
+from tests.draw import randn
+from tests.models.cogvideox_cases import B, L, make
 from tests.models.processes import PROCESSES
 
 SIZES = [3, 1, 2]

@@ -19,7 +19,8 @@ from models.layout import shots_layout
 from models.modules.labels import LabelEmbedding
 from models.text import TextContext
 from models.tiny_latte import tiny_latte
-from tests.models.latte_reference import FRAMES, SCENE, B, L, Process, factorised_loop, inputs, make, randn
+from tests.draw import randn
+from tests.models.latte_reference import FRAMES, SCENE, B, L, Process, factorised_loop, inputs, make
 
 # --- the plain model -------------------------------------------------------------------------------------------------
 

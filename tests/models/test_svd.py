@@ -18,7 +18,8 @@ from models.backbones.svd import CAPABILITIES, ImageCondition, SVDBackbone
 from models.layout import shots_layout
 from models.text import TextContext
 from models.tiny_svd import tiny_svd
-from tests.models.svd_reference import FRAMES, SCENE, B, D, L, Process, inputs, make, naive_unet, randn, run_plain
+from tests.draw import randn
+from tests.models.svd_reference import FRAMES, SCENE, B, D, L, Process, inputs, make, naive_unet, run_plain
 
 # --- the plain model -------------------------------------------------------------------------------------------------
 

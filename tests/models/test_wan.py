@@ -18,13 +18,10 @@ from models.backbones.wan import TextContext, WanBackbone, text_attention
 from models.layout import shots_layout
 from models.positions import position_ids, rope_tables
 from models.tiny import TEXT_DIM, tiny_transformer
+from tests.draw import randn
 
 B, F, N_PER_FRAME, L = 2, 6, 4, 7
 SCENE = shots_layout([3, 1, 2])
-
-
-def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def make(dtype: torch.dtype = torch.float64, **changes) -> tuple[WanBackbone, WanTransformer3DModel]:

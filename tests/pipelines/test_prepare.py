@@ -23,8 +23,8 @@ from pipelines.prepare import PrepareConfig, make_settings, prepare
 from preprocess.filters import NO_FILTERS
 from preprocess.report import PrepareReport
 from preprocess.run import lock
-from preprocess.unit import Workplace
 from preprocess.watch import MAX_ATTEMPTS, Attempts
+from preprocess.workplace import Workplace
 from tests.preprocess.videos import moving_square, three_shots, write, write_unusable
 from toyworld.video import write_video
 from toyworld.world import sample_scene

@@ -22,7 +22,8 @@ from preprocess.settings import PrepareSettings
 from preprocess.signature import make_signature
 from preprocess.sources import list_sources
 from preprocess.spans import RawShot, read_shots
-from preprocess.unit import Unit, Workplace, decode_stage, probe_stage, run_stage
+from preprocess.unit import Unit, decode_stage, probe_stage, run_stage
+from preprocess.workplace import Workplace
 from tests.preprocess.videos import pan, texture, write
 from toyworld.render import render_shot
 from toyworld.video import write_video

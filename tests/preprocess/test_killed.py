@@ -20,7 +20,8 @@ from preprocess.parts import part_path, part_samples, read_part
 from preprocess.rows import EncodeRow, caption_row, decode_row, probe_row
 from preprocess.run import lock, plan_work
 from preprocess.sources import list_sources
-from preprocess.unit import Unit, Workplace
+from preprocess.unit import Unit
+from preprocess.workplace import Workplace
 from tests.preprocess.disturb import killed_at
 from tests.preprocess.runs import SETTINGS, SHARD_BYTES, run_here
 from toyworld.video import write_video

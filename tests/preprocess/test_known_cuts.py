@@ -15,7 +15,8 @@ from preprocess.probe import probe
 from preprocess.settings import PrepareSettings
 from preprocess.sources import list_sources
 from preprocess.spans import RawShot, read_shots
-from preprocess.unit import Unit, Workplace, decode_stage, probe_stage, run_stage
+from preprocess.unit import Unit, decode_stage, probe_stage, run_stage
+from preprocess.workplace import Workplace
 from tests.preprocess.videos import moving_square, write
 from toyworld.video import write_video
 from toyworld.world import sample_scene

@@ -22,7 +22,8 @@ from preprocess.probe import probe
 from preprocess.settings import PrepareSettings
 from preprocess.sources import SourceFile, list_sources
 from preprocess.stills import frame_times, probe_images, rate
-from preprocess.unit import Unit, Workplace, caption_stage, close_stage, decode_stage, probe_stage, run_stage
+from preprocess.unit import Unit, caption_stage, close_stage, decode_stage, probe_stage, run_stage
+from preprocess.workplace import Workplace
 from tests.preprocess.videos import moving_square, three_shots, write
 
 SETTINGS = PrepareSettings(height=32, width=32)

@@ -20,8 +20,8 @@ from preprocess.parts import read_part
 from preprocess.remote import copy_here
 from preprocess.room import OutputError, is_about, writing
 from preprocess.run import lock
-from preprocess.unit import Unit, Workplace, run_stage
-from preprocess.workplace import writes
+from preprocess.unit import Unit, run_stage
+from preprocess.workplace import Workplace, writes
 from tests.preprocess.disturb import disturbed, fail
 from tests.preprocess.runs import SETTINGS, run_here
 from toyworld.video import write_video

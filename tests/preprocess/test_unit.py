@@ -19,7 +19,8 @@ from preprocess.encode import Encoder
 from preprocess.parts import Part, part_path, part_samples
 from preprocess.settings import PrepareSettings
 from preprocess.sources import list_sources
-from preprocess.unit import Unit, Workplace, decode_stage, prepare_video, probe_stage, run_stage
+from preprocess.unit import Unit, decode_stage, prepare_video, probe_stage, run_stage
+from preprocess.workplace import Workplace
 from tests.preprocess.videos import moving_square, three_shots, write
 from toyworld.video import write_video
 from toyworld.world import sample_scene

@@ -14,7 +14,8 @@ from models.tiny import TEXT_DIM
 from sample.apart import ShotsApart
 from sample.guidance import Guidance
 from sample.sampler import sample
-from tests.models.test_wan import make, randn
+from tests.draw import randn
+from tests.models.test_wan import make
 
 B, C, H, W, L, STEPS = 2, 4, 4, 4, 7, 3
 METHOD = get_method("lct", position_gap=3, context_level=0.3)

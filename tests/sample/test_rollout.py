@@ -19,8 +19,9 @@ from models.tiny_hunyuan import tiny_hunyuan
 from sample.guidance import Guidance
 from sample.rollout import RolloutShot, rollout
 from sample.sampler import sample
+from tests.draw import randn
 from tests.models import test_kv_cache
-from tests.models.test_wan import make, randn
+from tests.models.test_wan import make
 
 B, L, SCALE, T_C = 2, 7, 2.5, 0.3
 SIZES = test_kv_cache.SIZES  # latent frames of three shots

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.distributed import destroy_process_group, init_process_group
 
 from models.text import TextContext
-from tests.models.test_aid_svd import LEVELS, PROCESS, SIZE, B, F, adapted, inputs, randn, run
+from tests.draw import randn
+from tests.models.test_aid_svd import LEVELS, PROCESS, SIZE, B, F, adapted, inputs, run
 from train.batches import SceneBatch
 from train.loop import clip_losses, given_conditions
 from train.parallel import Parallel, prepare, trainable
