@@ -28,11 +28,14 @@ if TYPE_CHECKING:
 SCENE_METRICS = ("identity_said", "place_agreement", "colour", "shape", "place", "style", "action", "legibility")
 MORE_THAN_THE_DEMO = DemoConfig(steps=6_000, batch_size=8, learning_rate=5e-4)
 # The tuning goes on with scenes of two characters, most of them with some shots given: who is which, and what the
-# others look like, is what a scene has to keep. At last each shot sees the earlier ones alone (the paper's second
-# stage), at the high levels where a shot's looks are decided.
+# others look like, is what a scene has to keep. Then each shot sees the earlier ones alone (the paper's second stage),
+# at the high levels where a shot's looks are decided. At last few shots are given and nearly all texts are told: who
+# is meant has to be read from them again.
 CAST_PARAMS = LCT_PARAMS | {"context_prob": 0.3}
 CAUSAL_PARAMS = LCT_PARAMS | {"context_prob": 0.6, "shift": 6.0, "attention_rule": "group_causal"}
-CAST_SILENT = 0.1
+TOLD_PARAMS = CAUSAL_PARAMS | {"context_prob": 0.25}
+CAST_DROP = {"shots": 0.1}
+TOLD_DROP = {"shots": 0.05, "story": 0.05}
 HELD_OUT = 0.006  # share of the training scenes that only tell how well the tuning goes
 EMA_DECAY = 0.998  # a run of thousands of steps is averaged over more of them than the demo's
 
@@ -46,6 +49,7 @@ class LctDemoClaim:
     cast_scenes: int = knob(5_000, "training scenes of mostly two characters, for the tuning that follows")
     cast_steps: int = knob(4_000, "steps of that second tuning")
     causal_steps: int = knob(8_000, "steps of the third, on the same scenes, each shot behind the earlier ones")
+    told_steps: int = knob(8_000, "steps of the fourth, on the same scenes, nearly all texts told")
     pairs: int = knob(320, "held-out scenes of three shots, each made by every side")
     seed: int = knob(2, "of the held-out scenes and the start noise")
     batch_size: int = knob(8, "scenes made at once")
@@ -95,6 +99,7 @@ def lct_demo(claim: LctDemoClaim, quick: bool, command: str) -> tuple[dict[str, 
             cast_scenes=6,
             cast_steps=20,
             causal_steps=20,
+            told_steps=20,
         )
     tuned = claim.model or _finetune(claim)
     readings = _make_all(claim, tuned)
@@ -135,8 +140,8 @@ def lct_demo(claim: LctDemoClaim, quick: bool, command: str) -> tuple[dict[str, 
 
 
 def _finetune(claim: LctDemoClaim) -> Path:
-    """A model tuned as the demo tunes it, on more scenes, then on scenes of more characters, then causally; each stage
-    kept in `out` and taken up again by a run of equal keys."""
+    """A model tuned as the demo tunes it, on more scenes, then in stages on scenes of more characters; each stage kept
+    in `out` and taken up again by a run of equal keys."""
     from claim_cells.data import dataset
     from pipelines.demo_stages import train_config
 
@@ -146,18 +151,33 @@ def _finetune(claim: LctDemoClaim) -> Path:
     model = _tune(train_config(demo, data, claim.out / f"model-{kind}-seed-{demo.seed}"))
     data = dataset(claim.out, "cast-scenes", claim.cast_scenes, demo.model)
     kind += f"-then-{claim.cast_scenes}-casts"
-    for name, steps, params in _on_casts(claim):
-        kind += f"-{name}{steps}-steps"
+    for stage in _on_casts(claim):
+        kind += f"-{stage.name}{stage.steps}-steps"
         config = train_config(
-            replace(demo, steps=steps, model=model), data, claim.out / f"model-{kind}-seed-{demo.seed}"
+            replace(demo, steps=stage.steps, model=model), data, claim.out / f"model-{kind}-seed-{demo.seed}"
         )
-        model = _tune(replace(config, method_params=params, text_drop=replace(config.text_drop, shots=CAST_SILENT)))
+        model = _tune(
+            replace(config, method_params=stage.params, text_drop=replace(config.text_drop, **stage.text_drop))
+        )
     return model
 
 
-def _on_casts(claim: LctDemoClaim) -> list[tuple[str, int, dict[str, Any]]]:
-    """Stages of tuning on scenes of more characters: a word of the folder's name, steps, the method's parameters."""
-    return [("", claim.cast_steps, CAST_PARAMS), ("causal-", claim.causal_steps, CAUSAL_PARAMS)]
+@dataclass(frozen=True)
+class CastStage:
+    """One tuning on the scenes of more characters."""
+
+    name: str  # in the folder's name
+    steps: int
+    params: dict[str, Any]
+    text_drop: dict[str, float]  # what differs from the demo's
+
+
+def _on_casts(claim: LctDemoClaim) -> list[CastStage]:
+    return [
+        CastStage("", claim.cast_steps, CAST_PARAMS, CAST_DROP),
+        CastStage("causal-", claim.causal_steps, CAUSAL_PARAMS, CAST_DROP),
+        CastStage("told-", claim.told_steps, TOLD_PARAMS, TOLD_DROP),
+    ]
 
 
 def _tune(config: TrainConfig) -> Path:
@@ -274,9 +294,11 @@ def _trained(claim: LctDemoClaim, tuned: Path) -> dict[str, Any]:
     if claim.model:
         return record
     demo = {k: v for k, v in asdict(claim.demo).items() if isinstance(v, int | float)}
-    casts = {"scenes": claim.cast_scenes, "text_drop.shots": CAST_SILENT}
-    onward = [casts | {"steps": steps, "method_params": params} for _, steps, params in _on_casts(claim)]
-    return record | {"demo": demo, "scenes": claim.scenes, "then_on_casts": onward}
+    casts = [
+        {"scenes": claim.cast_scenes, "steps": one.steps, "method_params": one.params, "text_drop": one.text_drop}
+        for one in _on_casts(claim)
+    ]
+    return record | {"demo": demo, "scenes": claim.scenes, "then_on_casts": casts}
 
 
 def _rounded(difference: Difference) -> dict[str, float]:
