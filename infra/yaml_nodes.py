@@ -91,7 +91,7 @@ def apply_override(tree: yaml.MappingNode, override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise ConfigError(f"{COMMAND_LINE}: '{override}' is not of the form key=value (example: train.steps=20)")
+        raise ConfigError(f"{COMMAND_LINE}: '{override}' is not of the form key=value (example: steps=20)")
     node: Any = tree
     for part in parts[:-1]:
         child = _child(node, part, key)

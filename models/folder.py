@@ -128,9 +128,12 @@ def load_model(
     """Open a model folder. The codec is always float32; `dtype` is for backbone and text encoder.
 
     `expert` opens one of the two models of a Wan 2.2 A14B alone, which is how each is trained; None opens all there is.
-    Raises FileNotFoundError or RecordError naming the file for a folder that is not one.
+    Raises FileNotFoundError or RecordError naming the file for a folder that is not one, and ValueError for a GPU where
+    there is none.
     """
     path = Path(path)
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device}: PyTorch finds no GPU here (`shotloom doctor` says more); take device=cpu")
     settings = load_settings(path)
     family, index = FAMILIES[settings.backbone], read_index(path)
     boundary = boundary_of(index)
@@ -189,7 +192,10 @@ def read_index(path: Path | str) -> dict[str, Any]:
     """`model_index.json` of a model folder; FileNotFoundError or RecordError naming it for what is none."""
     index = Path(path) / INDEX_FILE
     if not index.is_file():
-        raise FileNotFoundError(f"{index} is missing: {path} is not a model folder")
+        raise FileNotFoundError(
+            f"{index} is missing: {path} is no model folder in the diffusers layout, such as "
+            "`hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --local-dir FOLDER` makes"
+        )
     found = json.loads(index.read_text())
     try:
         family_of_pipeline(found.get("_class_name"))

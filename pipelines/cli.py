@@ -202,7 +202,7 @@ def plan(method: str, task: str, overrides: tuple[str, ...], plot: Path | None) 
 
     \b
     Keys: shots=[3,3,3]  steps=10  shift=3  givens={head: 2}  options={lag: 2}  method_params={...}
-    Example: shotloom plan fvdm diagonal shots=[7] options={lag: 2} --plot plan.png
+    Example: shotloom plan fvdm diagonal shots=[7] "options={lag: 2}" --plot plan.png
     """
     from infra.config import ConfigError, load_config
     from pipelines.plan import PlanConfig, run_plan

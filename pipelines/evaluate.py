@@ -86,7 +86,10 @@ def run_evaluate(config: EvaluateConfig, on_video: Callable[[str], None] | None 
             if on_video is not None:
                 on_video(name)
     if not scores:
-        raise ValueError(f"{manifest}: none of {len(records)} videos could be judged: {failed}")
+        raise ValueError(
+            f"{manifest}: none of {len(records)} videos could be judged: {failed}. The judge reads ToyWorld only; for "
+            "other videos, held-out scenes tell whether training helps (docs/train.md)"
+        )
     metrics = summarise([*scores.values(), unsaid_identity(readings)])
     videos = {name: summarise([score]) for name, score in scores.items()}
     path = config.out or config.videos / "evaluation.json"

@@ -87,7 +87,7 @@ class SampleReport:
     def summary(self) -> str:
         """A line per failure, then one that counts."""
         lines = [f"{r['name']} failed: {r['error']}" for r in self.records if r["status"] == "failed"]
-        reasons = " (reasons above and in the manifest; run again to try these alone)" if self.failed else ""
+        reasons = " (reasons above and in the manifest; a second run tries only these)" if self.failed else ""
         counts = f"{self.made} made, {self.skipped} were there, {self.failed} failed{reasons}; {self.manifest}"
         return "\n".join([*lines, counts])
 

@@ -58,7 +58,8 @@ class Verdict:
         read = f"{self.shards} shards, {self.scenes} scenes, {self.shots} encoded shots, {self.frames} encoded frames"
         if not self.faults:
             return f"{self.folder} is whole: {read}"
-        return "\n".join([*self.faults, f"{self.folder}: {len(self.faults)} faults in {read}"])
+        count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
+        return "\n".join([*self.faults, f"{self.folder}: {count} in {read}"])
 
 
 def verify(folder: Path) -> Verdict:
