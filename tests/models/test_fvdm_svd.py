@@ -115,13 +115,13 @@ def test_the_first_frame_is_told_where_it_is_given():
 @torch.no_grad()
 def test_the_loss_is_edms_of_each_frame_at_its_own_level_and_clean_frames_have_none():
     backbone, plain = make(torch.float32)
-    method, clean = fvdm(p=1.0, clean_prob=1.0), randn(B, 4, F, *SIZE, seed=6, dtype=torch.float32)
+    method, clean = fvdm(p=1.0, clean_prob=1.0, image_drop=0.0), randn(B, 4, F, *SIZE, seed=6, dtype=torch.float32)
     layout = method.layout_for_training([F])
     context = TextContext(text(torch.float32)[:, None], torch.zeros(F, dtype=torch.long))
     embedding = told(torch.float32)["embedding"]
     batch = SceneBatch(clean, layout, context, ["a", "b"], embedding=embedding)
     levels, noise = draw(method, batch, 0, 0)
-    assert (levels == 0).any(dim=1).all() and len(levels.unique()) > 4
+    assert (levels == 0).any(dim=1).all() and len(levels.unique()) > 2
     conditions = given_conditions(method, batch, 0, 0)
     losses, errors, weights = clip_losses(backbone, method, batch, levels, noise, conditions)
     assert losses.isfinite().all() and not weights[levels == 0].any()

@@ -319,7 +319,7 @@ def test_fvdm_trains_on_the_same_dataset_and_samples_with_and_without_given_fram
         assert contexts.unflatten(0, (2, count)).flatten(1).any(dim=1).tolist() == told
         held = {"i2v": 0, "at 0": 0, "at the end": FRAMES - 1}.get(name)
         if held is not None:
-            torch.testing.assert_close(made[name][:, :, [held]], given, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(made[name][:, :, [held]], given, atol=1e-4, rtol=1e-3)
             assert times.view(2, FRAMES)[0].argmin() == held
     assert torch.equal(made["i2v"], made["at 0"]) and not torch.equal(made["t2v"], made["i2v"])
     with pytest.raises(StoryboardError, match="has no image embedding"):
