@@ -245,7 +245,7 @@ def test_pairings_are_refused_with_the_reason_before_anything_runs():
         (lambda: fvdm(labels=3), "labels is 3 with image_beside"),
         (lambda: fvdm().layout_for_training([2, 2]), "one shot at a time"),
         (lambda: fvdm().layout_for_task("t2v", [2, 2]), "one shot at a time"),
-        (lambda: fvdm().layout_for_task("long_video", [8]), "of these this Stable Video Diffusion has no image embedding"),
+        (lambda: fvdm().layout_for_task("long_video", [8]), "this Stable Video Diffusion has no image embedding"),
     ],
 )
 def test_what_does_not_fit_is_refused(ask, message):
