@@ -14,7 +14,7 @@ import copy
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,7 +29,7 @@ from models.codecs import VideoCodec
 from models.experts import EXPERT_FOLDERS, Expert, ExpertName
 from models.families import FAMILIES, FamilyName, Part, boundary_of, family_of_pipeline, folders_of, lies_in
 from models.image_encoder import ImageEncoder
-from models.methods import get_method
+from models.methods import get_method, trained_params
 from models.records import RecordError, decode
 from models.schedules import process_of_scheduler
 from models.text import TextEncoder
@@ -91,8 +91,8 @@ class Model:
         if self.reads_images and not self.has("text"):
             raise ValueError(
                 f"a {self.settings.backbone} reads an image, no text: sample from a first frame; to prepare or train "
-                "put text_encoder/ and tokenizer/ into its folder (method aid), use another model, or train "
-                "it from Python (method svd)"
+                "put text_encoder/ and tokenizer/ into its folder (methods aid and fvdm), use another "
+                "model, or train it from Python (method svd)"
             )
         return self._part("text")
 
@@ -255,7 +255,7 @@ def load_settings(path: Path | str) -> ModelSettings:
             f"{file}: backbone is {settings.backbone!r}, but {INDEX_FILE} names {FAMILIES[family].pipeline}, which is "
             f"{family!r}"
         )
-    return settings
+    return replace(settings, method_params=trained_params(settings.method, settings.method_params))
 
 
 def is_distilled(path: Path | str) -> bool:

@@ -49,6 +49,12 @@ class ImageEncoder:
         weights = stored_weights(self._folder) if self._folder else sorted(self.model.state_dict().items())
         return weights_hash(weights, {"feature_extractor": type(self.feature_extractor).__name__})
 
+    @property
+    def width(self) -> int:
+        """D of the embeddings."""
+        model: Any = self.model
+        return model.config.projection_dim
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Embeddings [B,1,D], float32 on the CPU, of images [B,3,H,W] in [-1,1]: StableVideoDiffusionPipeline's own."""

@@ -12,6 +12,8 @@ of several texts is its own.
 Of a dummy frame (LCT's global prompt, `models.layout.with_story`) all see the first token only: the frame stands for
 one. What comes out for its others means nothing.
 
+A text has no noise level of its own, and where its readers differ in level it must be told one time (`TextTime`).
+
 Text may be padded. Padding is cut off, and only where the samples of a batch differ in length is the rest of it masked,
 as keys [B,1,1,K].
 """
@@ -20,13 +22,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models.attention import Attend, AttentionRule, sdpa
+
+# the time of a text whose readers differ in level: the mean of their time embeddings (Pusa's joint-text models, after
+# FVDM 2410.03160), or that of the highest level among them, which is the clock
+TextTime = Literal["mean", "max"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,17 @@ def joint_plan(
     order = [frame for part in parts for frame in part.frames]
     back = tuple(sorted(range(frames), key=order.__getitem__))
     return JointPlan(groups, text_frames, tuple(parts), back, rule == "same_frame", tuple(dummies))
+
+
+def mean_over_readers(frames: Tensor, text_frames: Sequence[Sequence[int]]) -> Tensor:
+    """What frames [B,F,D] have, as the mean over the frames that read each of T texts: [B,T,D]."""
+    return torch.stack([frames[:, list(read_by)].mean(dim=1) for read_by in text_frames], dim=1)
+
+
+def check_text_time(text_time: str) -> None:
+    """Raises ValueError for what is no `TextTime`."""
+    if text_time not in get_args(TextTime):
+        raise ValueError(f"text_time is {text_time!r}; choose mean or max")
 
 
 @dataclass(frozen=True, eq=False)

@@ -168,6 +168,21 @@ def sample_levels(
     return torch.where(layout.is_dummy.to(device), 0.0, levels)
 
 
+def check_edm_levels(method: str, density: str, process: EDM) -> None:
+    """Raises ValueError where training levels of `density` are not those that an EDM was trained at."""
+    if density != "edm":
+        raise ValueError(
+            f"{method}: density is {density!r}, but this model is an EDM, which learns ln(sigma) ~ N(0.7, 1.6^2): "
+            "set method_params.density=edm method_params.shift=1"
+        )
+    for bound in ("sigma_min", "sigma_max"):
+        if (value := getattr(process, bound)) != (expected := getattr(EDM(), bound)):
+            raise ValueError(
+                f"{method}: {bound} is {value:g} in the model's scheduler, but density 'edm' draws for {expected:g}, "
+                "that of Stable Video Diffusion: correct scheduler/scheduler_config.json"
+            )
+
+
 def loss_weights(layout: ClipLayout, reduce: Reduce = "frame") -> Tensor:
     """Weight of each frame in the loss, [F], summing to 1; zero on every frame that is not a target.
 

@@ -13,6 +13,7 @@ from models.codecs import to_video
 from models.layout import ClipLayout
 from models.states import StatePredictor, encode_states, fit_states, instruction_of
 from models.text import TextContext, pack_text
+from sample.given_frames import PlacedClip
 from sample.storyboard import Storyboard, StoryboardError, StoryboardShot
 
 if TYPE_CHECKING:
@@ -56,25 +57,46 @@ def image_contexts(
     storyboards: Sequence[Storyboard], media: list[np.ndarray | None], layout: ClipLayout, model: Model
 ) -> tuple[TextContext, TextContext]:
     """For a model that reads images: the first frame's embedding as the context of the one shot, and none."""
-    found = TextContext(_embedding(storyboards, media, model)[:, None], layout.text_ids)
+    found = TextContext(_embedding(storyboards, media[0], model)[:, None], layout.text_ids)
     to = model.device, model.backbone.dtype
     return found.to(*to), TextContext(torch.zeros_like(found.embeddings), layout.text_ids).to(*to)
 
 
+def no_contexts(count: int, layout: ClipLayout, model: Model) -> tuple[TextContext, TextContext]:
+    """For a model that no text reaches: contexts [count, G, 1, 1] that nobody reads."""
+    empty = torch.zeros(count, int(layout.text_ids.max()) + 1, 1, 1)
+    context = TextContext(empty, layout.text_ids).to(model.device, model.backbone.dtype)
+    return context, context
+
+
 def embeddings_of(
-    storyboards: Sequence[Storyboard], media: list[np.ndarray | None], method: Method, model: Model
+    storyboards: Sequence[Storyboard],
+    media: list[np.ndarray | None],
+    method: Method,
+    model: Model,
+    placed: Sequence[PlacedClip] = (),
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The first frame's embedding, which a model that reads images is told besides text, and that of none, [B, 1, D]
-    each; {} where none is read."""
+    each; {} where none is read.
+
+    The first frame is that of `media`, or of a clip that is placed at the start; zeros where a method needs none.
+    """
     if method.reads_image != "with_text" or not model.reads_images:
         return {}
-    found = _embedding(storyboards, media, model).to(model.device, model.backbone.dtype)
+    first = media[0]
+    if first is None:
+        first = next((clip.pixels for clip in placed if clip.start == 0), None)
+    if first is None and "t2v" in method.tasks:
+        found = torch.zeros(len(storyboards), 1, model.image_encoder.width)
+    else:
+        found = _embedding(storyboards, first, model)
+    found = found.to(model.device, model.backbone.dtype)
     return {"embedding": (found, torch.zeros_like(found))}
 
 
-def _embedding(storyboards: Sequence[Storyboard], media: list[np.ndarray | None], model: Model) -> Tensor:
-    """[B, 1, D], of the first frame that all of the batch start from."""
-    if (first := media[0]) is None:
+def _embedding(storyboards: Sequence[Storyboard], first: np.ndarray | None, model: Model) -> Tensor:
+    """[B, 1, D], of the first frame [T, H, W, 3] that all of the batch start from."""
+    if first is None:
         raise StoryboardError(f"{storyboards[0].where(0)}: this model starts from a first_frame", "shots.0.first_frame")
     image = to_video([first[:1]])[:, :, 0]  # [1, 3, H, W]
     return model.image_encoder.encode(image).expand(len(storyboards), -1, -1)

@@ -28,7 +28,7 @@ from models.scene import MAX_HISTORY
 from models.solvers import SolverName
 from models.states import StatePredictor
 from sample.apart import OTHER_SHOTS
-from sample.contexts import embeddings_of, encode_texts, image_contexts, labels_of, states_of
+from sample.contexts import embeddings_of, encode_texts, image_contexts, labels_of, no_contexts, states_of
 from sample.frame_tasks import (
     check_given_frames,
     check_tokens,
@@ -156,9 +156,12 @@ def generate_scenes(
     check_tokens(plan, first, model)
     if method.reads_image == "alone":
         text, null = image_contexts(storyboards, media, made, model)
+    elif not method.reads_text:
+        text, null = no_contexts(len(storyboards), made, model)
     else:
         text, null = encode_texts(storyboards, made, model, settings.text, story_apart)
-    read = states_of(storyboards, media, method, model, states) | embeddings_of(storyboards, media, method, model)
+    read = states_of(storyboards, media, method, model, states)
+    read |= embeddings_of(storyboards, media, method, model, placed)
     shape = (len(storyboards), model.codec.latent_channels, made.num_frames, *latent_size(model))
     given = encode_media(media, references, layout, model, len(storyboards), placed)
     given = None if given is None else given[:, :, places]

@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
+from models.methods import get_method, trained_params
 from train.optim import EMA
 
 STATE_FILE = "state.json"
@@ -189,6 +190,10 @@ def remove_unfinished(root: Path, newest: int) -> None:
 
 def _check_identity(path: Path, made_with: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     asked = json.loads(json.dumps(asked))  # as it would have been read back
+    if "method_params" in made_with:  # those that came since are as training was without them
+        name = made_with["method"]
+        params = get_method(name, **trained_params(name, made_with["method_params"])).config()
+        made_with = {**made_with, "method_params": json.loads(json.dumps(params))}
     for field in sorted(set(made_with) & set(asked)):
         if made_with[field] != asked[field]:
             raise ValueError(

@@ -50,7 +50,7 @@ class HeldOutLoss:
         if not all(0 < level <= 1 for level in levels):
             raise ValueError(f"levels of held-out loss are {list(levels)}, expected above 0 to 1")
         self.source, self.method, self.batches, self.levels = source, method, batches, levels
-        self.wrong_text_above = wrong_text_above if method.classes is None else math.inf
+        self.wrong_text_above = wrong_text_above if method.classes is None and method.reads_text else math.inf
         self.parallel = parallel or Parallel()
 
     @torch.no_grad()

@@ -113,7 +113,7 @@ def train_worker(job: TrainJob, checkpoints: Checkpoints) -> LoopResult:
     )
     source = open_dataset(
         job.dataset,
-        loses_given="image" in method.guided,
+        loses_given="image" in method.guided and "given" not in method.drops,
         text_drop=job.text_drop,
         single_frame_prob=method.single_frame_share(),
         held_out_share=held_out.share if held_out else 0.0,
@@ -156,7 +156,8 @@ def check_image(method: Method, backbone: Backbone) -> None:
     if backbone.capabilities.image_beside and method.reads_image != "with_text":
         raise ValueError(
             f"method {method.name!r} does not train this model, a Stable Video Diffusion, on a prepared dataset: use "
-            "method aid (method_params.image=concat), or train it from Python (method svd)"
+            "method aid (method_params.image=concat) or fvdm (method_params.image_beside=true), or train it from "
+            "Python (method svd)"
         )
 
 

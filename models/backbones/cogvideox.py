@@ -6,9 +6,10 @@ what they always did; only the attention processor is ours. Where frames differ 
 as [B,F,n,D] and texts as [B,T,L,D], so that a modulation [B,F,1,D] is broadcast over the tokens of a frame and never
 expanded to them.
 
-Text tokens are modulated, too, and a text has no level of its own. It takes the highest level of the frames that read
-it: the clock of its shot (unify.md, "model time"), which is the plain model's time when the levels are equal, and LCT's
-"a text shares its shot's time" when they differ per shot. Given frames at level 0 leave it where it is.
+Text tokens are modulated, too, and a text has no level of its own. Its time is the mean of the time embeddings of the
+frames that read it, or the time of the highest level among them (`models.joint_attention.TextTime`): the clock of its
+shot, which given frames at level 0 leave where it is. Where these frames share a level both are its time: the plain
+model's when all levels are equal, LCT's "a text shares its shot's time" when they differ per shot.
 
 B batch, F token frames, C channels, H W latent size, n tokens per frame, N = F*n, T text copies (see joint_attention),
 L text tokens, D width, E width of the time embedding, d width of a head.
@@ -31,7 +32,15 @@ from models.attention import AttentionRule, group_sizes
 from models.backbones.base import Backbone, BranchSites, Capabilities, LayerBranch, require
 from models.backbones.cogvideox_positions import TextPlaces, rotary_tables, sine_table
 from models.backbones.inputs import as_context, check_inputs, shared_levels
-from models.joint_attention import JointPlan, joint_attention, joint_plan, seen_later
+from models.joint_attention import (
+    JointPlan,
+    TextTime,
+    check_text_time,
+    joint_attention,
+    joint_plan,
+    mean_over_readers,
+    seen_later,
+)
 from models.kv_cache import KeysValues, KVCache
 from models.layout import ClipLayout, Segment
 from models.positions import PositionMode
@@ -74,6 +83,8 @@ class CogVideoXBackbone(Backbone):
             model.patch_embed.register_forward_hook(self._added_positions)
         self._added_patches = _AddedPatches()
         model.patch_embed.register_forward_hook(self._added_patches)
+        self._mean_times = _MeanTimes()
+        model.time_embedding.register_forward_hook(self._mean_times)
         for layer, block in enumerate(model.transformer_blocks):
             block.__class__ = CogVideoXBlock
             block.layer = layer
@@ -107,6 +118,7 @@ class CogVideoXBackbone(Backbone):
         patches: Tensor | None = None,  # what they add to the patch embedding, [B,D,F,h,w]
         cache: KVCache | None = None,  # shots that come before those of x
         append: bool = False,  # keep the shots of x, as they are here, in the cache
+        text_time: TextTime = "max",  # of a text whose frames differ in level
     ) -> Tensor:
         """The model's prediction (v), [B,C,F,H,W]; here F counts latent frames.
 
@@ -127,6 +139,7 @@ class CogVideoXBackbone(Backbone):
         layout = layout or ClipLayout((Segment("target", frames),))
         text = as_context(text, frames)
         check_inputs(x, levels, text, layout, self.config.patch_size)
+        check_text_time(text_time)
         reads = text.frame_text.tolist()
         if self.pair > 1:
             _check_pairs(levels, reads, group_sizes(layout), self.pair, position_gap)
@@ -154,10 +167,12 @@ class CogVideoXBackbone(Backbone):
         levels = shared_levels(levels)
         if branch is not None and levels.ndim == 1:  # a branch is called from the blocks that see frames
             levels = levels[:, None].expand(batch, frames)
+        self._mean_times.of = None
         if levels.ndim == 2:
             levels = levels[:, :: self.pair]
             of_texts = [levels[:, list(read_by)].amax(dim=1, keepdim=True) for read_by in plan.text_frames]
             levels = torch.cat([levels, *of_texts], dim=1)  # [B,F+T]
+            self._mean_times.of = (batch, plan.text_frames) if text_time == "mean" else None
         times = self.process.to_model_time(levels).flatten()
         own = tokens.num_frames * grid[0] * grid[1]  # video tokens
         clip = _Clip(batch, tokens.num_frames, len(plan.text_groups), rotary, plan, own, branch)
@@ -297,6 +312,19 @@ class _AddedPatches:
         added = self.patches.flatten(2).transpose(1, 2).type_as(tokens)
         text = tokens.shape[1] - added.shape[1]
         return torch.cat([tokens[:, :text], tokens[:, text:] + added], dim=1)
+
+
+class _MeanTimes:
+    """After the time embedding, rows [B*(F+T),E]: texts get the mean of those of the frames that read them."""
+
+    of: tuple[int, tuple[tuple[int, ...], ...]] | None = None  # B, and the readers of each text; None: as they are
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], rows: Tensor) -> Tensor:
+        if self.of is None:
+            return rows
+        batch, readers = self.of
+        frames = rows.unflatten(0, (batch, -1))[:, : -len(readers)]
+        return torch.cat([frames, mean_over_readers(frames, readers)], dim=1).flatten(0, 1)
 
 
 class CogVideoXBlock(plain_model.CogVideoXBlock):

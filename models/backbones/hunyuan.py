@@ -6,10 +6,11 @@ is every text [L,D], so that the model's per-sample modulation is one per frame 
 tokens and never expanded to them. Text and video meet in the attention only, whose processor knows the clip. The
 single-stream blocks, which join text and video before they modulate them, get a forward of their own for rows.
 
-Text tokens are modulated, too, and a text has no level of its own. It takes the highest level of the frames that read
-it: the clock of its shot. That is the plain model's time when levels are equal, LCT's "a text shares its shot's time"
-when they differ per shot, and what HunyuanVideo's own image-to-video model does, whose given frame is at time 0 and
-whose text is not. The token refiner sees the same time. A frame's modulation adds the pooled text that it reads.
+Text tokens are modulated, too, and a text has no level of its own. Its conditioning vector is the mean of those of the
+frames that read it, or that of the highest level among them (`models.joint_attention.TextTime`): the clock of its shot,
+as in HunyuanVideo's own image-to-video model, whose given frame is at time 0 and whose text is not. Where these frames
+share a level both are one: the plain model's when all levels are equal, LCT's "a text shares its shot's time" when they
+differ per shot. The token refiner keeps one time per text, the clock. A frame's vector adds the pooled text it reads.
 
 In the diagonal mode (LCT 2503.10589, interleaved 3D RoPE) token i of a shot's text stands at (o+i, o+i, o+i) and its
 video after the last valid text token; positions so differ between samples whose texts differ in length, and never
@@ -36,7 +37,16 @@ from torch import Tensor, nn
 from models.attention import AttentionRule, group_sizes
 from models.backbones.base import Backbone, BranchSites, Capabilities, LayerBranch
 from models.backbones.inputs import as_context, check_inputs, shared_levels
-from models.joint_attention import JointPlan, TextPadding, joint_attention, joint_plan, text_padding
+from models.joint_attention import (
+    JointPlan,
+    TextPadding,
+    TextTime,
+    check_text_time,
+    joint_attention,
+    joint_plan,
+    mean_over_readers,
+    text_padding,
+)
 from models.layout import ClipLayout, Segment
 from models.positions import PositionMode, interleaved_positions, position_ids, rope_tables
 from models.process import FlowMatching
@@ -97,6 +107,7 @@ class HunyuanVideoBackbone(Backbone):
         self.packed_text = packed_text
         model.rope = _ClipInfo()
         model.context_embedder.register_forward_pre_hook(_text_times_and_mask)
+        model.time_text_embed.register_forward_hook(model.rope.mean_vectors)
         blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
         blocks[0].register_forward_pre_hook(_frames_as_rows)
         model.x_embedder.register_forward_hook(model.rope.add_patches)
@@ -151,6 +162,7 @@ class HunyuanVideoBackbone(Backbone):
         attention_rule: AttentionRule = "full",
         branch: LayerBranch | None = None,  # what conditioning modules add to each layer
         patches: Tensor | None = None,  # what they add to the patch embedding, [B,D,F,h,w]
+        text_time: TextTime = "max",  # of a text whose frames differ in level
     ) -> Tensor:
         """The predicted velocity, [B,C,F,H,W].
 
@@ -162,6 +174,7 @@ class HunyuanVideoBackbone(Backbone):
         text = self.read_text(text, frames)
         patch = self.config.patch_size
         check_inputs(x, levels, text, layout, patch)
+        check_text_time(text_time)
         if text.pooled is None:
             raise ValueError("HunyuanVideo is also conditioned on a pooled text: give TextContext(pooled=[B,G,P])")
 
@@ -171,6 +184,7 @@ class HunyuanVideoBackbone(Backbone):
         copies = list(plan.text_groups)
         lengths = _lengths(text, copies)
         levels = shared_levels(levels)
+        self.transformer.rope.mean = levels.ndim == 2 and text_time == "mean"
         plain = levels.ndim == 1 and len(copies) == 1 and not diagonal and not dummies and branch is None
         # the plain model works on padding, too
         tokens = text.embeddings.shape[2] if plain else max(length for row in lengths for length in row)
@@ -251,6 +265,7 @@ class _ClipInfo(nn.Module):
 
     clip: _Clip
     patches: Tensor | None = None  # [B,D,F,h,w]
+    mean: bool = False  # texts take the mean of the conditioning vectors of the frames that read them
 
     def forward(self, hidden_states: Tensor) -> _Clip:
         return self.clip
@@ -258,6 +273,14 @@ class _ClipInfo(nn.Module):
     def add_patches(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """After the patch embedding [B,N,D]: what conditioning modules add to it."""
         return output if self.patches is None else output + self.patches.flatten(2).transpose(1, 2).type_as(output)
+
+    def mean_vectors(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, None]) -> Any:
+        """After the time embedding [B*F+B*T,D]: the vectors of the texts."""
+        if not self.mean:
+            return output
+        frames = output[0][: self.clip.batch * self.clip.frames]
+        of_texts = mean_over_readers(frames.unflatten(0, (self.clip.batch, -1)), self.clip.plan.text_frames)
+        return torch.cat([frames, of_texts.flatten(0, 1)]), None
 
 
 def _text_times_and_mask(refiner: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 from models.methods.aid import AID
@@ -28,3 +29,8 @@ def get_method(name: str, **params: Any) -> Method:
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
             raise ValueError(f"method {name!r} has no parameter {key!r}; {hint}")
     return METHODS[name](**params)
+
+
+def trained_params(name: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a model trained with `params`, some of which may not have existed then (`Method.before`)."""
+    return {**(METHODS[name].before if name in METHODS else {}), **params}

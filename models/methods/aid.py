@@ -36,7 +36,7 @@ from models.methods.prediction import Prediction
 from models.modules.adapters import ShortTermKernel
 from models.modules.aid import AIDModules, AIDSettings, Condition, Reading
 from models.modules.aid_unet import AIDUNetModules
-from models.noise import loss_weights
+from models.noise import check_edm_levels, loss_weights
 from models.process import EDM, Process
 from models.text import TextContext
 
@@ -149,19 +149,8 @@ class AID(Prediction):
     def check_process(self, process: Process) -> None:
         """An EDM is trained at the levels that it knows."""
         super().check_process(process)
-        if not isinstance(process, EDM):
-            return
-        if self.density != "edm":
-            raise ValueError(
-                f"aid: density is {self.density!r}, but this model is an EDM, which learns ln(sigma) ~ N(0.7, 1.6^2): "
-                "set method_params.density=edm method_params.shift=1"
-            )
-        for bound in ("sigma_min", "sigma_max"):
-            if (value := getattr(process, bound)) != (expected := getattr(EDM(), bound)):
-                raise ValueError(
-                    f"aid: {bound} is {value:g} in the model's scheduler, but density 'edm' draws for {expected:g}, "
-                    "that of Stable Video Diffusion: correct scheduler/scheduler_config.json"
-                )
+        if isinstance(process, EDM):
+            check_edm_levels(self.name, self.density, process)
 
     def module_settings(self) -> AIDSettings:
         """What the modules are made of."""

@@ -32,6 +32,7 @@ class Method(ABC):
     text_per_shot: ClassVar[bool] = False  # the shots of a clip read texts of their own
     # whether it tells a model that has an image encoder the first frame: not, in the place of text, or beside it
     reads_image: ClassVar[Literal["no", "alone", "with_text"]] = "no"
+    before: ClassVar[Mapping[str, Any]] = {}  # parameters that came later, and how models were trained until then
 
     shift: float = 3.0  # timestep shift of the training levels; Wan 2.1 uses 3 at 480p, 5 at 720p
     density: Density = "uniform"  # of the training levels, before the shift
@@ -92,6 +93,11 @@ class Method(ABC):
     def most_states(self) -> int:
         """States of a shot, said in order of time, that the model reads; 0 = it reads none."""
         return 0
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether any text reaches the model."""
+        return True
 
     @property
     def classes(self) -> int | None:
@@ -164,6 +170,12 @@ class Method(ABC):
             attention_rule=seen["attention_rule"],
             text_per_shot=self.text_per_shot,
         )
+        if capabilities.image_beside and self.reads_image == "no":
+            raise ValueError(
+                f"this model, a Stable Video Diffusion, takes an image beside every noisy frame, of which method "
+                f"{self.name!r} tells it nothing: use a text-to-video model, or method fvdm with "
+                "method_params.image_beside=true"
+            )
         self.check_tokens(capabilities.frames_per_token)
         if (gap := seen.get("position_gap", 0)) % capabilities.frames_per_token:
             raise ValueError(

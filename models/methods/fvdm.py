@@ -4,7 +4,9 @@ Liu et al., "Redefining Temporal Modeling in Video Diffusion: The Vectorized Tim
 draws levels by PTSS (section 3.3): independent per frame with probability p, else one for the clip. Sampling holds the
 given frames at level 0 and lets the others follow the clock. Where this departs from the authors' code: the coin of
 PTSS is tossed per sample, not per batch; given frames are held exactly clean; and `clean_prob` of the training samples
-have frames at exactly 0, which continuous draws never hit.
+have frames at exactly 0, which continuous draws never hit. Where text stands in one attention with the video
+(CogVideoX, HunyuanVideo) it needs one time: by default the mean of the time embeddings of the frames, as in the first
+author's later code (Pusa); `text_time="max"` is that of the noisiest frame.
 
     t2v, i2v, interpolation, extension, transition, next_frame, any_frame, tvp: given frames are held
     noisy_frames      given frames start part of the way noised, at m_f s[k], and are remade with the rest (Pusa)
@@ -14,7 +16,10 @@ have frames at exactly 0, which continuous draws never hit.
     diagonal          each frame `lag` rows after the one before (Diffusion Forcing 2407.01392)
     long_video        clip after clip, each going on from the last frames of the one before (`models.windows`)
 
-With `labels` the model reads a class, or nothing, in place of text.
+With `labels` the model reads a class, or nothing, in place of text. With `image_beside` it is a Stable Video Diffusion:
+where the first frame is given, its latents also stand beside those of every noisy frame and its image embedding in the
+place of a text, as that model was trained; else there are zeros, which a share `image_drop` of the training samples
+has. No noise is put on the image.
 
 F latent frames.
 """
@@ -23,16 +28,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from models.backbones.base import Backbone
+from models.backbones.base import Backbone, Capabilities
+from models.backbones.svd import ImageCondition, SVDBackbone
+from models.joint_attention import TextTime, check_text_time
 from models.layout import ClipLayout, mark_given, shots_layout
 from models.methods.base import Method, check_indices
 from models.modules.labels import LabelEmbedding
-from models.noise import loss_weights, noise_plan, sample_levels
+from models.noise import check_edm_levels, loss_weights, noise_plan, sample_levels
+from models.process import EDM, Process
 from models.text import TextContext
 from models.windows import default_overlap, plan_of_clips
 
@@ -58,20 +66,33 @@ class FVDM(Method):
         "t2v", "i2v", "interpolation", "extension", "transition", "next_frame", "any_frame", "tvp", "noisy_frames",
         "edit", "progressive", "progressive_min", "diagonal", "long_video",
     )  # fmt: skip
+    reads_image: ClassVar[Literal["no", "alone", "with_text"]] = "with_text"  # where `image_beside`
+    before: ClassVar[Mapping[str, Any]] = {"text_time": "max"}
 
     p: float = 0.2
     clean_prob: float = 0.1
     labels: int | None = None  # classes the model is told in place of text; 0: nothing at all (unconditional)
     label_drop: float = 0.1  # share of training samples without their class
+    text_time: TextTime = "mean"  # of a text among the video's tokens, where its frames differ in level
+    image_beside: bool = False  # for Stable Video Diffusion, which takes the first frame beside the noisy ones, too
+    image_drop: float = 0.1  # share of training samples without it
 
     def __post_init__(self) -> None:
         if self.labels is not None and self.labels < 0:
             raise ValueError(f"fvdm: labels is {self.labels}, expected a number of classes, or none for text")
-        if not 0 <= self.label_drop <= 1:
-            raise ValueError(f"fvdm: label_drop is {self.label_drop}, expected a probability")
+        for name in ("label_drop", "image_drop"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ValueError(f"fvdm: {name} is {value}, expected a probability")
+        check_text_time(self.text_time)
+        if self.image_beside and self.labels is not None:
+            raise ValueError(
+                f"fvdm: labels is {self.labels} with image_beside, but a Stable Video Diffusion reads the image in the "
+                "place of a class: set one of them"
+            )
 
     def layout_for_training(self, shot_frames: list[int]) -> ClipLayout:
-        return shots_layout(shot_frames)
+        """Shots back to back; with `image_beside` one, whose first frame is the image."""
+        return shots_layout([self.one_shot(shot_frames)] if self.image_beside else shot_frames)
 
     def layout_for_task(  # type: ignore[override]  # each method names its own givens
         self,
@@ -90,7 +111,7 @@ class FVDM(Method):
         edit: those in `frames`, which do not stay as given; all of them may be edited.
         """
         self.check_task(task)
-        count = sum(shot_frames)
+        count = self.one_shot(shot_frames) if self.image_beside else sum(shot_frames)
         needs = _NEEDS.get(task, set())
         takes = needs | _TAKES.get(task, set())
         passed = {name for name, value in (("frames", frames), ("head", head), ("tail", tail)) if value}
@@ -203,9 +224,41 @@ class FVDM(Method):
                 f"fvdm: labels is {self.labels}, but the model has other conditioning modules; start from one without"
             )
 
+    def check_task(self, task: str) -> None:
+        super().check_task(task)
+        if self.image_beside and task == "long_video":
+            raise ValueError(
+                "task 'long_video' goes on from frames that it made, and of these this Stable Video Diffusion has no "
+                "image embedding: make shots as long as its clips, or use a text-to-video model"
+            )
+
+    def check_backbone(self, capabilities: Capabilities) -> None:
+        if capabilities.image_beside and not self.image_beside:
+            raise ValueError(
+                "fvdm: this model, a Stable Video Diffusion, also takes an image beside every noisy frame: set "
+                "method_params.image_beside=true method_params.density=edm method_params.shift=1"
+            )
+        if self.image_beside and not capabilities.image_beside:
+            raise ValueError(
+                "fvdm: image_beside is set, but only Stable Video Diffusion takes an image beside its frames: leave "
+                "method_params.image_beside out"
+            )
+        super().check_backbone(capabilities)
+
+    def check_process(self, process: Process) -> None:
+        super().check_process(process)
+        if isinstance(process, EDM):
+            check_edm_levels(self.name, self.density, process)
+
+    @property
+    def reads_text(self) -> bool:
+        return not self.image_beside
+
     @property
     def guided(self) -> Mapping[str, tuple[str, ...]]:
         """With `labels` the scale of the text is that of the class; a model that is told nothing has none."""
+        if self.image_beside:
+            return {"image": ("given",)}
         if self.labels is None:
             return {"text": ("text",)}
         return {"text": ("label",)} if self.labels else {}
@@ -216,10 +269,17 @@ class FVDM(Method):
 
     @property
     def drops(self) -> Mapping[str, float]:
+        if self.image_beside:
+            return {"given": self.image_drop}
         return {"label": self.label_drop} if self.labels else {}
 
     def conditions(self, clean: Tensor, layout: ClipLayout, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """With `labels`: the class of each sample plus one, [B]; 0 is none."""
+        """With `labels`: the class of each sample plus one, [B]; 0 is none. With `image_beside`: the first frame.
+
+        That is given [B,C,1,H,W], zeros where no first frame is given.
+        """
+        if self.image_beside:
+            return {"given": clean[:, :, :1]}
         if self.labels is None:
             return {}
         if self.labels == 0:
@@ -235,14 +295,33 @@ class FVDM(Method):
         text: TextContext | Tensor,
         conditions: Mapping[str, Tensor],
     ) -> dict[str, Any]:
-        """With `labels`: the classes as contexts of one token, in place of the text."""
+        """The time of texts, where they have one; with `labels` or `image_beside` what stands in the text's place."""
+        if self.image_beside:
+            return self._prepare_image(backbone, layout, conditions)
+        told: dict[str, Any] = {"text_time": self.text_time} if backbone.capabilities.joint_text else {}
         if self.labels is None:
-            return {}
+            return told
         table, label = backbone.conditioner, conditions["label"]
         if not isinstance(table, LabelEmbedding):
             raise ValueError("this backbone has no table of classes: call FVDM.attach, or load a folder that holds it")
         context = table((label - 1).clamp(min=0), drop=label == 0)
-        return {"text": TextContext(context[:, None], torch.zeros(layout.num_frames, dtype=torch.long))}
+        return told | {"text": TextContext(context[:, None], torch.zeros(layout.num_frames, dtype=torch.long))}
+
+    def _prepare_image(
+        self, backbone: Backbone, layout: ClipLayout, conditions: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """The first frame's latents beside all frames, and its embedding [B,1,D] as a text of one token; or zeros."""
+        self.check_backbone(backbone.capabilities)
+        assert isinstance(backbone, SVDBackbone)  # of the backbones, the only one that has image_beside
+        given, embedding = conditions["given"], conditions.get("embedding")
+        if embedding is None:
+            raise ValueError("fvdm: this model reads the image embedding of the first frame, `embedding` [B,1,D]")
+        known = (given != 0).flatten(1).any(dim=1)  # what is not given, or lost, is all zeros
+        token = embedding * known.view(-1, 1, 1).to(embedding)
+        return {
+            "text": TextContext(token[:, None], torch.zeros(layout.num_frames, dtype=torch.long)),
+            "image": ImageCondition(given / backbone.latent_scale, backbone.fps, noise_aug=0.0),
+        }
 
     def loss_weights(self, layout: ClipLayout) -> Tensor:
         return loss_weights(layout, "frame")

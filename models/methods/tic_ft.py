@@ -30,6 +30,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from models.backbones.base import Capabilities
 from models.layout import ClipLayout, Segment
 from models.methods.base import Method
 from models.noise import Density, loss_weights, noise_plan, sample_levels
@@ -135,6 +136,15 @@ class TICFT(Method):
     def model_levels(self, levels: Tensor) -> Tensor:
         """scalar: the highest level of each sample, which is that of its targets."""
         return levels.amax(dim=1) if self.model_time == "scalar" else levels
+
+    def check_backbone(self, capabilities: Capabilities) -> None:
+        if capabilities.image_beside:
+            raise ValueError(
+                "tic_ft puts what is given on one time axis with what is made and tells its text, but this model, a "
+                "Stable Video Diffusion, reads no text and takes the image that a clip begins with beside every noisy "
+                "frame, where the condition is no part of the target; use a text-to-video model, or method fvdm"
+            )
+        super().check_backbone(capabilities)
 
     def check_tokens(self, frames_per_token: int) -> None:
         if frames_per_token > 1:

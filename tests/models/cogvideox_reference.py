@@ -76,6 +76,7 @@ def forward(
     added: torch.Tensor | None = None,  # [N,D] to add to the video tokens, where it is not
     branches: list[torch.Tensor] | None = None,  # [B,N,D] per layer, added to the video tokens beside its attention
     seen: list[torch.Tensor] | None = None,  # gets what each layer's attention reads of the video, [B,N,D]
+    mean_of: list[set[int]] | None = None,  # per text copy: its tokens' time embedding is the mean of these frames'
 ) -> torch.Tensor:
     pair = model.config.patch_size_t or 1
     batch, channels, frames, height, width = x.shape
@@ -96,6 +97,10 @@ def forward(
     hidden, split = torch.cat([text, video], dim=1), text.shape[1]
     is_text = (torch.arange(hidden.shape[1]) < split)[:, None]
     rows = [model.time_embedding(model.time_proj(times[:, s]).to(hidden)) for s in range(hidden.shape[1])]
+    for copy, read_by in enumerate(mean_of or []):
+        length, frame_tokens = split // len(texts), (len(rows) - split) // (frames // pair)
+        total = sum(rows[split + f * frame_tokens] for f in read_by)
+        rows[copy * length : (copy + 1) * length] = [total / len(read_by)] * length
     emb = F.silu(torch.stack(rows, dim=1))  # [B,S,E]
 
     def modulate(norm, hidden):

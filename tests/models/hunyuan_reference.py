@@ -18,6 +18,7 @@ class Text:
     tokens: torch.Tensor  # [L,text width], valid ones only
     pooled: torch.Tensor  # [P]
     level: float
+    mean_of: list[int] | None = None  # the frames whose conditioning vectors its own is the mean of
 
 
 class Reference:
@@ -72,10 +73,14 @@ class Reference:
         kernel = self.state["x_embedder.proj.weight"].flatten(1)
         video = (patches @ kernel.T + self.state["x_embedder.proj.bias"]).flatten(0, 2)  # [N,D]
         per_frame = len(video) // frames
-        vectors = [self.conditioning(text.level, text.pooled) for text in texts for _ in text.tokens]
-        vectors += [
-            self.conditioning(float(levels[f]), frame_pooled[f]) for f in range(frames) for _ in range(per_frame)
-        ]
+        of_frames = [self.conditioning(float(levels[f]), frame_pooled[f]) for f in range(frames)]
+        vectors = []
+        for text in texts:
+            own = self.conditioning(text.level, text.pooled)
+            if text.mean_of is not None:
+                own = sum(of_frames[f] for f in text.mean_of) / len(text.mean_of)
+            vectors += [own] * len(text.tokens)
+        vectors += [of_frames[f] for f in range(frames) for _ in range(per_frame)]
         vectors = torch.stack(vectors)  # [M,D]
         tokens = torch.cat([*(self.refine(text) for text in texts), video])
         is_text = torch.arange(len(tokens)) < len(tokens) - len(video)

@@ -426,7 +426,9 @@ def test_edm_levels_are_for_edm_models():
     for name in ("lct", "fvdm"):
         with pytest.raises(ValueError, match=f"{name}: density is 'edm', but .* no EDM"):
             get_method(name, density="edm").check_process(WanBackbone(tiny_transformer()).process)
-        get_method(name).check_process(EDM())
+    get_method("lct").check_process(EDM())
+    with pytest.raises(ValueError, match="fvdm: density is 'uniform', but this model is an EDM"):
+        get_method("fvdm").check_process(EDM())
 
 
 def test_what_does_not_fit_is_named():

@@ -134,17 +134,25 @@ def sines(places, width, scale):
     return torch.stack(rows)
 
 
+MEANS = [
+    ("2b", "time_gap", "full"), ("5b", "contiguous", "full"), ("5b", "time_gap", "same_frame"),
+    ("5b", "diagonal", "group_causal"), ("1.5", "time_gap", "full"),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("version,mode,rule", COMBINATIONS)
+@pytest.mark.parametrize(
+    "version,mode,rule,text_time", [(*one, "max") for one in COMBINATIONS] + [(*one, "mean") for one in MEANS]
+)
 @torch.no_grad()
-def test_against_a_time_a_place_and_a_mask_row_per_token(version, mode, rule, case):
+def test_against_a_time_a_place_and_a_mask_row_per_token(version, mode, rule, case, text_time):
     backbone, plain = make(version)
     pair = plain.config.patch_size_t or 1
     shots, reads = CASES[case]
     x, levels, text = inputs(pairs=pair > 1)
     levels[:, :2] = 0.0  # a given pair of frames
     options = dict(layout=shots_layout(shots), position_mode=mode, position_gap=4, attention_rule=rule)
-    out = backbone(x, levels, TextContext(text, torch.tensor(reads)), **options)
+    out = backbone(x, levels, TextContext(text, torch.tensor(reads)), text_time=text_time, **options)
 
     shots, reads, levels = [s // pair for s in shots], reads[::pair], levels[:, ::pair]
     copies = reference.text_copies(shots, reads, rule)
@@ -153,6 +161,8 @@ def test_against_a_time_a_place_and_a_mask_row_per_token(version, mode, rule, ca
     times += [levels[:, f] for f in range(len(reads)) for _ in range(N_PER_FRAME)]
     mask = reference.token_mask(shots, reads, rule, mode == "diagonal", L, N_PER_FRAME)
     where = dict(added=sines(video_places, 32, 1.875)) if version == "2b" else dict(places=text_places + video_places)
+    if text_time == "mean":
+        where["mean_of"] = [read_by for _, read_by in copies]
     expected = reference.forward(
         plain, x, [text[:, g] for g, _ in copies], 999 * torch.stack(times, dim=1), mask, **where
     )
@@ -209,16 +219,59 @@ def test_the_level_of_a_frame_touches_that_frame_alone(version):
 
 @pytest.mark.parametrize("version", ["2b", "5b"])
 @torch.no_grad()
-def test_a_given_frame_at_level_0_leaves_the_text_at_the_clock(version):
-    backbone, _ = make(version)
+def test_the_texts_time_is_the_mean_of_embeddings_or_the_clocks(version):
+    """FVDM: the mean over frames of embeddings (Pusa), which is no time's own embedding; or the highest level's."""
+    backbone, plain = make(version)
     x, levels, text = inputs()
     levels[:] = 0.7
     levels[:, 0] = 0.0
-    seen = {}
-    backbone.transformer.time_embedding.register_forward_pre_hook(lambda m, args: seen.update(rows=args[0]))
-    backbone(x, levels, text[:, 0])
-    rows = seen["rows"].unflatten(0, (B, F + 1))
-    assert torch.equal(rows[:, F], rows[:, 1]) and not torch.equal(rows[:, F], rows[:, 0])
+    seen, outs = {}, {}
+    activation = backbone.transformer.transformer_blocks[0].norm1.silu
+    activation.register_forward_pre_hook(lambda m, args: seen.update(rows=args[0]))
+
+    def embedded(level: float) -> torch.Tensor:
+        return plain.time_embedding(plain.time_proj(torch.tensor([999.0 * level])).double())[0]
+
+    expected = {"max": embedded(0.7), "mean": (embedded(0.0) + (F - 1) * embedded(0.7)) / F}
+    for text_time, one in expected.items():
+        outs[text_time] = backbone(x, levels, text[:, 0], text_time=text_time)
+        rows = seen["rows"]  # [B,F+1,E]
+        assert torch.allclose(rows[:, F], one.expand(B, -1), rtol=0, atol=1e-12)
+        assert torch.allclose(rows[:, 0], embedded(0.0).expand(B, -1), rtol=0, atol=1e-12)
+    assert not torch.allclose(expected["mean"], embedded(0.7 * (F - 1) / F), rtol=0, atol=1e-4)
+    assert (outs["mean"] - outs["max"]).abs().max() > 1e-6
+    assert torch.equal(outs["max"], backbone(x, levels, text[:, 0])), "unless told"
+
+
+@torch.no_grad()
+def test_where_the_frames_of_a_text_are_at_one_level_its_two_times_are_one():
+    """LCT: a level per shot, so a text shares its shot's time whichever is asked for."""
+    backbone, _ = make("5b")
+    x, levels, text = inputs()
+    levels = levels[:, SCENE.shot_ids]
+    mean, highest = (
+        backbone(x, levels, TextContext(text, SCENE.text_ids), layout=SCENE, text_time=one) for one in ("mean", "max")
+    )
+    assert torch.allclose(mean, highest, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@torch.no_grad()
+def test_with_equal_levels_the_mean_is_the_plain_model_bit_for_bit(version):
+    backbone, plain = make(version, torch.float32)
+    x, levels, text = inputs(torch.float32, pairs=True)
+    equal = levels[:, :1].expand(B, F)
+    backbone(x, levels, text[:, 0], text_time="mean")  # nothing of another clip stays
+    expected = run_plain(plain, x, 999 * levels[:, 0], text[:, 0])
+    assert torch.equal(backbone(x, equal, text[:, 0], text_time="mean"), expected)
+
+
+@torch.no_grad()
+def test_an_unknown_text_time_is_refused():
+    backbone, _ = make("5b")
+    x, levels, text = inputs()
+    with pytest.raises(ValueError, match="text_time is 'median'; choose mean or max"):
+        backbone(x, levels, text[:, 0], text_time="median")
 
 
 @torch.no_grad()

@@ -140,34 +140,70 @@ def naive_mask(copies, lengths: list[int], mode: str, rule: str) -> torch.Tensor
     return torch.tensor([[sees(q, k) for k in tokens] for q in tokens])
 
 
-def written_out(plain, x, levels, text: TextContext, mode: str, rule: str, guidance: float | None = 6.0):
-    reference = Reference(plain.state_dict(), plain.config.num_attention_heads, AXES, guidance)
+def written_out(plain, x, levels, text: TextContext, mode: str, rule: str, text_time: str = "max"):
+    reference = Reference(plain.state_dict(), plain.config.num_attention_heads, AXES, 6.0)
     copies = naive_copies(rule, mode)
     outs = []
     for b in range(B):
         lengths = [L] * 3 if text.lengths is None else text.lengths[b].tolist()
         texts = [
-            Text(text.embeddings[b, g, : lengths[g]], text.pooled[b, g], float(levels[b, frames].max()))
+            Text(
+                text.embeddings[b, g, : lengths[g]], text.pooled[b, g], float(levels[b, frames].max()),
+                frames if text_time == "mean" else None,
+            )
             for g, frames in copies
-        ]
+        ]  # fmt: skip
         positions, mask = naive_positions(copies, lengths, mode), naive_mask(copies, lengths, mode, rule)
         outs.append(reference(x[b], levels[b], text.pooled[b, SCENE.text_ids], texts, positions, mask))
     return torch.stack(outs)
 
 
-@pytest.mark.parametrize("lengths", [None, LENGTHS, LENGTHS[:1].expand(B, 3)], ids=["whole", "ragged", "short"])
+@pytest.mark.parametrize(
+    ("lengths", "text_time"),
+    [(None, "max"), (LENGTHS, "max"), (LENGTHS[:1].expand(B, 3), "max"), (LENGTHS, "mean")],
+    ids=["whole", "ragged", "short", "mean"],
+)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rule", RULES)
 @torch.no_grad()
-def test_against_the_model_written_out_token_by_token(mode, rule, lengths):
+def test_against_the_model_written_out_token_by_token(mode, rule, lengths, text_time):
     backbone, plain = make()
     x, levels, text = inputs(lengths=lengths)
-    options = dict(layout=SCENE, position_mode=mode, position_gap=3, attention_rule=rule)
-    expected = written_out(plain, x, levels, text, mode, rule)
+    options = dict(layout=SCENE, position_mode=mode, position_gap=3, attention_rule=rule, text_time=text_time)
+    expected = written_out(plain, x, levels, text, mode, rule, text_time)
     assert torch.allclose(backbone(x, levels, text, **options), expected, rtol=0, atol=3e-6)
     equal = levels[:, :1].expand(B, F)
-    expected = written_out(plain, x, equal, text, mode, rule)
+    expected = written_out(plain, x, equal, text, mode, rule, text_time)
     assert torch.allclose(backbone(x, equal, text, **options), expected, rtol=0, atol=3e-6), "one level, many texts"
+
+
+@torch.no_grad()
+def test_the_texts_time_is_the_mean_of_vectors_or_the_clocks_and_the_refiners_is_the_clock():
+    backbone, plain = make(torch.float32)
+    x, levels, text = inputs(torch.float32)
+    levels[:], text = 0.7, one_text(text)
+    levels[:, 0] = 0.0
+    seen, outs, model = {}, {}, backbone.transformer
+    model.transformer_blocks[0].norm1_context.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.update(text=kwargs["emb"]), with_kwargs=True
+    )
+    model.context_embedder.time_text_embed.register_forward_pre_hook(lambda m, args: seen.update(refiner=args[0]))
+
+    def embedded(level: float) -> torch.Tensor:
+        times = torch.full((B,), 1000 * level)
+        return plain.time_text_embed(times, text.pooled[:, 0], torch.full((B,), 6000.0))[0]
+
+    expected = {"max": embedded(0.7), "mean": (embedded(0.0) + (F - 1) * embedded(0.7)) / F}
+    for text_time, one in expected.items():
+        outs[text_time] = backbone(x, levels, text, text_time=text_time)
+        assert torch.allclose(seen["text"], one, rtol=0, atol=1e-6)
+        assert torch.equal(seen["refiner"], torch.full((B,), 1000 * torch.tensor(0.7)))
+    assert (outs["mean"] - outs["max"]).abs().max() > 1e-6
+    assert torch.equal(outs["max"], backbone(x, levels, text)), "unless told"
+    equal = levels[:, -1:].expand(B, F)
+    assert torch.equal(backbone(x, equal, text, text_time="mean"), backbone(x, equal, text)), "the plain model"
+    with pytest.raises(ValueError, match="text_time is 'median'; choose mean or max"):
+        backbone(x, levels, text, text_time="median")
 
 
 @torch.no_grad()

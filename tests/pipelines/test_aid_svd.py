@@ -24,6 +24,7 @@ from pipelines.train import TrainConfig, run_train
 from preprocess.encode import Encoder, encoder_key, scene_texts
 from preprocess.verify import _Samples
 from sample.generate import GenerateSettings, generate_scene
+from sample.shot import GivenFrames
 from sample.storyboard import Storyboard, StoryboardError, StoryboardShot
 from tests.pipelines.test_families import make_scene
 from train.shards import read_shard
@@ -252,7 +253,8 @@ def test_what_cannot_train_here_is_refused_before_the_first_step(root: Path, bas
             run_train(config(base, data, root / "refused", params, **changes))
 
     refused("method 'svd' does not train this model.*method aid", params={}, method="svd")
-    refused("method 'fvdm' does not train this model", params={}, method="fvdm")
+    refused("set method_params.image_beside=true", params={}, method="fvdm")
+    refused("tic_ft puts what is given on one time axis", params={}, method="tic_ft")
     refused("no one_grid: the layers of Stable Video Diffusion differ", params={}, method="fca")
     refused("image is 'held'.*method_params.image=concat", params=SMALL | {"image": "held"})
     refused("density is 'uniform'.*density=edm", params=SMALL | {"density": "uniform"})
@@ -277,6 +279,51 @@ def test_what_cannot_train_here_is_refused_before_the_first_step(root: Path, bas
                 scene = Scene.from_json(record.json)
                 writer.write({"__key__": scene.scene_id, "json": scene.to_json().encode(), "safetensors": save(kept)})
     refused("first_image", without)
+
+
+def test_fvdm_trains_on_the_same_dataset_and_samples_with_and_without_given_frames(
+    root: Path, base: Path, dataset: Path
+) -> None:
+    """A level per frame: given frames are held; a first one also stands beside all of them, with its embedding."""
+    params = {"image_beside": True, "density": "edm", "shift": 1.0, "p": 1.0, "clean_prob": 0.5}
+    no_drop = {f"text_drop.{name}": 0.0 for name in ("given", "both")}
+    run = config(base, dataset, root / "fvdm", params, method="fvdm", **no_drop, **{"held_out.share": 0.0})
+    folder = run_train(run).model_dir
+    assert folder is not None
+    model = load_model(folder)
+    assert model.settings.method_params["image_beside"] is True
+    before = load_model(base, parts=("backbone",)).backbone.unet.state_dict()
+    assert any(not torch.equal(value, before[name]) for name, value in model.backbone.unet.state_dict().items())
+
+    settings, seen = GenerateSettings(steps=2, image_guidance=2.0), []
+    plain = model.backbone.unet.forward
+    model.backbone.unet.forward = lambda *args, **kwargs: seen.append(args) or plain(*args, **kwargs)
+    model._parts["text"] = None  # no word reaches it
+    image = str(root / "red.png")
+    boards = {
+        "t2v": Storyboard("one", shots=[StoryboardShot("go")]),
+        "i2v": board(root, states=[]),
+        "at 0": Storyboard("one", shots=[StoryboardShot("go", given_frames=[GivenFrames(image, 0)])]),
+        "at the end": Storyboard("one", shots=[StoryboardShot("go", given_frames=[GivenFrames(image, -1)])]),
+    }
+    red = torch.tensor([200, 30, 30]).view(1, 3, 1, 1, 1).expand(1, 3, 1, SIZE, SIZE) / 127.5 - 1
+    given, made = model.codec.normalize(model.codec.encode(red)[0]), {}
+    for name, one in boards.items():
+        seen.clear()
+        made[name] = decoded(model, one, settings)
+        rows, times, contexts, _ = seen[0]
+        count = FRAMES if len(rows) > 2 else 1  # frames are rows where they differ in level
+        beside = rows.unflatten(0, (2, count))[:, :, :, 4:]  # branches: without the image, with it
+        told = [False, name in ("i2v", "at 0")]
+        assert beside.flatten(1).any(dim=1).tolist() == told
+        assert contexts.unflatten(0, (2, count)).flatten(1).any(dim=1).tolist() == told
+        held = {"i2v": 0, "at 0": 0, "at the end": FRAMES - 1}.get(name)
+        if held is not None:
+            torch.testing.assert_close(made[name][:, :, [held]], given, atol=1e-4, rtol=1e-3)
+            assert times.view(2, FRAMES)[0].argmin() == held
+    assert torch.equal(made["i2v"], made["at 0"]) and not torch.equal(made["t2v"], made["i2v"])
+    with pytest.raises(StoryboardError, match="has no image embedding"):
+        generate_scene(model, Storyboard("one", shots=[StoryboardShot("go", frames=9)], task="long_video"), settings, 0)
 
 
 def test_the_plan_of_the_papers_base_is_one_clock_for_all_frames() -> None:
