@@ -163,7 +163,7 @@ class _Live(Progress):
         from rich import progress as rich
 
         super().__init__(name, total, done)
-        self._quiet = quiet  # leaves no line when it ends
+        self._quiet, self._closed = quiet, False  # quiet: leaves no line when it ends
         with _lock:
             if _Live._users == 0:
                 columns = (
@@ -180,6 +180,8 @@ class _Live(Progress):
             self._task = _Live._display.add_task(name, total=total, completed=done, figures="")
 
     def _changed(self) -> None:
+        if self._closed:  # another thread may come late
+            return
         figures = ", ".join(self._speed() + self._figures())
         _Live._display.update(self._task, completed=self.done, total=self.total, figures=figures)
 
@@ -188,6 +190,7 @@ class _Live(Progress):
 
     def _close(self, completed: bool) -> None:
         self.drop_parts()
+        self._closed = True
         _Live._users -= 1
         _Live._display.remove_task(self._task)
         if not self._quiet:

@@ -14,8 +14,8 @@ import logging
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -187,11 +187,12 @@ def prepare(config: PrepareConfig) -> PrepareReport:
             with work.scratch(), ray_session(), progress("prepare", len(todo)) as shown:
                 report.pools = worker_pools(config)
                 for manifest in work.rounds():
-                    for row in run_stages(config, work.place, manifest, room, _shown_by(shown)):
-                        work.take(row)
-                        report.count_done(json.loads(row["seconds"]), row["stage"], bool(row["status"]))
-                        if row["status"]:  # else more of a long video is under way
-                            shown.advance(**{row["status"]: shown.figures.get(row["status"], 0) + 1})
+                    with closing(run_stages(config, work.place, manifest, room, _shown_by(shown))) as rows:
+                        for row in rows:
+                            work.take(row)
+                            report.count_done(json.loads(row["seconds"]), row["stage"], bool(row["status"]))
+                            if row["status"]:  # else more of a long video is under way
+                                shown.advance(**{row["status"]: shown.figures.get(row["status"], 0) + 1})
                     shown.drop_parts()
         shard_bytes = int(config.shard_mb * 2**20)
         if work.unchanged(shard_bytes):
@@ -230,7 +231,7 @@ def listed_sources(config: PrepareConfig, output: Path) -> SourceList:
 
 def run_stages(
     config: PrepareConfig, place: Workplace, manifest: Path, room: ScratchRoom, watcher: Watcher
-) -> Iterator[dict[str, str]]:
+) -> Generator[dict[str, str], None, None]:
     """The whole data job as one chain: streams the outcome of each video of the manifest as its part is written.
 
     No video is decoded while scratch lacks `room`; `watcher` is told where the rows are.

