@@ -82,8 +82,8 @@ def test_the_card_says_how_fast_each_stage_could_be_and_which_knob_is_next(datas
     (tmp_path / "out" / "report.json").write_text(json.dumps(report.to_dict()))
     text = write_card(tmp_path / "out", tmp_path / "card.html").read_text()
     assert not Page(text).open and "decode_cpus &lt;less&gt;" in text
-    row = re.search(r"<tr><td>encode</td>(.*?)</tr>(?!.*<tr><td>encode)", text, re.DOTALL)
-    assert row is not None and re.findall(r">([^<>]+)<", row[1]) == [
+    row = re.findall(r"<tr><td>encode</td>(.*?)</tr>", text)[-1]
+    assert re.findall(r">([^<>]+)<", row) == [
         "1", "2.5", "0.4", "0.32", "80 %", "encoders, encoder_gpus",
     ]  # fmt: skip
     assert "slowest: encode, at most a video in 2.5 s with 1 at once" in text
