@@ -15,7 +15,8 @@ import httpx
 import numpy as np
 from PIL import Image
 
-RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
+# as OpenAI's own client tries again, and 425 (too early); of 5xx two say what will not change: 501, 505
+RETRIED = {408, 409, 425, 429, *range(500, 600)} - {501, 505}
 LONGEST_WAIT = 30.0  # seconds between two attempts
 LONGEST_ASKED = 300.0  # seconds that a server may ask for by Retry-After
 LARGEST_ANSWER = 2**24  # bytes

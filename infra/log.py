@@ -52,7 +52,22 @@ class Progress:
     def __init__(self, name: str, total: int | None, done: int) -> None:
         self.name, self.total, self.done, self.first = name, total, done, done
         self.figures: dict[str, Any] = {}
+        self.parts: list[Progress] = []
         self.started = time.monotonic()
+
+    def part(self, name: str, total: int | None = None) -> Progress:
+        """A stage of this job, shown until `drop_parts` or the job's end: a line of its own on a terminal, else in the
+        job's line.
+        """
+        with _lock:
+            self.parts.append(self._part(name, total))
+            return self.parts[-1]
+
+    def drop_parts(self) -> None:
+        """Shows the stages no more."""
+        with _lock:
+            while self.parts:
+                self.parts.pop()._close(True)
 
     def advance(self, n: int = 1, **figures: Any) -> None:
         """Counts `n` more items as done and shows the latest figures, e.g. `advance(loss=0.12)`."""
@@ -71,18 +86,29 @@ class Progress:
 
     def line(self) -> str:
         """The state in words: `train: 12/24 (50 %), 3.1/s, 0:04 left, loss 0.123`."""
-        seconds = max(time.monotonic() - self.started, 1e-9)
         count = f"{self.done}/{self.total} ({100 * self.done // self.total} %)" if self.total else str(self.done)
-        parts = [f"{self.name}: {count}"]
-        if self.done > self.first and seconds > 1:
-            rate = (self.done - self.first) / seconds
-            parts.append(f"{_figure(rate)}/s" if rate >= 1 else f"{_figure(1 / rate)} s each")
-            if self.total and self.total > self.done:
-                parts.append(f"{duration((self.total - self.done) / rate)} left")
-        return ", ".join(parts + [f"{key} {_figure(value)}" for key, value in self.figures.items()])
+        words = [f"{self.name}: {count}", *self._speed()]
+        if (rate := self._rate()) and self.total and self.total > self.done:
+            words.append(f"{duration((self.total - self.done) / rate)} left")
+        return "; ".join([", ".join(words + self._figures()), *(part.line() for part in self.parts)])
+
+    def _rate(self) -> float:
+        """Items per second of this run; 0 where it is too early to tell."""
+        seconds = time.monotonic() - self.started
+        return (self.done - self.first) / seconds if self.done > self.first and seconds > 1 else 0.0
+
+    def _speed(self) -> list[str]:
+        rate = self._rate()
+        return [f"{_figure(rate)}/s" if rate >= 1 else f"{_figure(1 / rate)} s each"] if rate else []
+
+    def _figures(self) -> list[str]:
+        return [f"{key} {_figure(value)}" for key, value in self.figures.items()]
 
     def _last_line(self, completed: bool) -> str:
         return f"{self.line()}, {'done' if completed else 'stopped'} after {duration(time.monotonic() - self.started)}"
+
+    def _part(self, name: str, total: int | None) -> Progress:
+        raise NotImplementedError
 
     def _changed(self) -> None:
         raise NotImplementedError
@@ -105,8 +131,26 @@ class _Lines(Progress):
             self._shown = now
             _say(self.line())
 
+    def _part(self, name: str, total: int | None) -> Progress:
+        return _InLine(self, name, total)
+
     def _close(self, completed: bool) -> None:
+        self.drop_parts()
         _say(self._last_line(completed))
+
+
+class _InLine(Progress):
+    """A stage whose state is told in the line of its job."""
+
+    def __init__(self, job: Progress, name: str, total: int | None) -> None:
+        super().__init__(name, total, 0)
+        self._job = job
+
+    def _changed(self) -> None:
+        self._job._changed()
+
+    def _close(self, completed: bool) -> None:
+        pass
 
 
 class _Live(Progress):
@@ -115,10 +159,11 @@ class _Live(Progress):
     _display: Any = None
     _users = 0
 
-    def __init__(self, name: str, total: int | None, done: int) -> None:
+    def __init__(self, name: str, total: int | None, done: int, quiet: bool = False) -> None:
         from rich import progress as rich
 
         super().__init__(name, total, done)
+        self._quiet, self._closed = quiet, False  # quiet: leaves no line when it ends
         with _lock:
             if _Live._users == 0:
                 columns = (
@@ -135,13 +180,21 @@ class _Live(Progress):
             self._task = _Live._display.add_task(name, total=total, completed=done, figures="")
 
     def _changed(self) -> None:
-        figures = ", ".join(f"{key} {_figure(value)}" for key, value in self.figures.items())
+        if self._closed:  # another thread may come late
+            return
+        figures = ", ".join(self._speed() + self._figures())
         _Live._display.update(self._task, completed=self.done, total=self.total, figures=figures)
 
+    def _part(self, name: str, total: int | None) -> Progress:
+        return _Live(f"  {name}", total, 0, quiet=True)
+
     def _close(self, completed: bool) -> None:
+        self.drop_parts()
+        self._closed = True
         _Live._users -= 1
         _Live._display.remove_task(self._task)
-        _Live._display.console.print(self._last_line(completed), markup=False, highlight=False)
+        if not self._quiet:
+            _Live._display.console.print(self._last_line(completed), markup=False, highlight=False)
         if _Live._users == 0:
             _Live._display.stop()
             _Live._display = None

@@ -1,7 +1,8 @@
 """`shotloom inspect DIR`: the dataset card, one self-contained HTML file to judge a prepared dataset by.
 
 Contact sheets of scenes with what was left out of them and why, a histogram per score with its threshold, what each
-filter took, every source that was set aside with its reason, and the time per stage. Reads the tables and, for the
+filter took, every source that was set aside with its reason, and per stage its time, its speed beside what its workers
+could do, and the knob to turn next. Reads the tables and, for the
 scenes shown, their records and sources; a source that is gone leaves its pictures out.
 """
 
@@ -26,7 +27,7 @@ from preprocess.dataset import Earlier, scenes_aside
 from preprocess.filters import RULES, SCORES, rule_of
 from preprocess.parts import Part, Row
 from preprocess.replay import Step, recorded_waterfall
-from preprocess.report import sizes_of
+from preprocess.report import read_speeds, sizes_of
 from preprocess.room import OutputError, is_about
 from preprocess.sizes import in_words
 
@@ -96,6 +97,8 @@ def write_card(folder: Path, out: Path, max_scenes: int = 60) -> Path:
     steps = recorded_waterfall(parts, settings)
     limits = {"min_shot_frames": settings["min_shot_frames"], **settings["filters"]}
     seconds = sum(row["duration_s"] for row in rows)
+    report = _report(folder)
+    speeds, next_knob = read_speeds(report) if report else ([], "")
     groups = _scenes(parts)
     shown = [groups[k] for k in _evenly(len(groups), max_scenes)]
     try:
@@ -119,7 +122,9 @@ def write_card(folder: Path, out: Path, max_scenes: int = 60) -> Path:
             aside=_set_aside(parts),
             scenes=_sheets(shown, earlier),
             num_scenes=len(groups),
-            stages=_stages(folder),
+            stages=_stages(report),
+            speeds=speeds,
+            next_knob=next_knob,
         )
     except OSError as error:
         if not is_about(error, out.parent):
@@ -279,10 +284,16 @@ def _whence(source: Row) -> Row:
     return {name: source[name] for name in ("attempts", "path", "codec")} | {"facts": facts}
 
 
-def _stages(folder: Path) -> list[tuple[str, int, int, str]]:
-    """Stage, items, set aside, time, of the last run; nothing where its report is gone."""
+def _report(folder: Path) -> dict[str, Any]:
+    """What the last run said of itself; nothing where its report is gone."""
     try:
-        stages: dict[str, Any] = json.loads((folder / "report.json").read_text())["stages"]
-    except (OSError, ValueError, KeyError):
-        return []
+        report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+        return report if {"stages", "seconds"} <= report.keys() else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _stages(report: dict[str, Any]) -> list[tuple[str, int, int, str]]:
+    """Stage, items, set aside, time."""
+    stages = report.get("stages", {})
     return [(name, one["items"], one["set_aside"], duration(one["seconds"])) for name, one in stages.items()]

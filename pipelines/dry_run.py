@@ -15,13 +15,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import pyarrow.parquet as pq
+
 from infra.log import duration
 from infra.machine import available_memory, peak_memory, usable_cores
-from preprocess.dataset import Earlier, find_finished
+from preprocess.dataset import Earlier, Finished, find_finished
 from preprocess.encode import Encoder, encoder_key
 from preprocess.filters import thresholds
+from preprocess.index import INDEX
 from preprocess.parts import part_path
 from preprocess.pieces import frames_taken
+from preprocess.scratch import free_room
 from preprocess.settings import ASKED, PrepareSettings
 from preprocess.sizes import Size, in_words
 from preprocess.sources import SourceFile
@@ -74,6 +78,9 @@ class DryRun:
     sample_seconds: dict[str, float] = field(default_factory=dict)
     sample_bytes: float = 0.0
     scratch_bytes: float = 0.0  # of one video of the longest kind, while it waits to be encoded
+    scratch_sum: float = 0.0  # of all videos of the sample together
+    scratch_room: float = math.inf  # decode waits while so many bytes wait
+    kept_bytes: float = 0.0  # of unchanged scenes, which are written again into the new shards
     memory: dict[str, int] = field(default_factory=dict)  # bytes of one process: decoding, encoding
     free_disk: int = 0
     free_memory: int = 0
@@ -104,12 +111,20 @@ class DryRun:
 
     @property
     def dataset_bytes(self) -> float:
-        return self._scaled(self.sample_bytes)
+        return self._scaled(self.sample_bytes) + self.kept_bytes
+
+    @property
+    def waiting_bytes(self) -> float:
+        """Frames that wait for the encoder, at most: all there are, or the room and what is being decoded then."""
+        bound = self.scratch_room + self.decoding * self.scratch_bytes
+        return min(bound, max(self.scratch_bytes, self._scaled(self.scratch_sum)))
 
     @property
     def disk_bytes(self) -> float:
-        """At most at once: parts beside the shards that are made of them, and frames that wait for the encoder."""
-        return 2 * self.dataset_bytes + (self.decoding + self.encoders) * self.scratch_bytes
+        """On top of what is there, at most at once: parts beside the shards that are made of them, the shards of what
+        is kept beside the old ones, and frames that wait for the encoder.
+        """
+        return self.dataset_bytes + self._scaled(self.sample_bytes) + self.waiting_bytes
 
     @property
     def memory_bytes(self) -> int:
@@ -137,10 +152,12 @@ class DryRun:
             "encoding": "encoders, encoder_gpus",
             "all cores": "more cores or machines",
         }
+        kept = f" ({_size(self.kept_bytes)} of it unchanged, and written again)" if self.kept_bytes else ""
         lines += [
             f"time: about {duration(self.seconds)} on {self.cores} cores, and the start of Ray; "
             f"{longest} takes longest: {knobs[longest]}",
-            f"disk: dataset about {_size(self.dataset_bytes)}, while it is made at most {_size(self.disk_bytes)}; "
+            f"disk: dataset about {_size(self.dataset_bytes)}{kept}, while it is made at most {_size(self.disk_bytes)} "
+            f"more than now, {_size(self.waiting_bytes)} of it frames that wait for the encoder (scratch_gb); "
             f"{_size(self.free_disk)} are free",
             f"memory: about {_size(self.memory_bytes)} ({self.decoding} decoding, {self.encoders} encoding processes), "
             f"and Ray's own; {_size(self.free_memory)} are free",
@@ -210,7 +227,9 @@ def dry_run(config: PrepareConfig) -> DryRun:
         free_memory=available_memory(),
     )
     listed = listed_sources(config, output)
-    todo = _todo(listed.files, output, wanted, model, config.retry_failed)
+    found.scratch_room = free_room(output) if config.scratch_gb is None else config.scratch_gb * 2**30
+    todo, kept = _todo(listed.files, output, wanted, model, config.retry_failed)
+    found.kept_bytes = _bytes_of(kept, output) if todo else 0.0
     found.sources, found.repeated = len(listed.files), len(listed.repeated)
     found.unchanged = len(listed.files) - len(todo)
     with tempfile.TemporaryDirectory(prefix="shotloom-dry-run-") as name:
@@ -233,12 +252,32 @@ def dry_run(config: PrepareConfig) -> DryRun:
 
 def _todo(
     files: list[SourceFile], output: Path, settings: PrepareSettings, model: Path, retry_failed: bool
-) -> list[SourceFile]:
-    """Sources without a result that still holds, as `prepare` finds them, but for what only a started run repairs."""
+) -> tuple[list[SourceFile], list[Finished]]:
+    """Sources without a result that still holds, as `prepare` finds them, but for what only a started run repairs; and
+    the results that hold.
+    """
     parts = output / "parts"
     place, earlier = Workplace(settings, parts, parts / "scratch", encoder_key(model)), Earlier(output)
     limits = thresholds(settings)
-    return [file for file in files if find_finished(file, place.keys_for, parts, earlier, retry_failed, limits) is None]
+    todo, kept = [], []
+    for file in files:
+        finished = find_finished(file, place.keys_for, parts, earlier, retry_failed, limits)
+        if finished is None:
+            todo.append(file)
+        else:
+            kept.append(finished)
+    return todo, kept
+
+
+def _bytes_of(kept: list[Finished], output: Path) -> float:
+    """Of the scenes of these results, as shards hold them: all are written into new shards where one is new."""
+    places = [one.path for one in kept if one.path is not None]
+    keys = {key for one in kept if one.path is None for key in one.part.keys}
+    try:
+        index = pq.read_table(output / INDEX, columns=["key", "length"]).to_pylist() if keys else []
+    except (OSError, ValueError):  # an index that is gone is made again; `shotloom verify` names it
+        index = []
+    return sum(path.stat().st_size for path in places) + sum(row["length"] for row in index if row["key"] in keys)
 
 
 def _probe(files: list[SourceFile], todo: int, place: Workplace, found: DryRun) -> list[Unit]:
@@ -276,6 +315,7 @@ def _decode(units: list[Unit], place: Workplace, found: DryRun, largest: int) ->
         waits = place.scratch_file(unit)
         if shown and waits.exists():
             pixels = shown * _area(unit)
+            found.scratch_sum += waits.stat().st_size
             found.scratch_bytes = max(found.scratch_bytes, waits.stat().st_size * largest / pixels)
     found.memory["decoding"] = peak_memory()
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,17 +27,23 @@ from pipelines.captioner import CaptionerConfig, api_key, asks, captioner_name, 
 from pipelines.sizes import check_sizes, read_sizes
 from pipelines.states import StatesConfig, predictor_key
 from preprocess.filters import FilterSettings
-from preprocess.report import PrepareReport
+from preprocess.report import Pool, PrepareReport
 from preprocess.settings import CaptionBackend, Cuts, Ids, PrepareSettings, StoreType
 from preprocess.watch import MAX_ATTEMPTS
 
 if TYPE_CHECKING:
+    from infra.log import Progress
     from pipelines.dry_run import DryRun
+    from pipelines.stage_policy import StageState, Watcher
     from preprocess.pieces import Job
     from preprocess.replay import Waterfall
+    from preprocess.scratch import ScratchRoom
     from preprocess.sources import SourceList
     from preprocess.spans import PieceShots
     from preprocess.workplace import Workplace
+
+_POLICIES = "backpressure_policies.enabled"  # Ray Data's key for them
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Path writes s3://bucket as s3:/bucket; C:/ is a drive
 
 
 @dataclass(kw_only=True)
@@ -95,6 +102,11 @@ class PrepareConfig:
         5.0, "longer videos are decoded and encoded in units of about this, side by side; changes no result"
     )
     seconds_limit: float = knob(3600.0, "time limit for one stage of one video, or of one unit of a long video")
+    scratch_gb: float | None = knob(
+        None,
+        "decode waits while frames that wait for the encoder take this much of the output's disk (GiB); "
+        "null = half of what is free at the start, 64 at most",
+    )
     retry_failed: bool = knob(False, "try sources again that failed in an earlier run")
     decode_cpus: float = knob(0.75, "CPUs counted for one decoding task; how many run at once follows from it")
     encoders: int = knob(1, "actors that run the VAE and the text encoder")
@@ -104,6 +116,12 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("sources is empty; name folders, globs, list files, tars or videos")
+        if found := _ADDRESS.match(str(self.output)):
+            scheme, rest = found[0].rstrip("/"), str(self.output)[found.end() :].lstrip("/")
+            raise ValueError(
+                f"output={scheme}//{rest} is an address, and datasets are written to folders: name one that all nodes "
+                "see (local, NFS, or a bucket that is mounted), or prepare to a local one and copy it there afterwards"
+            )
         if self.frames_fps is not None and not 0 < self.frames_fps <= 1000:
             raise ValueError(f"frames_fps={self.frames_fps} must lie above 0 and at most at 1000 frames per second")
         if self.sizes and (self.height or self.width):
@@ -111,6 +129,8 @@ class PrepareConfig:
         read_sizes(self.sizes)
         if self.unit_minutes <= 0:
             raise ValueError(f"unit_minutes={self.unit_minutes} must be positive")
+        if self.scratch_gb is not None and self.scratch_gb <= 0:
+            raise ValueError(f"scratch_gb={self.scratch_gb} must be positive, or null")
         if self.shard_mb <= 0 or self.encoders < 1:
             raise ValueError("shard_mb must be positive and encoders at least 1")
         if self.dry_run and self.what_if:
@@ -147,6 +167,7 @@ def prepare(config: PrepareConfig) -> PrepareReport:
     from preprocess.dataset import scenes_aside
     from preprocess.room import writing
     from preprocess.run import lock, plan_work
+    from preprocess.scratch import scratch_room
 
     began = time.monotonic()
     log = get_logger("prepare")
@@ -162,13 +183,17 @@ def prepare(config: PrepareConfig) -> PrepareReport:
         log.info("%d sources: %d to do, %d unchanged", len(work.files), len(todo), len(work.files) - len(todo))
         if todo:
             work.check_room()
+            room = scratch_room(work.place, config.scratch_gb)
             with work.scratch(), ray_session(), progress("prepare", len(todo)) as shown:
+                report.pools = worker_pools(config)
                 for manifest in work.rounds():
-                    for row in run_stages(config, work.place, manifest):
-                        work.take(row)
-                        report.count_done(json.loads(row["seconds"]), row["stage"], bool(row["status"]))
-                        if row["status"]:  # else more of a long video is under way
-                            shown.advance(**{row["status"]: shown.figures.get(row["status"], 0) + 1})
+                    with closing(run_stages(config, work.place, manifest, room, _shown_by(shown))) as rows:
+                        for row in rows:
+                            work.take(row)
+                            report.count_done(json.loads(row["seconds"]), row["stage"], bool(row["status"]))
+                            if row["status"]:  # else more of a long video is under way
+                                shown.advance(**{row["status"]: shown.figures.get(row["status"], 0) + 1})
+                    shown.drop_parts()
         shard_bytes = int(config.shard_mb * 2**20)
         if work.unchanged(shard_bytes):
             log.info("nothing has changed; the dataset stays as it is")
@@ -204,24 +229,32 @@ def listed_sources(config: PrepareConfig, output: Path) -> SourceList:
     )
 
 
-def run_stages(config: PrepareConfig, place: Workplace, manifest: Path) -> Iterator[dict[str, str]]:
+def run_stages(
+    config: PrepareConfig, place: Workplace, manifest: Path, room: ScratchRoom, watcher: Watcher
+) -> Generator[dict[str, str], None, None]:
     """The whole data job as one chain: streams the outcome of each video of the manifest as its part is written.
+
+    No video is decoded while scratch lacks `room`; `watcher` is told where the rows are.
 
     A video whose worker died in every attempt has no outcome here; `Work.rounds` accounts for it.
     """
     import ray.data
+    from pyarrow.parquet import read_metadata
     from ray.data import ActorPoolStrategy
 
+    from pipelines.stage_policy import stage_policies
     from preprocess.rows import CaptionRow, EncodeRow, caption_row, decode_row, probe_row, spread_row
 
     # bounded: Ray's default is to run a row that kills its worker for ever
     on_cpu: dict[str, Any] = {"num_cpus": config.decode_cpus, "max_retries": MAX_ATTEMPTS - 1, "fn_args": (place,)}
-    with _data_context():
+    on_decode: dict[str, Any] = {"side_by_side": partial(_side_by_side, config.decode_cpus), "room": room}
+    rows = read_metadata(manifest).num_rows
+    with stage_policies(decode_row.__name__, room, rows, watcher) as policies, _data_context(policies):
         chain = (
             ray.data.read_parquet(str(manifest), override_num_blocks=1)
             .repartition(target_num_rows_per_block=1)  # a dying worker takes its whole block with it
             .map(probe_row, **on_cpu)
-            .map(decode_row, fn_kwargs={"side_by_side": partial(_side_by_side, config.decode_cpus)}, **on_cpu)
+            .map(decode_row, fn_kwargs=on_decode, **on_cpu)
         )
         if asks(config.captions, config.states):
             chain = chain.flat_map(spread_row, **on_cpu)
@@ -278,8 +311,39 @@ def _side_by_side(cpus: float, work: Callable[[Job], PieceShots], jobs: Sequence
     return found
 
 
+def _shown_by(job: Progress) -> Watcher:
+    """Shows each stage below the line of the job."""
+    lines: dict[str, Progress] = {}
+
+    def show(stages: list[StageState]) -> None:
+        for stage in stages:
+            if stage.name not in lines:
+                lines[stage.name] = job.part(stage.name)
+            lines[stage.name].update(stage.done, stage.total, **stage.figures)
+
+    return show
+
+
+def worker_pools(config: PrepareConfig) -> list[Pool]:
+    """Who works on which stages, how many at once in the Ray session that is open, and what makes them more."""
+    import ray
+
+    cpus = ray.cluster_resources().get("CPU", 1.0)
+    captioner = config.captioner
+    asked = asks(config.captions, config.states)
+    left = cpus - config.encoders * config.encoder_cpus - asked * captioner.actors * captioner.cpus
+    decoding = max(1, int(left / config.decode_cpus))
+    here = ["probe", "decode"] if asked else ["probe", "decode", "captions"]
+    pools = [Pool(here, decoding, "decode_cpus (less: more videos at once), or more CPUs")]
+    if asked:
+        at_once = captioner.at_once(config.captions, config.states)
+        knob = "captioner.side_by_side, or a faster server" if at_once > 1 else "captioner.actors, captioner.gpus"
+        pools.append(Pool(["captions"], captioner.actors * at_once, knob))
+    return [*pools, Pool(["encode"], config.encoders, "encoders, encoder_gpus")]
+
+
 @contextmanager
-def _data_context() -> Iterator[None]:
+def _data_context(policies: list[Any]) -> Iterator[None]:
     """Ray Data's switches for this job, put back afterwards."""
     from ray.data import DataContext
 
@@ -292,11 +356,13 @@ def _data_context() -> Iterator[None]:
         "print_on_execution_start": False,
     }
     before = {name: getattr(context, name) for name in wanted}
+    asked_before = context.get_config(_POLICIES, None)
     log = logging.getLogger("ray.data")
     level = log.level
     try:
         for name, value in wanted.items():
             setattr(context, name, value)
+        context.set_config(_POLICIES, policies)
         log.setLevel(logging.ERROR)  # our own progress line and report say what these lines would
         with warnings.catch_warnings():
             # `max_retries` and `max_task_retries` have no named form in Ray 2.60, which warns that 2.64 will need one
@@ -306,6 +372,9 @@ def _data_context() -> Iterator[None]:
         log.setLevel(level)
         for name, value in before.items():
             setattr(context, name, value)
+        context.remove_config(_POLICIES)
+        if asked_before is not None:
+            context.set_config(_POLICIES, asked_before)
 
 
 def make_settings(config: PrepareConfig) -> PrepareSettings:

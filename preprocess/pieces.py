@@ -30,6 +30,7 @@ from preprocess.spans import Piece, PieceShots, RawShot, motion, read_piece
 from preprocess.watch import Attempts
 
 WARM_UP = 2 * LOOKAHEAD + 32  # frames: what the detector remembers, and pictures after a key frame that lack their past
+FRAMES = ".frames"  # suffix of files in which encoded spans wait
 LEAST = 12  # a piece owns at least so many times the frames that are decoded twice for it
 
 
@@ -148,7 +149,7 @@ def make_jobs(
 
 def frames_file(folder: Path, number: int) -> Path:
     """Where the encoded spans of a piece wait."""
-    return folder / f"{_name(number)}.frames"
+    return folder / f"{_name(number)}{FRAMES}"
 
 
 def _run(jobs: Sequence[Job], side_by_side: SideBySide) -> list[PieceShots]:

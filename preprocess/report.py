@@ -26,11 +26,39 @@ class StageReport:
     set_aside: int = 0
 
 
+@dataclass(frozen=True)
+class Pool:
+    """Workers that share stages: `at_once` videos are in them side by side; `knob` says what makes it more."""
+
+    stages: list[str]
+    at_once: int
+    knob: str
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a pool could do, by what a video took it, and what it did."""
+
+    stages: str
+    items: int
+    each: float  # seconds of work on one video
+    at_once: int
+    ceiling: float  # videos a second, if its workers never waited
+    rate: float  # videos a second of the run's clock, the same for all pools that see every video
+    knob: str
+
+    @property
+    def busy(self) -> float:
+        """Share of the clock in which its workers worked."""
+        return self.rate / self.ceiling
+
+
 @dataclass
 class PrepareReport:
     output: Path
     seconds: float = 0.0  # of the clock
     stages: dict[str, StageReport] = field(default_factory=dict)
+    pools: list[Pool] = field(default_factory=list)  # who works on them
     sources: int = 0
     written: int = 0
     filtered: int = 0
@@ -109,6 +137,9 @@ class PrepareReport:
         if "shards" in self.stages:
             self.stages["shards"].items = self.scenes
 
+    def speeds(self) -> list[Speed]:
+        return speeds(self.pools, self.stages, self.seconds)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"output": str(self.output), "decodes_per_frame": round(self.decodes_per_frame, 4)}
 
@@ -139,9 +170,60 @@ class PrepareReport:
             kind = "scenes" if name == "shards" else "videos"
             aside = f", {stage.set_aside} set aside" if stage.set_aside else ""
             lines.append(f"  {name}: {stage.items} {kind}, {duration(stage.seconds)}{aside}")
+        lines += [f"  {words}" for words in speed_words(self.speeds(), self.stages, self.seconds)]
         if self.source_frames:
             lines.append(f"  decoded {self.decoded_frames} frames, {self.decodes_per_frame:.3f} per source frame")
         return "\n".join([*lines, f"took {duration(self.seconds)}"])
+
+
+def read_speeds(report: dict[str, Any]) -> tuple[list[Speed], str]:
+    """Speeds of the pools of a report.json, and which knob is next; nothing where it has none."""
+    stages = {name: StageReport(**one) for name, one in report["stages"].items()}
+    found = speeds([Pool(**one) for one in report.get("pools", [])], stages, report["seconds"])
+    return found, "; ".join(speed_words(found, stages, report["seconds"]))
+
+
+def speeds(pools: Iterable[Pool], stages: dict[str, StageReport], seconds: float) -> list[Speed]:
+    """How fast each pool could work and did; without pools that had nothing to do.
+
+    seconds: of the clock. The ceiling is measured in the run itself, so it holds for its machine, load and videos.
+    """
+    shards = stages["shards"].seconds if "shards" in stages else 0.0
+    clock = seconds - shards  # they are written when all else is done
+    found = []
+    for pool in pools:
+        here = [stages[name] for name in pool.stages if name in stages]
+        items = max((stage.items for stage in here), default=0)
+        work = sum(stage.seconds for stage in here)
+        if items and work > 0 and clock > 0:
+            each = work / items
+            ceiling = pool.at_once / each
+            found.append(Speed(", ".join(pool.stages), items, each, pool.at_once, ceiling, items / clock, pool.knob))
+    return found
+
+
+def speed_words(found: Sequence[Speed], stages: dict[str, StageReport], seconds: float) -> list[str]:
+    """The pool that bounds the run, and what to turn next; where something else does, what that is."""
+    if not found:
+        return []
+    slowest = min(found, key=lambda one: one.ceiling)
+    name = slowest.stages
+    lines = [
+        f"slowest: {name}, at most {_per_second(slowest.ceiling)} with {slowest.at_once} at once; "
+        f"the run did {_per_second(slowest.rate)}, {min(slowest.busy, 1):.0%} of that"
+    ]
+    shards = stages["shards"].seconds if "shards" in stages else 0.0
+    if shards > seconds / 2:
+        lines.append(f"next: a faster disk; shards, written by one process, took {shards / seconds:.0%} of the time")
+    elif slowest.busy < 0.5:
+        lines.append("next: more videos in one run; starting and waiting took most of the time")
+    else:
+        lines.append(f"next: {slowest.knob}")
+    return lines
+
+
+def _per_second(rate: float) -> str:
+    return f"{rate:.3g} videos/s" if rate >= 1 else f"a video in {duration(1 / rate)}"
 
 
 def sizes_of(rows: Iterable[Row]) -> dict[str, int]:

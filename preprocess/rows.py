@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from preprocess.outcome import Failed
 from preprocess.pieces import SideBySide, in_turn, plan_pieces
 from preprocess.room import OutputError
+from preprocess.scratch import ScratchRoom
 from preprocess.unit import (
     Unit,
     caption_stage,
@@ -44,7 +45,10 @@ def probe_row(row: Row, place: Workplace) -> Row:
     return _stage("probe", lambda unit: probe_stage(unit, place), row, place)
 
 
-def decode_row(row: Row, place: Workplace, side_by_side: SideBySide = in_turn) -> Row:
+def decode_row(row: Row, place: Workplace, side_by_side: SideBySide = in_turn, room: ScratchRoom | None = None) -> Row:
+    """`room`: waited for before anything is decoded."""
+    if room is not None and not Unit.from_json(row["unit"]).status:
+        room.wait()
     return _stage("decode", lambda unit: decode_stage(unit, place, side_by_side), row, place)
 
 

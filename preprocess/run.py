@@ -81,6 +81,7 @@ class Work:
         rounds = 0
         while todo := self.todo:
             rounds += 1
+            drop([self.place.scratch])  # what was left by rows that Ray has dropped
             self.check_room()
             yield write_manifest(self.place.parts / "todo.parquet", [self._unit(file) for file in todo])
             for file in todo:

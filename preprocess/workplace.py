@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from preprocess.answers import ANSWERS, Answers, question_key
 from preprocess.captions import template_hash
-from preprocess.pieces import frames_file
+from preprocess.pieces import FRAMES, frames_file
 from preprocess.remote import copy_here, is_direct
 from preprocess.room import writing
 from preprocess.settings import PrepareSettings
@@ -38,7 +38,7 @@ class Workplace:
 
     def scratch_file(self, unit: Unit, piece: int = 0) -> Path:
         """Where the encoded spans of a video wait, or those of one piece of it."""
-        return frames_file(self.film(unit), piece) if piece else self.scratch / f"{unit.file.video_id}.frames"
+        return frames_file(self.film(unit), piece) if piece else self.scratch / f"{unit.file.video_id}{FRAMES}"
 
     def film(self, unit: Unit) -> Path:
         """The folder of a long video that is under way. Its name says what it depends on, so it outlives a run."""

@@ -49,6 +49,20 @@ def test_a_busy_server_is_asked_again() -> None:
     assert endpoint(lambda request: next(replies))([IMAGE], "?") == "now"
 
 
+@pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 503, 504, 507, 520, 522, 524, 529, 599])
+def test_what_may_pass_is_tried_again(status: int) -> None:
+    """529: overloaded; 520 to 527: a proxy in front of the server lost it."""
+    replies = iter([httpx.Response(status), answer("now")])
+    assert endpoint(lambda request: next(replies))([IMAGE], "?") == "now"
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422, 501, 505])
+def test_what_stays_so_is_not_tried_again(status: int) -> None:
+    replies = iter([httpx.Response(status, text="no")])
+    with pytest.raises(ChatError, match=f"status {status}: no"):
+        endpoint(lambda request: next(replies))([IMAGE], "?")
+
+
 def test_retry_after_is_seconds_or_a_date() -> None:
     soon = (datetime.now(UTC) + timedelta(seconds=60)).strftime("%a, %d %b %Y %H:%M:%S GMT")
     assert 50 < retry_after(soon) <= 60 and retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0

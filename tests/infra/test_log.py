@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pty
+import re
 import subprocess
 import sys
 import threading
@@ -74,6 +75,23 @@ def test_counts_can_be_set_outright(clock: list[float], capsys: pytest.CaptureFi
     assert capsys.readouterr().err.endswith("copy: 2/4 (50 %), 2 s each, 4.0 s left, file b, done after 4.0 s\n")
 
 
+def test_stages_stand_in_the_line_of_their_job(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("prepare", 9) as job:
+        decode, encode = job.part("decode"), job.part("encode")
+        clock[0] += 4
+        decode.update(8, 9, running=1, waiting=0)
+        encode.update(2, 9, running=1, waiting=5)
+        clock[0] += 4
+        job.advance(2, written=2)
+        job.drop_parts()
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        "prepare: 0/9 (0 %); decode: 8/9 (88 %), 2/s, 0.5 s left, running 1, waiting 0; encode: 0",
+        "prepare: 2/9 (22 %), 4 s each, 28 s left, written 2; decode: 8/9 (88 %), 1/s, 1.0 s left, running 1, "
+        "waiting 0; encode: 2/9 (22 %), 4 s each, 28 s left, running 1, waiting 5",
+        "prepare: 2/9 (22 %), 4 s each, 28 s left, written 2, done after 8.0 s",
+    ]
+
+
 def test_threads_lose_no_count(capsys: pytest.CaptureFixture[str]) -> None:
     with progress("threads", 4000) as job:
         threads = [threading.Thread(target=lambda: [job.advance() for _ in range(1000)]) for _ in range(4)]
@@ -123,11 +141,43 @@ with progress("outer [1]", 2) as outer:
 """
 
 
+STAGES = """
+import time
+from infra.log import progress
+with progress("prepare", 9) as job:
+    decode, encode = job.part("decode"), job.part("encode")
+    time.sleep(1.1)
+    for done in range(1, 4):
+        decode.update(done + 4, 9, running=1, waiting=0)
+        encode.update(done, 9, running=1, waiting=3)
+        job.advance(written=done)
+        time.sleep(0.2)
+"""
+
+
 def test_a_terminal_gets_one_live_display(repo_root: Path) -> None:
+    text = on_a_terminal(SCRIPT, repo_root)
+    assert text.count("x: hello") == 2
+    assert text.count("inner: 3/3 (100 %), loss 2, done after") == 2
+    assert text.count("outer [1]: 2/2 (100 %), done after") == 1
+    assert text.rstrip().endswith("\x1b[?25h"), "the cursor must be visible again"
+
+
+def test_a_terminal_gets_a_line_per_stage_with_items_rate_queue_and_time_left(repo_root: Path) -> None:
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", on_a_terminal(STAGES, repo_root))
+    for name, state in (("decode", r"7/9"), ("encode", r"3/9"), ("prepare", r"3/9")):
+        lines = [line for line in re.split(r"[\r\n]+", text) if line.strip().startswith(name) and state in line]
+        assert lines and re.search(r"\d:\d\d:\d\d .*(/s|s each)", lines[-1] if name != "prepare" else lines[0]), lines
+    assert "running 1, waiting 3" in text
+    assert "decode:" not in text and "prepare: 3/9 (33 %)" in text  # the job alone leaves a line
+
+
+def on_a_terminal(script: str, repo_root: Path) -> str:
+    """What the script writes to a terminal of 120 columns."""
     ours, theirs = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT], cwd=repo_root, env=environment, stderr=theirs, stdout=theirs, stdin=theirs
+        [sys.executable, "-c", script], cwd=repo_root, env=environment, stderr=theirs, stdout=theirs, stdin=theirs
     )
     os.close(theirs)
     received = b""
@@ -142,7 +192,4 @@ def test_a_terminal_gets_one_live_display(repo_root: Path) -> None:
     os.close(ours)
     text = received.decode()
     assert process.wait() == 0, text
-    assert text.count("x: hello") == 2
-    assert text.count("inner: 3/3 (100 %), loss 2, done after") == 2
-    assert text.count("outer [1]: 2/2 (100 %), done after") == 1
-    assert text.rstrip().endswith("\x1b[?25h"), "the cursor must be visible again"
+    return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import tarfile
@@ -18,6 +19,7 @@ from models.tiny import build_tiny_folder
 from pipelines.cli import main
 from pipelines.dataset_card import histogram, write_card
 from pipelines.report_media import frames_at, source_here
+from preprocess.report import Pool, PrepareReport, StageReport
 from preprocess.settings import PrepareSettings
 from tests.preprocess.runs import run_here
 from tests.preprocess.videos import pan, write
@@ -70,6 +72,24 @@ def test_the_card_holds_what_the_tables_say(dataset: Path, tmp_path: Path) -> No
     taken = re.search(r"<td>static</td><td class=\"n\">0.25</td><td class=\"n\">(\d)</td>", text)
     assert taken is not None and taken[1] == "2"
     assert text.count("<svg") >= 9
+
+
+def test_the_card_says_how_fast_each_stage_could_be_and_which_knob_is_next(dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(dataset, tmp_path / "out")
+    stages = {"probe": StageReport(4, 1.0), "decode": StageReport(4, 7.0), "encode": StageReport(4, 10.0)}
+    pools = [Pool(["probe", "decode"], 2, "decode_cpus <less>"), Pool(["encode"], 1, "encoders, encoder_gpus")]
+    report = PrepareReport(tmp_path / "out", seconds=12.5, stages=stages, pools=pools)
+    (tmp_path / "out" / "report.json").write_text(json.dumps(report.to_dict()))
+    text = write_card(tmp_path / "out", tmp_path / "card.html").read_text()
+    assert not Page(text).open and "decode_cpus &lt;less&gt;" in text
+    row = re.findall(r"<tr><td>encode</td>(.*?)</tr>", text)[-1]
+    assert re.findall(r">([^<>]+)<", row) == [
+        "1", "2.5", "0.4", "0.32", "80 %", "encoders, encoder_gpus",
+    ]  # fmt: skip
+    assert "slowest: encode, at most a video in 2.5 s with 1 at once" in text
+    assert "next: encoders, encoder_gpus." in text
+    (tmp_path / "out" / "report.json").write_text("{}")  # of an interrupted copy
+    assert "slowest" not in write_card(tmp_path / "out", tmp_path / "card.html").read_text()
 
 
 def test_each_video_of_a_tar_and_a_folder_of_images_show_their_own_pictures(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import pytest
 import pipelines.dry_run as module
 from pipelines.captioner import CaptionerConfig
 from pipelines.dry_run import DryRun, dry_run
-from pipelines.prepare import PrepareConfig, run_prepare
+from pipelines.prepare import PrepareConfig, make_settings, run_prepare
 from preprocess.settings import PrepareSettings
+from tests.preprocess.runs import run_here
 from tests.preprocess.videos import three_shots, write, write_unusable
 
 
@@ -48,7 +50,9 @@ def test_the_plan_names_what_is_set_aside_and_estimates_the_rest(
     assert found.dataset_bytes == pytest.approx(1.5 * found.sample_bytes) and found.sample_bytes > 10_000
     # a video's frames wait as raw pixels for the encoder
     assert found.scratch_bytes == 51 * found.settings.height * found.settings.width * 3
-    assert found.disk_bytes > 2 * found.dataset_bytes and found.memory["encoding"] >= found.memory["decoding"] > 2**20
+    assert found.waiting_bytes == 3 * found.scratch_bytes  # all three; there is room for them
+    assert found.disk_bytes == 2 * found.dataset_bytes + found.waiting_bytes
+    assert found.memory["encoding"] >= found.memory["decoding"] > 2**20
     text = found.summary()
     for words in ("nothing is written", "empty.mp4 (probe): the file is empty", "max_blur=0.72", "time: about", "GB"):
         assert words in text
@@ -75,6 +79,33 @@ def test_models_are_not_asked_and_what_is_missing_is_said(videos: Path, model: P
     assert found.sampled == ["good0.mp4"] and "not in the estimate: captions=endpoint (none" in found.summary()
     only_bad = dry_run(dataclasses.replace(config, sources=[str(videos / "empty.mp4")]))
     assert only_bad.frames == 0 and "nothing to estimate" in only_bad.summary()
+
+
+def test_scenes_that_are_kept_are_written_again_into_the_new_shards(videos: Path, model: Path, tmp_path: Path) -> None:
+    folder, output = tmp_path / "videos", tmp_path / "out"
+    folder.mkdir()
+    for k in range(2):
+        shutil.copy2(videos / f"good{k}.mp4", folder)
+    config = PrepareConfig(sources=[str(folder)], output=output, model=model)
+    run_here(folder, output, model, make_settings(config))
+    nothing = dry_run(config)
+    assert (nothing.unchanged, nothing.kept_bytes, nothing.disk_bytes) == (2, 0, 0)
+    shutil.copy2(videos / "good2.mp4", folder)
+    found = dry_run(config)
+    assert (found.unchanged, found.sampled) == (2, ["good2.mp4"])
+    shards = sum(path.stat().st_size for path in (output / "shards").glob("*.tar"))
+    assert 0.5 * shards < found.kept_bytes <= shards  # a tar ends in zeros
+    assert found.dataset_bytes == found.kept_bytes + found.sample_bytes
+    assert found.disk_bytes == found.kept_bytes + 2 * found.sample_bytes + found.waiting_bytes
+    assert "of it unchanged, and written again" in found.summary()
+
+
+def test_frames_that_wait_are_bounded_by_their_room() -> None:
+    found = DryRun(Path("out"), PrepareSettings(), decoding=3, encoders=2, cores=4, frames=1000, sample_frames=10)
+    found.scratch_bytes, found.scratch_sum, found.scratch_room = 7.0, 8.0, 100.0
+    assert found.waiting_bytes == 100 + 3 * 7
+    found.scratch_room = 10**9
+    assert found.waiting_bytes == 800
 
 
 def test_the_clock_follows_the_workers() -> None:

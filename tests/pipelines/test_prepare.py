@@ -16,10 +16,12 @@ import pytest
 import webdataset
 from safetensors.torch import load
 
+import pipelines.stage_policy
 import preprocess.rows
 from infra.ray_session import RaySession
 from models.scene import Scene
 from pipelines.prepare import PrepareConfig, make_settings, prepare
+from pipelines.states import StatesConfig
 from preprocess.filters import NO_FILTERS
 from preprocess.report import PrepareReport
 from preprocess.run import lock
@@ -187,6 +189,85 @@ def test_a_file_that_kills_or_hangs_its_worker_is_set_aside(
     for name, cause in (("toy1.mp4", "its worker process died"), ("toy2.mp4", "it hung")):
         assert ends[name]["status"] == "failed" and ends[name]["stage"] == "decode"
         assert ends[name]["attempts"] == MAX_ATTEMPTS and cause in ends[name]["reason"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("name", "stage"), [("EncodeRow", "encode"), ("CaptionRow", "captions")])
+def test_a_row_that_kills_its_actor_each_time_is_set_aside(
+    name: str, stage: str, videos: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default Ray starts the actor and gives it the row for ever."""
+    real: type = getattr(preprocess.rows, name)
+
+    class Killed(real):
+        def __call__(self, row: dict[str, str]) -> dict[str, str]:
+            if row["video_id"].startswith("toy1"):
+                with Attempts(self.place.parts / "attempts").attempt(row["video_id"], stage, 600.0):
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(row)
+
+    Killed.__name__ = name
+    monkeypatch.setattr(preprocess.rows, name, Killed)
+    asked = {"states": StatesConfig(backend="toyworld")} if name == "CaptionRow" else {}
+    report = prepare(PrepareConfig(sources=[str(videos)], output=tmp_path / "out", model=model, **asked))
+    ends = {row["name"]: row for row in table(tmp_path / "out", "sources")}
+    assert (report.written, report.filtered, report.failed) == (2, 1, 3)  # everything else is written
+    assert (ends["toy1.mp4"]["status"], ends["toy1.mp4"]["stage"]) == ("failed", stage)
+    assert ends["toy1.mp4"]["attempts"] == MAX_ATTEMPTS and "its worker process died" in ends["toy1.mp4"]["reason"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("bounded", [True, False])
+def test_decode_waits_for_the_encoder_where_scratch_is_full(
+    bounded: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for less than a video one waits, and at most one is being decoded; without the bound, most of them."""
+    for k in range(8):
+        write(tmp_path / "videos" / f"{k}.mp4", three_shots(17))
+    real = preprocess.rows.EncodeRow
+    waiting = tmp_path / "waiting"
+
+    class EncodeRow(real):
+        def __call__(self, row: dict[str, str]) -> dict[str, str]:
+            time.sleep(3)  # decoding a video takes less
+            with waiting.open("a") as file:
+                file.write(f"{len(list(self.place.scratch.glob('*.frames')))}\n")
+            return super().__call__(row)
+
+    monkeypatch.setattr(preprocess.rows, "EncodeRow", EncodeRow)
+    room = 1e-5 if bounded else None
+    config = PrepareConfig(
+        sources=[str(tmp_path / "videos")], output=tmp_path / "out", model=model, scratch_gb=room, filters=NO_FILTERS,
+        decode_cpus=0.5,
+    )  # fmt: skip
+    report = prepare(config)
+    assert report.written == 8
+    counts = [int(line) for line in waiting.read_text().split()]
+    assert len(counts) == 8
+    # of the video being encoded, of the one before (the driver drops them), and of decodes begun before it was full
+    assert max(counts) <= 4 if bounded else max(counts) >= 6
+
+
+def test_the_stages_are_shown_while_they_run(
+    videos: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, int, int]] = []
+    real = pipelines.stage_policy.stage_states
+
+    def states(*args: object) -> list[pipelines.stage_policy.StageState]:
+        found = real(*args)
+        seen.extend((one.name, one.done, one.total) for one in found)
+        return found
+
+    monkeypatch.setattr(pipelines.stage_policy, "stage_states", states)
+    report = prepare(PrepareConfig(sources=[str(videos)], output=tmp_path / "out", model=model))
+    assert {name for name, _, _ in seen} == {"probe, decode, captions", "encode"}  # Ray runs the first three as one
+    assert max(done for name, done, _ in seen if name != "encode") >= 1
+    assert max(total for _, _, total in seen) == 6
+    assert [pool.stages for pool in report.pools] == [["probe", "decode", "captions"], ["encode"]]
+    assert len(report.speeds()) == 2 and "slowest: " in report.summary()
 
 
 @pytest.mark.slow
