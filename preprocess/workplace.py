@@ -47,6 +47,7 @@ class Workplace:
             unit.sha256,
             unit.captions_sha256,
             fields_text(unit.file),
+            [asdict(one) for one in unit.references],
             asdict(settings),
             _keys(settings, self.encoder_key),
         ]
@@ -61,9 +62,11 @@ class Workplace:
         return self._here(unit.file.path, unit.file.span, self._copies(unit)[0])
 
     def captions(self, unit: Unit) -> str | None:
-        """The caption file as a local path, alike."""
+        """The caption file as a local path, alike; None where there is none, or it is known to hold no captions."""
         file = unit.file
-        return self._here(file.captions, file.captions_span, self._copies(unit)[1]) if file.captions else None
+        if not file.captions or unit.untold:
+            return None
+        return self._here(file.captions, file.captions_span, self._copies(unit)[1])
 
     def leftovers(self, unit: Unit) -> list[Path]:
         """All that may lie in scratch for a source; nobody needs it once the source has its part."""
