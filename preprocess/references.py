@@ -6,7 +6,6 @@ import io
 import json
 import os
 import posixpath
-import tarfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -39,6 +38,7 @@ class SeenReference:
     path: str  # as the captions or the list have it
     place: str = ""  # a path, an address, or the tar that `member` lies in
     member: str = ""
+    span: list[int] | None = None  # of the member; None: not there
     stamp: int = 0  # of the file or tar; 0: not there, or its store tells nothing
     sha256: str = ""  # "": not there, or at an address
     error: str = ""  # why it can lie nowhere
@@ -53,21 +53,22 @@ def see_references(file: SourceFile, captions: str | None) -> list[SeenReference
     if told and file.references:
         name = Path(file.captions or "").name if not file.captions_span else PurePosixPath(file.member).stem + ".json"
         raise Failed("captions", f"{name} and the list both name references; give them in one of the two")
-    seen = [SeenReference(one.role, one.path, one.place) for one in file.references]
+    seen = [SeenReference(one.role, readable(one.path), one.place) for one in file.references]
     for one in told:
         try:
-            seen.append(SeenReference(one.role, one.path, *_place(one, file)))
+            seen.append(SeenReference(one.role, readable(one.path), *_place(one, file)))
         except ValueError as error:
-            seen.append(SeenReference(one.role, one.path, error=str(error)))
+            seen.append(SeenReference(one.role, readable(one.path), error=str(error)))
     for reference in seen:
         reference.stamp = _stamp(reference.place)
+        reference.span, reference.error = _find(reference)
         reference.sha256 = _sha256(reference)
     return seen
 
 
 def references_text(seen: Sequence[SeenReference]) -> str:
     """As JSON, for tables; "" where there are none."""
-    return json.dumps([asdict(one) | {"place": readable(one.place)} for one in seen]) if seen else ""
+    return json.dumps([asdict(one) for one in seen]) if seen else ""
 
 
 def references_hold(row: dict[str, Any]) -> bool:
@@ -79,8 +80,11 @@ def references_hold(row: dict[str, Any]) -> bool:
         was = decode(SeenReference, value, "references")
         if is_address(was.place) and row["status"] != "failed":
             continue
-        if _stamp(was.place) != was.stamp and (not was.sha256 or _sha256(was) != was.sha256):
-            return False
+        if _stamp(was.place) != was.stamp:
+            was.error = ""
+            was.span, was.error = _find(was)
+            if not was.sha256 or _sha256(was) != was.sha256:
+                return False
     return True
 
 
@@ -106,13 +110,23 @@ def _stamp(place: str) -> int:
         return 0
 
 
+def _find(reference: SeenReference) -> tuple[list[int] | None, str]:
+    """(offset and size in a tar, why there are none)."""
+    if reference.error or not reference.member:
+        return None, reference.error
+    try:
+        span = find_member(reference.place, reference.member)
+    except Exception as error:  # damaged, gone, or what a driver raises
+        return None, f"its tar cannot be read ({short(error)})"
+    return span, "" if span else f"no file {reference.member!r} in its tar"
+
+
 def _sha256(reference: SeenReference) -> str:
-    if not reference.place or is_address(reference.place):
+    if reference.error or not reference.place or is_address(reference.place):
         return ""
     try:
-        span = find_member(reference.place, reference.member) if reference.member else None
-        return "" if reference.member and span is None else sha256_at(reference.place, span)
-    except (OSError, EOFError, ValueError, tarfile.TarError):
+        return sha256_at(reference.place, reference.span)
+    except (OSError, EOFError, ValueError):
         return ""
 
 
@@ -137,11 +151,8 @@ def _here(reference: SeenReference, scratch: Path) -> Path:
         if not Path(reference.place).is_file():
             raise Failed("encode", "no such file beside the captions or the list")
         return Path(reference.place)
-    span = find_member(reference.place, reference.member) if reference.member else None
-    if reference.member and span is None:
-        raise Failed("encode", f"no file {reference.member!r} in its tar")
     copy = scratch / PurePosixPath(bare(reference.path)).name
-    copy_here(reference.place, span, copy)
+    copy_here(reference.place, reference.span, copy)
     return copy
 
 

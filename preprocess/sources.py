@@ -162,8 +162,8 @@ def list_sources(
     for file in found.files:
         if (other := by_id.setdefault(file.video_id, file.name)) != file.name:
             raise SourceError(
-                f"{other} and {file.name} would have the same id {file.video_id!r}, so that one would be lost; give one "
-                "of them another name"
+                f"{other} and {file.name} would have the same id {file.video_id!r}, and one would be lost; give one of "
+                "them another name"
             )
     return found
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from preprocess.answers import ANSWERS, Answers, question_key
 from preprocess.captions import template_hash
+from preprocess.outcome import Failed
 from preprocess.pieces import frames_file
 from preprocess.remote import copy_here, is_direct
 from preprocess.room import writing
@@ -66,7 +67,10 @@ class Workplace:
         file = unit.file
         if not file.captions or unit.untold:
             return None
-        return self._here(file.captions, file.captions_span, self._copies(unit)[1])
+        try:
+            return self._here(file.captions, file.captions_span, self._copies(unit)[1])
+        except Failed as error:  # of its own stage, so that it is looked at again when it has changed
+            raise Failed("captions", f"the caption file: {error.reason}") from error
 
     def leftovers(self, unit: Unit) -> list[Path]:
         """All that may lie in scratch for a source; nobody needs it once the source has its part."""

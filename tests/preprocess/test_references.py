@@ -159,7 +159,7 @@ def test_images_cover_the_training_size_and_clips_are_one_shot(tmp_path: Path) -
     (tmp_path / "text.png").write_text("not an image")
     for role, name, message in (
         ("image", "none.png", "reference none.png: no such file"),
-        ("image", "text.png", "reference text.png is no readable image"),
+        ("image", "text.png", "reference text.png: no readable image"),
     ):
         with pytest.raises(Failed, match=message):
             read(Reference(role, name), tmp_path)  # type: ignore[arg-type]
