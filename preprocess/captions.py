@@ -5,7 +5,8 @@ Those of `endpoint` and `transformers` come from a model (`preprocess.asked`); h
 A sidecar `X.json` beside `X.mp4` holds story, label, entities [{id, name, description}], references [{role, path}] and
 shots [{start_frame, end_frame, prompt, sentence, camera, label, entities [id], states [{text, frame}]}]; frames are
 source frames, a state's frame counts from the start of its shot, paths start at the sidecar's folder. Its shots are
-matched to the detected ones by overlap with the encoded frames.
+matched to the detected ones by overlap with the encoded frames. Label and references are read whoever captions. A file
+that has none of these keys holds fields of the video.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from typing import Any
 from models.records import RecordError, decode
 from models.scene import CaptionSource, Entity, Reference, Scene, Shot, State
 from preprocess.describe import TEMPLATES, describe_scene, describe_shot
+from preprocess.lists import CLASSES, plain_fields
 from preprocess.outcome import Failed
 from preprocess.scene_question import question_hash
-from preprocess.settings import ASKED, CaptionBackend, PrepareSettings
+from preprocess.settings import ASKED, SIDECARS, CaptionBackend, PrepareSettings
 
 _MIN_OVERLAP = 0.5  # share of a shot's encoded frames that a caption must cover
 _LARGEST = 16 * 2**20  # bytes of a sidecar file
@@ -42,7 +44,7 @@ class SidecarShot:
 
 @dataclass
 class Sidecar:
-    shots: list[SidecarShot]
+    shots: list[SidecarShot] = field(default_factory=list)
     story: str = ""
     label: int | None = None  # the class of all shots, those that no caption covers among them
     entities: list[Entity] = field(default_factory=list)
@@ -60,25 +62,36 @@ def caption_scenes(
     span_frames: list[list[int]],
     path: str | None,
     backend: CaptionBackend,
+    label: int | None = None,
 ) -> None:
-    """Fill story, entities, prompts, sentences, camera and states of all scenes of one source, in place.
+    """Fill story, entities, prompts, sentences, camera, states and labels of all scenes of one source, in place.
+
+    Where a model is asked, labels alone: its words come later.
 
     Args:
         span_frames: per shot of the source, the source frame number of each encoded frame.
         path: the sidecar file, None where there is none.
+        label: the class that the list of the source gives, None where it gives none.
     Raises:
-        Failed: the sidecar is missing (backend `sidecar`), cannot be read, or covers none of a scene's shots.
+        Failed: the sidecar is missing (backend `sidecar`), cannot be read, covers none of a scene's shots, or has
+            another label.
     """
-    sidecar = None
-    if backend != "describe":
-        sidecar = read_sidecar(path) if path is not None else None
-        if sidecar is None and backend == "sidecar":
-            raise Failed("captions", "no caption file beside the video; write X.json beside X.mp4, or use describe")
+    words = backend in SIDECARS
+    sidecar = read_sidecar(path, words) if path is not None else None
+    if sidecar is None and backend == "sidecar":
+        raise Failed("captions", "no caption file beside the video; write X.json beside X.mp4, or use describe")
+    if sidecar is not None and None not in (sidecar.label, label) and sidecar.label != label:
+        where = f"{sidecar.label} in {Path(str(path)).name} and {label} in the list"
+        raise Failed("captions", f"label is {where}; give it in one of them")
     first = 0
     for scene in scenes:
         frames = span_frames[first : first + len(scene.shots)]
         first += len(scene.shots)
-        said = _from_sidecar(scene, sidecar, frames) if sidecar is not None else 0
+        for shot in scene.shots:
+            shot.label = label
+        said = _from_sidecar(scene, sidecar, frames, words) if sidecar is not None else 0
+        if backend in ASKED:
+            continue
         if said < len(scene.shots):
             if backend == "sidecar":
                 missing = [shot.index for shot in scene.shots if not shot.prompt]
@@ -87,9 +100,9 @@ def caption_scenes(
             for shot in scene.shots:
                 if not shot.prompt:
                     describe_shot(shot)
+        used = "sidecar" if said == len(scene.shots) else "sidecar+describe" if said or scene.story else "describe"
         if not scene.story:
             describe_scene(scene)
-        used = "describe" if said == 0 else "sidecar" if said == len(scene.shots) else "sidecar+describe"
         scene.captions = CaptionSource(used, "", "" if used == "sidecar" else template_hash())
 
 
@@ -105,23 +118,37 @@ def finish_asked(scene: Scene, settings: PrepareSettings) -> None:
     scene.captions = CaptionSource(used, model, template_hash(settings.captions))
 
 
-def read_sidecar(path: str) -> Sidecar:
-    """A checked caption file. Raises Failed naming the file, the field and the value."""
+def look_beside(path: str) -> tuple[bool, dict[str, Any]]:
+    """Of the JSON file beside a video: whether it holds captions, and the fields of the video that it holds.
+
+    A file without `shots` is somebody else's, and its keys are fields, but for those that captions have. One that
+    cannot be read holds captions: they will be refused by name.
+    """
     try:
-        if Path(path).stat().st_size > _LARGEST:
-            raise Failed("captions", f"{path} is larger than {_LARGEST} bytes; is it a caption file?")
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Failed("captions", f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise Failed("captions", f"{path} is not JSON: {error}") from error
+        value = _load(path)
+    except Failed:
+        return True, {}
+    if not isinstance(value, dict) or "shots" in value:
+        return True, {}
+    known = {name for name in value if name in Sidecar.__dataclass_fields__}
+    if type(value.get("label")) is not int:  # a word: no class
+        known -= {"label"}
+    return bool(known), plain_fields({name: one for name, one in value.items() if name not in known})
+
+
+def read_sidecar(path: str, words: bool = True) -> Sidecar:
+    """A checked caption file, or, without `words`, the references and labels of it; the rest may be of any form then.
+
+    Raises Failed naming the file, the field and the value.
+    """
+    value = _load(path)
     try:
-        sidecar = decode(Sidecar, _known(value), Path(path).name)
+        sidecar = decode(Sidecar, _known(value) if words else _given(value), Path(path).name)
     except RecordError as error:
         raise Failed("captions", str(error)) from error
     name = Path(path).name
     for at, label in ((name, sidecar.label), *((f"{name}.shots[{i}]", s.label) for i, s in enumerate(sidecar.shots))):
-        if label is not None and label < 0:
+        if label is not None and not 0 <= label < CLASSES:
             raise Failed("captions", f"{at}.label is {label}; give a class, counted from 0, or leave it out")
     for i, shot in enumerate(sidecar.shots):
         if not 0 <= shot.start_frame < shot.end_frame:
@@ -146,23 +173,46 @@ def _known(value: Any) -> Any:
     return kept
 
 
-def _from_sidecar(scene: Scene, sidecar: Sidecar, frames: list[list[int]]) -> int:
-    """Fill what the sidecar says; returns for how many shots it had a caption."""
+def _load(path: str) -> Any:
+    try:
+        if Path(path).stat().st_size > _LARGEST:
+            raise Failed("captions", f"{path} is larger than {_LARGEST} bytes; is it a caption file?")
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Failed("captions", f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise Failed("captions", f"{path} is not JSON: {error}") from error
+
+
+def _given(value: Any) -> dict[str, Any]:
+    """References and labels alone, with the frames that the labels are of."""
+    if not isinstance(value, dict):
+        return {}
+    given = {name: value[name] for name in ("label", "references") if name in value}
+    shots = value.get("shots")
+    labelled = [one for one in shots if isinstance(one, dict) and "label" in one] if isinstance(shots, list) else []
+    names = ("start_frame", "end_frame", "label")
+    return given | {"shots": [{n: one[n] for n in names if n in one} | {"prompt": ""} for one in labelled]}
+
+
+def _from_sidecar(scene: Scene, sidecar: Sidecar, frames: list[list[int]], words: bool) -> int:
+    """Fill what the sidecar says, without `words` labels alone; returns for how many shots it had a caption."""
     said = 0
     for shot, encoded in zip(scene.shots, frames, strict=True):
-        shot.label = sidecar.label
+        shot.label = shot.label if sidecar.label is None else sidecar.label
         best, share = _best_match(shot, encoded, sidecar.shots)
         if best is None or share < _MIN_OVERLAP:
             continue
+        shot.label = shot.label if best.label is None else best.label
+        if not words:
+            continue
         said += 1
-        shot.label = sidecar.label if best.label is None else best.label
         shot.prompt, shot.sentence, shot.camera = best.prompt, best.sentence, best.camera
         shot.entities = list(best.entities)
         shot.scores["caption_overlap"] = round(share, 4)
         shot.states = _states(best, encoded)
-    if said:
+    if said or (words and not sidecar.shots):  # a file without shots tells of all that is there
         scene.story, scene.entities = sidecar.story, list(sidecar.entities)
-        scene.references = list(sidecar.references)
     return said
 
 

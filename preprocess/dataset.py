@@ -25,7 +25,8 @@ from preprocess.duplicates import is_duplicate
 from preprocess.filters import SCORES, judge
 from preprocess.index import INDEX, index_rows
 from preprocess.parts import Part, Row, part_path, part_samples, read_part
-from preprocess.remote import sha256_at
+from preprocess.references import references_hold
+from preprocess.remote import is_address, sha256_at
 from preprocess.shards import ShardReader, ShardWriter
 from preprocess.sources import SourceFile, fields_text
 
@@ -127,7 +128,9 @@ def _still_holds(
         return False
     if not _same_verdicts(part, limits):
         return False
-    return "caption_key" not in depends or _same_words(row, file)
+    if "caption_key" in depends and not _same_words(row, file):
+        return False
+    return "encoder_key" not in depends or references_hold(row)
 
 
 def _same_verdicts(part: Part, limits: dict[str, float | None]) -> bool:
@@ -168,6 +171,8 @@ def _same_words(row: Row, file: SourceFile) -> bool:
     if (row.get("fields") or "") != fields_text(file):
         return False
     place = file.captions or "", file.captions_span
+    if is_address(place[0]) and not file.captions_mtime_ns:  # its store does not tell a changed file: it is read
+        return row["captions"] == place[0] and _sha256(*place) == row["captions_sha256"]
     return _same_content(row, "captions", *place, "captions_mtime_ns", file.captions_mtime_ns, "captions_sha256")
 
 
@@ -179,7 +184,15 @@ def _same_content(
         return True
     if mtime_ns == 0 or not row[hash_name]:  # gone, or never read
         return False
-    return sha256_at(path, span) == row[hash_name]
+    return _sha256(path, span) == row[hash_name]
+
+
+def _sha256(path: str, span: list[int] | None) -> str:
+    """Of what lies there now; "" where it cannot be read, which the stages will say by name."""
+    try:
+        return sha256_at(path, span)
+    except Exception:  # each driver has exceptions of its own
+        return ""
 
 
 def known_hashes(folder: Path) -> dict[tuple[str, str, int, int], str]:
@@ -333,15 +346,15 @@ SOURCE_SCHEMA = _schema(
     hdr="bool", interlaced="bool", audio="bool", mirrored="bool", truncated="str", colour="str",
     picture_height="int", picture_width="int", encoded_height="int", encoded_width="int",
     bytes="int", mtime_ns="int", sha256="str", captions="str", captions_mtime_ns="int", captions_sha256="str",
-    frames_fps="float", fields="str", vision_key="str", caption_key="str", encoder_key="str",
+    frames_fps="float", fields="str", references="str", vision_key="str", caption_key="str", encoder_key="str",
 )  # fmt: skip
 SHOT_SCHEMA = _schema(
     video_id="str", source="str", scene_id="str", shot_id="str", index="int", key="str", shard="str", start_s="float",
     duration_s="float", start_pts="int", end_pts="int", time_base_num="int", time_base_den="int", start_frame="int",
     end_frame="int", transition="str", confidence="float", blend_frames="ints", blend_pts="ints", encoded_frames="int",
     encoded_start_frame="int", encoded_height="int", encoded_width="int", prompt="str", sentence="str", camera="str",
-    label="int", captions="str", scores="str", filtered="str", set_aside="str", duplicate_of="str", signature="str",
-    **{f"score_{name}": "float" for name in SCORES},
+    label="int", references="str", captions="str", scores="str", filtered="str", set_aside="str", duplicate_of="str",
+    signature="str", **{f"score_{name}": "float" for name in SCORES},
 )  # fmt: skip
 
 

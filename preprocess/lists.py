@@ -1,8 +1,9 @@
 """List files: `.txt`, `.csv`, `.jsonl` and `.parquet`, one video a row.
 
-`path` names the video and `captions` its caption file, relative to the list; `fps` is the rate of a folder of numbered
-images; all other columns are the video's own fields and are kept with it. A row that cannot be used is set aside by
-file, line, field and value, and the rest of the list goes on.
+`path` names the video and `captions` its caption file, relative to the list; `references` is a list of {role, path} (in
+a CSV as JSON) and `label` a class, counted from 0; `fps` is the rate of a folder of numbered images; all other columns
+are the video's own fields and are kept with it. A row that cannot be used is set aside by file, line, field and value,
+and the rest of the list goes on.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from models.records import RecordError, decode
+from models.scene import Reference
 from preprocess.outcome import short
 from preprocess.remote import open_file
 
 LIST_SUFFIXES = frozenset((".txt", ".csv", ".jsonl", ".parquet"))
+CLASSES = 2**31
 
 
 class ListError(ValueError):
@@ -37,6 +41,8 @@ class Row:
     path: str = ""
     captions: str | None = None
     fps: float | None = None
+    references: list[Reference] = field(default_factory=list)
+    label: int | None = None
     fields: dict[str, Any] = field(default_factory=dict)
     error: str = ""
 
@@ -108,7 +114,13 @@ def _parquet(file: Any) -> Iterator[Row]:
 def _row(line: int, value: dict[str, Any]) -> Row:
     path, captions, fps = value.pop("path", None), value.pop("captions", "") or None, value.pop("fps", None)
     fps = None if fps == "" else fps
-    for name, given in (("path", path), ("captions", captions)):
+    try:
+        references = _references(value.pop("references", None))
+        label = _label(value.pop("label", None))
+    except ValueError as error:
+        return Row(line, error=str(error))
+    places = [(f"references[{i}].path", one.path) for i, one in enumerate(references)]
+    for name, given in (("path", path), ("captions", captions), *places):
         if given is None and name == "captions":
             continue
         if not isinstance(given, str) or not given.strip() or "\0" in given:
@@ -121,7 +133,39 @@ def _row(line: int, value: dict[str, Any]) -> Row:
         if isinstance(fps, bool) or not 0 < rate <= 1000:
             return Row(line, error=f"field 'fps' is {_short(fps)}, expected frames per second above 0")
         fps = rate
-    return Row(line, str(path), captions, fps, plain_fields(value))
+    return Row(line, str(path), captions, fps, references, label, plain_fields(value))
+
+
+def _references(value: Any) -> list[Reference]:
+    """Raises ValueError naming the field and the value."""
+    given = value
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except ValueError:
+            pass  # still a text, which is refused below
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise ValueError(f"field 'references' is {_short(given)}, expected a list of objects {{role, path}}")
+    try:
+        return [decode(Reference, one, f"references[{i}]") for i, one in enumerate(value)]
+    except RecordError as error:
+        raise ValueError(str(error)) from error
+
+
+def _label(value: Any) -> int | None:
+    """A class, also from text or a float that holds a whole number. Raises ValueError naming the value."""
+    if value is None or value == "":
+        return None
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (0 <= number < CLASSES and number.is_integer()):
+        hint = "give labels of another kind another name"
+        raise ValueError(f"field 'label' is {_short(value)}, expected a class, counted from 0; {hint}")
+    return int(number)
 
 
 def plain_fields(value: Any) -> Any:

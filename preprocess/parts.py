@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,7 @@ def shot_rows(scene: Scene, written: bool, aside: str = "") -> list[Row]:
             "sentence": shot.sentence,
             "camera": shot.camera,
             "label": shot.label,
+            "references": json.dumps([asdict(one) for one in scene.references]) if scene.references else "",
             "captions": scene.captions.backend if scene.captions else "",
             "scores": json.dumps(shot.scores, sort_keys=True),
             "filtered": shot.filtered,

@@ -65,10 +65,24 @@ def local_path(address: str) -> str | None:
     return path if isinstance(fs, LocalFileSystem) else None
 
 
+def info_at(address: str) -> dict[str, Any]:
+    """What a store says of a file; nothing where it is not there, which the probe will say by name."""
+    try:
+        fs, path = file_system(address)
+        return fs.info(path)
+    except Exception:  # each driver has exceptions of its own
+        return {}
+
+
+# what drivers call it, without case, hyphens and underscores: HTTP has "Last-Modified", S3 "LastModified"
+_STAMPS = ("etag", "md5", "md5hash", "contentmd5", "digest", "lastmodified", "mtime", "updated", "created")
+
+
 def stamp(info: dict[str, Any]) -> int:
     """A number that changes when the file at an address does, as far as its store tells; 0 where it does not."""
-    for name in ("ETag", "etag", "md5", "LastModified", "last_modified", "mtime", "updated", "created"):
-        if value := info.get(name):
+    known = {name.lower().replace("-", "").replace("_", ""): value for name, value in info.items()}
+    for name in _STAMPS:
+        if value := known.get(name):
             value = value.timestamp() if hasattr(value, "timestamp") else value  # drivers give either
             return int(hashlib.sha256(f"{name} {value}".encode()).hexdigest()[:15], 16)
     return 0

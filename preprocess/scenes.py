@@ -48,17 +48,17 @@ def group_shots(signatures: list[str], most: int) -> list[int]:
 
 
 def make_scenes(
-    file: SourceFile, sha256: str, info: VideoInfo, shots: list[RawShot], settings: PrepareSettings
+    file: SourceFile, sha256: str, info: VideoInfo, shots: list[RawShot], settings: PrepareSettings, told: bool
 ) -> list[Scene]:
     """Records of consecutive shots; a scene in which no shot is long enough to encode keeps its record too.
 
-    A caption file tells one story, so its shots stay together, up to `max_shots`; without one pictures decide. Where a
-    stretch of the video is lost, a scene ends.
+    A caption file (`told`) tells one story, so its shots stay together, up to `max_shots`; without one pictures decide.
+    Where a stretch of the video is lost, a scene ends.
     """
     gaps = [i for i in range(1, len(shots)) if shots[i].start_frame != shots[i - 1].end_frame]
     sizes = []
     for begin, end in pairwise([0, *gaps, len(shots)]):
-        if file.captions:
+        if told:
             sizes += scene_sizes(end - begin, settings.max_shots)
         else:
             sizes += group_shots([shot.signature for shot in shots[begin:end]], settings.max_shots)

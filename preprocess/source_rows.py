@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from preprocess.parts import Row
+from preprocess.references import references_text
 from preprocess.sources import fields_text, readable
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def source_row(unit: Unit, place: Workplace) -> Row:
         "captions_sha256": unit.captions_sha256,
         "frames_fps": file.fps or 0.0,
         "fields": fields_text(file),
+        "references": references_text(unit.references),
         **place.keys(unit.size),
     }
 

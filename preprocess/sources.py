@@ -13,14 +13,15 @@ from glob import glob, has_magic
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from models.scene import ReferenceRole
 from preprocess.lists import LIST_SUFFIXES, ListError, Row, read_list
 from preprocess.outcome import short
 from preprocess.remote import (
     RemoteError,
     bare,
     canonical,
-    file_system,
     find,
+    info_at,
     is_address,
     is_pattern,
     join,
@@ -44,6 +45,15 @@ class SourceError(ValueError):
 
 
 @dataclass(frozen=True)
+class ListedReference:
+    """A reference that a row of a list names, and where it lies: a path, or an address."""
+
+    role: ReferenceRole
+    path: str  # as the list has it
+    place: str
+
+
+@dataclass(frozen=True)
 class SourceFile:
     """One video to prepare. `name` is unique in the run and holds no path of this machine where it can be avoided."""
 
@@ -58,7 +68,9 @@ class SourceFile:
     captions_span: list[int] | None = None
     member: str = ""  # its name in the tar
     fps: float | None = None  # of a folder of numbered images
-    fields: dict[str, Any] = field(default_factory=dict)  # other columns of its list, other sidecars of its tar
+    references: list[ListedReference] = field(default_factory=list)  # of its list
+    label: int | None = None  # of its list
+    fields: dict[str, Any] = field(default_factory=dict)  # other columns of its list, X.txt of its tar
     error: str = ""  # why it cannot be a video: it is set aside under its name
 
 
@@ -78,6 +90,8 @@ class _Entry:
     path: str
     captions: str | None = None
     fps: float | None = None
+    references: list[ListedReference] = field(default_factory=list)
+    label: int | None = None
     fields: dict[str, Any] = field(default_factory=dict)
     error: str = ""
     file: SourceFile | None = None
@@ -112,7 +126,8 @@ def list_sources(
         frames_fps: take folders of numbered images for videos at this rate; None leaves them.
         known: SHA-256 by name, path, bytes and mtime_ns, of an earlier run.
     Raises:
-        SourceError: a source does not exist, holds no video, is a list that cannot be read, or needs a driver.
+        SourceError: a source does not exist, holds no video, is a list that cannot be read, or needs a driver; two
+            sources would have one id.
     """
     found = SourceList()
     names: set[str] = set()
@@ -141,7 +156,16 @@ def list_sources(
             found.files.append(replace(file, name=name, video_id=video_id(name)))
     if not found.files:
         raise SourceError("no sources given; name folders, globs, list files, tars or videos")
-    return _by_content(found, known or {}) if ids == "content" else found
+    if ids == "content":
+        found = _by_content(found, known or {})
+    by_id: dict[str, str] = {}
+    for file in found.files:
+        if (other := by_id.setdefault(file.video_id, file.name)) != file.name:
+            raise SourceError(
+                f"{other} and {file.name} would have the same id {file.video_id!r}, and one would be lost; give one of "
+                "them another name"
+            )
+    return found
 
 
 def _by_content(found: SourceList, known: Mapping[tuple[str, str, int, int], str]) -> SourceList:
@@ -172,9 +196,9 @@ def _in_parallel(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
 
 
 def video_id(name: str) -> str:
-    """Readable and unique: the file's stem in safe characters, then eight hex digits of the whole name's hash."""
+    """Readable and unique: the file's stem in safe characters, then sixteen hex digits of the whole name's hash."""
     stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(name).name.rsplit(".", 1)[0]).strip("-")[:40] or "video"
-    return f"{stem}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return f"{stem}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
 def readable(name: str) -> str:
@@ -183,8 +207,13 @@ def readable(name: str) -> str:
 
 
 def fields_text(file: SourceFile) -> str:
-    """The file's own fields as JSON, for tables; "" where it has none."""
-    return json.dumps(file.fields, sort_keys=True) if file.fields else ""
+    """What its list says of a file besides its place, as JSON, for tables; "" where it says nothing."""
+    said = dict(file.fields)
+    if file.references:
+        said["references"] = [{"role": one.role, "path": readable(one.path)} for one in file.references]
+    if file.label is not None:
+        said["label"] = file.label
+    return json.dumps(said, sort_keys=True) if said else ""
 
 
 def _expand(source: str, search: _Search) -> Iterator[_Entry]:
@@ -200,13 +229,21 @@ def _expand(source: str, search: _Search) -> Iterator[_Entry]:
     elif path.is_file():
         yield from _file(path.name, path, search)
     elif has_magic(source):
+        root = Path(_fixed(source))
         for match in map(Path, sorted(glob(source, recursive=True))):
             if match.is_dir():
-                yield from _folder(match, search)
+                yield from _folder(match, search, root)
             elif match.suffix.lower() in VIDEO_SUFFIXES | {_TAR}:
-                yield from _file(match.name, match, search)
+                yield from _file(match.relative_to(root).as_posix(), match, search)
     else:
         raise SourceError(f"{source}: no such file or folder")
+
+
+def _fixed(pattern: str) -> str:
+    """The folder that all matches of a pattern lie in: what comes before its first part with a wildcard."""
+    parts = pattern.split("/")
+    fixed = "/".join(parts[: next(i for i, part in enumerate(parts) if has_magic(part))])
+    return fixed or "/" * pattern.startswith("/")
 
 
 def _file(name: str, path: Path, search: _Search) -> Iterator[_Entry]:
@@ -219,17 +256,19 @@ def _file(name: str, path: Path, search: _Search) -> Iterator[_Entry]:
         yield _Entry(name, str(path))
 
 
-def _folder(root: Path, search: _Search) -> Iterator[_Entry]:
+def _folder(root: Path, search: _Search, base: Path | None = None) -> Iterator[_Entry]:
+    """All below `root`, named from `base` (default: from there)."""
+    base = base or root
     skip = search.exclude.resolve() if search.exclude else None
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = sorted(d for d in subfolders if not d.startswith(".") and Path(folder, d).resolve() != skip)
         for file in sorted(files):
             path = Path(folder, file)
             if path.suffix.lower() in VIDEO_SUFFIXES | {_TAR} and not file.startswith("."):
-                yield from _file(path.relative_to(root).as_posix(), path, search)
+                yield from _file(path.relative_to(base).as_posix(), path, search)
         if search.frames_fps:
-            name = Path(folder).relative_to(root).as_posix()
-            yield from _stills(root.resolve().name if name == "." else name, Path(folder), search.frames_fps)
+            name = Path(folder).relative_to(base).as_posix()
+            yield from _stills(base.resolve().name if name == "." else name, Path(folder), search.frames_fps)
 
 
 def _stills(name: str, folder: Path, fps: float) -> Iterator[_Entry]:
@@ -269,7 +308,7 @@ def _address(given: str, search: _Search) -> Iterator[_Entry]:
     except Exception as error:  # each driver has exceptions of its own
         what = "no such file or folder" if isinstance(error, FileNotFoundError) else short(error)
         raise SourceError(f"{given}: {what}") from error
-    root = address.rstrip("/") + "/"
+    root = (_fixed(address) if pattern else address.rstrip("/")) + "/"
     for path, info in found.items():
         name = path.removeprefix(root) if path.startswith(root) else PurePosixPath(bare(path)).name
         suffix = PurePosixPath(bare(path)).suffix.lower()
@@ -281,7 +320,8 @@ def _address(given: str, search: _Search) -> Iterator[_Entry]:
             continue
         beside = _sidecar(path)
         # below a folder all files are known, so a sidecar that was not found is not there
-        infos = {path: info, beside: found.get(beside, {})} if path.startswith(root) else {path: info}
+        known = path.startswith(root) and not pattern
+        infos = {path: info, beside: found.get(beside, {})} if known else {path: info}
         yield _Entry(name, path, infos=infos)
 
 
@@ -302,8 +342,9 @@ def _listed(list_path: str, row: Row, search: _Search) -> _Entry:
     at = f"{PurePosixPath(list_path).name}:{row.line}"
     if row.error:
         return _Entry(at, "", error=row.error)
-    places = {}
-    for name, given in (("path", row.path), ("captions", row.captions)):
+    places: dict[str, str | None] = {}
+    referred = {f"references[{i}].path": one.path for i, one in enumerate(row.references)}
+    for name, given in {"path": row.path, "captions": row.captions, **referred}.items():
         try:
             places[name] = _place(list_path, given, search.list_root) if given else None
         except ValueError as error:
@@ -318,7 +359,10 @@ def _listed(list_path: str, row: Row, search: _Search) -> _Entry:
             return _Entry(at, "", error=f"field 'path' is {row.path!r}, a folder: give the rate of its images as 'fps'")
     elif fps is not None:  # of a video it is only what somebody wrote down
         fps, fields = None, {**fields, "fps": fps}
-    return _Entry(name, path, captions, fps, fields)
+    references = [
+        ListedReference(one.role, one.path, places[at] or "") for at, one in zip(referred, row.references, strict=True)
+    ]
+    return _Entry(name, path, captions, fps, references, row.label, fields)
 
 
 def _place(list_path: str, given: str, list_root: Path | None) -> str:
@@ -341,10 +385,13 @@ def _place(list_path: str, given: str, list_root: Path | None) -> str:
 def _stat(entry: _Entry) -> SourceFile:
     if entry.error or entry.file:
         return entry.file or SourceFile("", entry.name, entry.path, error=entry.error)
-    base = SourceFile("", entry.name, entry.path, entry.captions, fps=entry.fps, fields=entry.fields)
+    base = SourceFile(
+        "", entry.name, entry.path, entry.captions, fps=entry.fps, references=entry.references, label=entry.label,
+        fields=entry.fields,
+    )  # fmt: skip
     if is_address(entry.path):
         beside = entry.captions or _sidecar(entry.path)
-        video, words = (entry.infos[one] if one in entry.infos else _info(one) for one in (entry.path, beside))
+        video, words = (entry.infos[one] if one in entry.infos else info_at(one) for one in (entry.path, beside))
         size = video.get("size")
         return replace(
             base,
@@ -373,12 +420,3 @@ def _sidecar(address: str) -> str:
     address = bare(address)
     folder, _, name = address.rpartition("/")
     return f"{folder}/{name.rpartition('.')[0] or name}.json"
-
-
-def _info(address: str) -> dict[str, Any]:
-    """What a store says of a file; nothing where it is not there, which the probe will say by name."""
-    try:
-        fs, path = file_system(address)
-        return fs.info(path)
-    except Exception:
-        return {}

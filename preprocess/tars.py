@@ -1,12 +1,13 @@
 """Videos in a WebDataset tar: members that share a name up to its first dot are one sample (X.mp4, X.json, X.txt).
 
+What X.json holds, captions or fields, is seen when its video is probed (`preprocess.captions.look_beside`).
+
 Nothing is unpacked: a member is known by where its bytes lie. Its name only names it, and one that would lead out of a
 folder (`..`, a leading slash, a link) is set aside.
 """
 
 from __future__ import annotations
 
-import json
 import posixpath
 import tarfile
 from collections.abc import Collection
@@ -14,11 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from preprocess.lists import plain_fields
 from preprocess.outcome import short
 from preprocess.remote import open_file
 
-_LARGEST_SIDECAR = 16 * 2**20
+_LARGEST_TEXT = 16 * 2**20
 
 
 @dataclass
@@ -27,8 +27,8 @@ class TarVideo:
 
     name: str
     span: list[int] = field(default_factory=list)  # offset and size in the tar, bytes
-    captions: list[int] | None = None  # the same of X.json, where it holds captions
-    fields: dict[str, Any] = field(default_factory=dict)  # of another X.json, and X.txt
+    captions: list[int] | None = None  # the same of X.json
+    fields: dict[str, Any] = field(default_factory=dict)  # X.txt
     error: str = ""
 
 
@@ -49,14 +49,17 @@ def read_tar(path: str, suffixes: Collection[str]) -> list[TarVideo]:
                         continue  # hidden, as in a folder: what macOS adds to each file
                     if suffix in suffixes and not member.isdir():
                         videos.append(TarVideo(name, list(span), error=_unfit(member, end)))
-                    elif suffix in (".json", ".txt") and member.isfile() and member.size <= _LARGEST_SIDECAR:
+                    elif suffix in (".json", ".txt") and member.isfile() and not member.issparse():
                         sidecars.setdefault(_key(name), {})[suffix] = span
         except (tarfile.TarError, EOFError) as error:
             damage = f"the tar is damaged here, or compressed ({short(error)}); plain .tar files are taken"
         for video in videos:
             beside = sidecars.get(_key(video.name), {})
-            if not video.error and beside:
-                _read_sidecars(file, video, beside)
+            if not video.error and ".json" in beside:
+                video.captions = list(beside[".json"])
+            if not video.error and ".txt" in beside and beside[".txt"][1] <= _LARGEST_TEXT:
+                file.seek(beside[".txt"][0])
+                video.fields["txt"] = file.read(beside[".txt"][1]).decode("utf-8", "replace").strip()
     if damage:
         videos.append(TarVideo("(rest of the tar)", error=damage))
     return videos
@@ -86,20 +89,3 @@ def _unfit(member: tarfile.TarInfo, end: int) -> str:
     if member.offset_data + member.size > end:
         return f"the tar is cut off inside of {member.name!r}"
     return ""
-
-
-def _read_sidecars(file: Any, video: TarVideo, beside: dict[str, tuple[int, int]]) -> None:
-    for suffix, (offset, size) in beside.items():
-        file.seek(offset)
-        text = file.read(size).decode("utf-8", "replace")
-        if suffix == ".txt":
-            video.fields["txt"] = text.strip()
-            continue
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = None
-        if isinstance(value, dict) and "shots" not in value:
-            video.fields |= plain_fields(value)
-        else:  # captions, or what will be refused as captions by name
-            video.captions = [offset, size]

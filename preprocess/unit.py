@@ -15,18 +15,19 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.torch import save
 from torch import Tensor
 
 from models.records import decode as from_json
-from models.scene import Scene, reference_tensor_key, shot_tensor_key
+from models.scene import Reference, Scene, reference_tensor_key, shot_tensor_key
 from preprocess.aesthetic import AestheticScorer
 from preprocess.asked import Asker, Questions, Unasked
-from preprocess.captions import caption_scenes, finish_asked
+from preprocess.captions import caption_scenes, finish_asked, look_beside
 from preprocess.decode import DecodeCount
 from preprocess.encode import Encoder, scene_texts
 from preprocess.filters import AESTHETIC, check_shots, check_video, judge, thresholds
@@ -37,7 +38,7 @@ from preprocess.parts import Part, Row, join_parts, part_path, read_part, shot_r
 from preprocess.pieces import SideBySide, in_turn, make_jobs, plan_pieces, read_pieces
 from preprocess.probe import VideoInfo, probe
 from preprocess.recall import recall_latents, recall_scenes, recalled_count
-from preprocess.references import read_reference, reference_here
+from preprocess.references import SeenReference, read_reference, see_references
 from preprocess.remote import sha256_at
 from preprocess.room import OutputError
 from preprocess.scenes import make_scenes
@@ -57,6 +58,9 @@ class Unit:
     file: SourceFile
     sha256: str = ""
     captions_sha256: str = ""
+    untold: bool = False  # the JSON file beside it holds fields and no captions
+    fields: dict[str, Any] = field(default_factory=dict)  # of that file, besides those of its list
+    references: list[SeenReference] = field(default_factory=list)  # of all its scenes
     recall: dict[str, str] = field(default_factory=dict)  # key -> tar of earlier samples with the same pictures
     earlier: Row = field(default_factory=dict)  # the row of that result
     info: VideoInfo | None = None
@@ -126,6 +130,11 @@ def probe_stage(unit: Unit, place: Workplace) -> None:
     captions = place.captions(unit)
     if captions and Path(captions).is_file():
         unit.captions_sha256 = sha256_at(captions)
+        told, unit.fields = look_beside(captions)
+        unit.untold = not told
+    else:
+        captions = None
+    unit.references = see_references(unit.file, None if unit.untold else captions)
     unit.info = probe_images(path, unit.file.fps) if unit.file.fps else probe(str(path))
     check_video(unit.info, place.settings)
 
@@ -166,7 +175,8 @@ def decode_stage(unit: Unit, place: Workplace, side_by_side: SideBySide = in_tur
         with place.scratch_file(unit).open("wb") as file:
             unit.shots, unit.count = read_shots(video, unit.info, settings, file, deadline, cuts, bars)
     place.forget_video(unit)
-    unit.scenes = make_scenes(unit.file, unit.sha256, unit.info, unit.shots, settings)
+    told = bool(unit.file.captions) and not unit.untold
+    unit.scenes = make_scenes(unit.file, unit.sha256, unit.info, unit.shots, settings, told)
     check_shots(unit.shots, settings)
 
 
@@ -183,9 +193,8 @@ def caption_stage(unit: Unit, place: Workplace, asker: Asker | None = None) -> N
     `asker`: whom to ask what is not recorded; None where the settings ask nobody, or all has been answered.
     """
     settings = place.settings_of(unit)
-    if settings.captions not in ASKED:
-        spans = [shot.span_frames for shot in unit.shots]
-        caption_scenes(unit.scenes, spans, place.captions(unit), settings.captions)
+    spans = [shot.span_frames for shot in unit.shots]
+    caption_scenes(unit.scenes, spans, place.captions(unit), settings.captions, unit.file.label)
     questions = Questions(settings, place.answers(), asker)
     if questions.any:
         asked, frames = [], []
@@ -199,8 +208,10 @@ def caption_stage(unit: Unit, place: Workplace, asker: Asker | None = None) -> N
             finish_asked(scene, settings)
         assert scene.captions is not None
         scene.captions.states_key = settings.states_key
+        scene.references = [Reference(one.role, one.path) for one in unit.references]
         scene.extra.pop("fields", None)
-        scene.extra |= {"fields": unit.file.fields} if unit.file.fields else {}
+        fields = unit.fields | unit.file.fields
+        scene.extra |= {"fields": fields} if fields else {}
     _written(unit)
 
 
@@ -243,11 +254,12 @@ def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
         scene.latents = encoder.source(settings.dtype)
     texts = encoder.encode_texts(written, settings.dtype, settings.texts_apart)
 
-    def references(scene: Scene) -> list[Tensor]:
+    @cache
+    def references() -> list[Tensor]:
         clips = []
-        for one in scene.references:
+        for one in unit.references:
             with tempfile.TemporaryDirectory(dir=place.scratch) as folder:
-                clips.append(read_reference(*reference_here(one, unit.file, Path(folder)), settings))
+                clips.append(read_reference(one, Path(folder), settings))
         return encoder.encode_references(clips, settings.dtype, settings.tile)
 
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -262,7 +274,7 @@ def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
                     spans = _read_spans(place, unit, shots)
                     for i, latents in enumerate(encoder.encode_shots(spans, settings.dtype, settings.tile)):
                         tensors |= {shot_tensor_key(i, name): value for name, value in latents.items()}
-                tensors |= {reference_tensor_key(i): mean for i, mean in enumerate(references(scene))}
+                tensors |= {reference_tensor_key(i): mean for i, mean in enumerate(references())}
                 yield scene.scene_id, {"json": scene.to_json().encode(), "safetensors": save(tensors)}
 
     unit.status = "written"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from preprocess.answers import ANSWERS, Answers, question_key
 from preprocess.captions import template_hash
+from preprocess.outcome import Failed
 from preprocess.pieces import FRAMES, frames_file
 from preprocess.remote import copy_here, is_direct
 from preprocess.room import writing
@@ -47,6 +48,7 @@ class Workplace:
             unit.sha256,
             unit.captions_sha256,
             fields_text(unit.file),
+            [asdict(one) for one in unit.references],
             asdict(settings),
             _keys(settings, self.encoder_key),
         ]
@@ -61,9 +63,14 @@ class Workplace:
         return self._here(unit.file.path, unit.file.span, self._copies(unit)[0])
 
     def captions(self, unit: Unit) -> str | None:
-        """The caption file as a local path, alike."""
+        """The caption file as a local path, alike; None where there is none, or it is known to hold no captions."""
         file = unit.file
-        return self._here(file.captions, file.captions_span, self._copies(unit)[1]) if file.captions else None
+        if not file.captions or unit.untold:
+            return None
+        try:
+            return self._here(file.captions, file.captions_span, self._copies(unit)[1])
+        except Failed as error:  # of its own stage, so that it is looked at again when it has changed
+            raise Failed("captions", f"the caption file: {error.reason}") from error
 
     def leftovers(self, unit: Unit) -> list[Path]:
         """All that may lie in scratch for a source; nobody needs it once the source has its part."""

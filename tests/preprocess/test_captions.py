@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from models.scene import EncodedSpan, Scene, Shot, Source, link_shots
-from preprocess.captions import caption_scenes, template_hash
+from preprocess.captions import caption_scenes, look_beside, template_hash
 from preprocess.describe import camera
 from preprocess.measure import measure_shot
 from preprocess.outcome import Failed
+from preprocess.settings import CaptionBackend
 
 
 def make_scene(cuts: list[int], number: int = 0, fps: int = 8) -> tuple[Scene, list[list[int]]]:
@@ -73,6 +74,58 @@ def test_labels_are_the_files_or_the_shots_own(tmp_path: Path) -> None:
     scene, frames = make_scene([0, 17])
     caption_scenes([scene], frames, sidecar(tmp_path / "v.json", [0, 17]), "sidecar")
     assert scene.shots[0].label is None
+
+
+@pytest.mark.parametrize("backend", ["describe", "endpoint", "transformers"])
+def test_classes_are_read_whoever_captions(tmp_path: Path, backend: CaptionBackend) -> None:
+    scene, frames = make_scene([0, 17, 34])
+    shots = [{"start_frame": 0, "end_frame": 17, "prompt": "a", "label": 1}, {"tool": "another's, without a class"}]
+    caption_scenes([scene], frames, sidecar(tmp_path / "v.json", [], shots=shots, label=4), backend)
+    assert [shot.label for shot in scene.shots] == [1, 4] and "prompt" not in scene.shots[0].prompt
+    assert (scene.captions is None) == (backend != "describe") and scene.entities == []
+    with pytest.raises(Failed, match=r"v.json.label is 'x'"):
+        caption_scenes([scene], frames, sidecar(tmp_path / "v.json", [], label="x"), backend)
+    (tmp_path / "list.json").write_text("[1, 2]")  # of another tool: nothing in it that could be lost
+    caption_scenes([scene], frames, str(tmp_path / "list.json"), backend)
+
+
+def test_a_class_of_the_list_goes_where_the_caption_file_has_none(tmp_path: Path) -> None:
+    scene, frames = make_scene([0, 17, 34])
+    caption_scenes([scene], frames, None, "describe", label=7)
+    assert [shot.label for shot in scene.shots] == [7, 7]
+    shots = [{"start_frame": 0, "end_frame": 17, "prompt": "a", "label": 2}]
+    path = sidecar(tmp_path / "v.json", [], shots=shots)
+    caption_scenes([scene], frames, path, "sidecar_or_describe", label=7)
+    assert [shot.label for shot in scene.shots] == [2, 7]
+    path = sidecar(tmp_path / "v.json", [], shots=[], label=6)
+    with pytest.raises(Failed, match="label is 6 in v.json and 7 in the list; give it in one of them"):
+        caption_scenes([scene], frames, path, "sidecar_or_describe", label=7)
+
+
+def test_a_story_without_shots_is_told(tmp_path: Path) -> None:
+    scene, frames = make_scene([0, 17, 34])
+    (tmp_path / "v.json").write_text(json.dumps({"story": "All of it."}))
+    caption_scenes([scene], frames, str(tmp_path / "v.json"), "sidecar_or_describe")
+    assert scene.story == "All of it." and all("motion" in shot.prompt for shot in scene.shots)
+    assert scene.captions is not None and scene.captions.backend == "sidecar+describe"
+
+
+@pytest.mark.parametrize(
+    ("value", "captions", "fields"),
+    [
+        ({"url": "x", "label": "cat"}, False, {"url": "x", "label": "cat"}),
+        ({"label": 3, "url": "x"}, True, {"url": "x"}),
+        ({"references": [], "n": 1}, True, {"n": 1}),
+        ({"shots": [], "writer": "its own"}, True, {}),
+        ({}, False, {}),
+        (["no object"], True, {}),
+    ],
+)
+def test_a_file_without_captions_holds_fields(tmp_path: Path, value: object, captions: bool, fields: dict) -> None:
+    (tmp_path / "v.json").write_text(json.dumps(value))
+    assert look_beside(str(tmp_path / "v.json")) == (captions, fields)
+    (tmp_path / "v.json").write_text("{")
+    assert look_beside(str(tmp_path / "v.json")) == (True, {}), "refused later, by name"
 
 
 def test_states_are_counted_in_encoded_frames(tmp_path: Path) -> None:

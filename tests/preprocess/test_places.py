@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,6 +26,7 @@ from preprocess.sources import SourceFile, list_sources
 from preprocess.stills import frame_times, probe_images, rate
 from preprocess.unit import Unit, caption_stage, close_stage, decode_stage, probe_stage, run_stage
 from preprocess.workplace import Workplace
+from tests.preprocess.runs import records, run_here
 from tests.preprocess.videos import moving_square, three_shots, write
 
 SETTINGS = PrepareSettings(height=32, width=32)
@@ -97,13 +100,20 @@ class Counting(SimpleHTTPRequestHandler):
         self.asked.append(f"{self.command} {self.path}")
 
 
-@pytest.fixture
-def server(video: Path) -> Iterator[str]:
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), partial(Counting, directory=str(video.parent)))
+@contextmanager
+def serving(folder: Path, handler: type[SimpleHTTPRequestHandler]) -> Iterator[str]:
+    """The address of a folder, while the block runs."""
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder)))
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{httpd.server_address[1]}"
     httpd.shutdown()
     httpd.server_close()
+
+
+@pytest.fixture
+def server(video: Path) -> Iterator[str]:
+    with serving(video.parent, Counting) as address:
+        yield address
 
 
 def test_http(server: str, video: Path, direct: Unit, tmp_path: Path) -> None:
@@ -119,6 +129,59 @@ def test_http(server: str, video: Path, direct: Unit, tmp_path: Path) -> None:
     assert outcome(stages(here, tmp_path / "http")) == outcome(direct)
     unit = stages(missing, tmp_path / "missing")
     assert (unit.status, unit.reason) == ("failed", "no such file")
+
+
+class Silent(Counting):
+    """A server that does not say when a file was changed."""
+
+    def send_header(self, keyword: str, value: str) -> None:
+        if keyword != "Last-Modified":
+            super().send_header(keyword, value)
+
+
+@pytest.mark.parametrize("handler", [Counting, Silent])
+def test_captions_that_change_at_an_http_address_are_noticed(
+    handler: type[Counting], video: Path, tmp_path: Path, model: Path
+) -> None:
+    """By the Last-Modified that a server without ETags gives, or else by what they say."""
+    pytest.importorskip("aiohttp")
+    told = {"label": 3, "shots": []}
+    captions = video.with_suffix(".json")
+    captions.write_text(json.dumps(told))
+    with serving(video.parent, handler) as address:
+        (tmp_path / "list.txt").write_text(f"{address}/a.mp4\n")
+        (file,) = list_sources([tmp_path / "list.txt"]).files
+        assert (file.captions_mtime_ns > 0) == (handler is Counting)
+        for label, todo in ((3, 1), (3, 0), (4, 1), (4, 0)):
+            if label != told["label"]:
+                told["label"] = label
+                captions.write_text(json.dumps(told))  # of as many bytes
+                os.utime(captions, (1, 1))
+            assert run_here(tmp_path / "list.txt", tmp_path / "out", model)[1] == todo
+        assert {shot.label for scene, _ in records(tmp_path / "out").values() for shot in scene.shots} == {4}
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "address"])
+def test_a_json_file_without_captions_holds_fields_wherever_it_lies(kind: str, video: Path, tmp_path: Path) -> None:
+    metadata = {"url": "x", "label": "cat"}
+    video.with_suffix(".json").write_text(json.dumps(metadata))
+    source = str(video.parent)
+    if kind == "tar":
+        source = str(tmp_path / "x.tar")
+        with tarfile.open(source, "w") as tar:
+            for path in video.parent.iterdir():
+                tar.add(path, path.name)
+    elif kind == "address":
+        source = "memory://fields"
+        for path in video.parent.iterdir():
+            fsspec.filesystem("memory").pipe(f"/fields/{path.name}", path.read_bytes())
+    unit = stages(list_sources([source]).files[0], tmp_path / "parts")
+    assert unit.status == "" and unit.captions_sha256
+    assert all(scene.extra["fields"] == metadata for scene in unit.scenes)
+    assert all(scene.captions and scene.captions.backend == "describe" for scene in unit.scenes)
+    video.with_suffix(".json").unlink()
+    without = stages(list_sources([video]).files[0], tmp_path / "without")
+    assert [len(scene.shots) for scene in unit.scenes] == [len(scene.shots) for scene in without.scenes]
 
 
 def test_an_entry_with_an_error_fails_by_it(tmp_path: Path) -> None:

@@ -19,7 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec import AbstractFileSystem
 
-from preprocess.sources import SourceError, list_sources, video_id
+from preprocess import sources
+from preprocess.remote import stamp
+from preprocess.settings import Ids
+from preprocess.sources import SourceError, fields_text, list_sources, video_id
 
 
 def touch(path: Path, data: bytes = b"x") -> Path:
@@ -54,6 +57,25 @@ def test_ids_are_safe_as_file_names_and_webdataset_keys(name: str) -> None:
     assert all(c.isalnum() or c == "-" for c in made)  # WebDataset ends a key at the first dot
 
 
+def test_names_whose_short_hashes_agree_have_ids_of_their_own() -> None:
+    """Both are c43be23c in 32 bits."""
+    assert video_id("d013982/clip.mp4") != video_id("d038062/clip.mp4")
+
+
+@pytest.mark.parametrize("ids", ["path", "content"])
+def test_ids_that_collide_end_the_listing_before_any_work(
+    tmp_path: Path, ids: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path / "a" / "clip.mp4", b"1"), touch(tmp_path / "b" / "clip.mp4", b"2")
+    monkeypatch.setattr(sources, "video_id", lambda name: "clip")
+    monkeypatch.setattr(sources, "sha256_at", lambda path, span: hashlib.sha256(Path(path).read_bytes()).hexdigest())
+    if ids == "content":
+        assert len(list_sources([tmp_path], ids=ids).files) == 2
+        monkeypatch.setattr(sources, "sha256_at", lambda path, span: "f" * 24 + Path(path).parent.name)
+    with pytest.raises(SourceError, match="a/clip.mp4 and b/clip.mp4 would have the same id '(clip|f{24})'"):
+        list_sources([tmp_path], ids=ids)
+
+
 def test_same_relative_name_in_two_folders_gives_two_sources(tmp_path: Path) -> None:
     touch(tmp_path / "one" / "clip.mp4", b"1")
     touch(tmp_path / "two" / "clip.mp4", b"2")
@@ -75,6 +97,20 @@ def test_globs_and_single_files(tmp_path: Path) -> None:
         touch(tmp_path / name)
     assert [f.name for f in list_sources([f"{tmp_path}/x*"]).files] == ["x1.mp4", "x2.webm"]
     assert [f.name for f in list_sources([f"{tmp_path}/y.mp4"]).files] == ["y.mp4"]
+
+
+def test_globs_name_files_from_where_they_begin_to_differ(tmp_path: Path, store: AbstractFileSystem) -> None:
+    """So that a folder that comes or goes leaves the ids of the others, in stores too."""
+    for name in ("b/clip.mp4", "c/clip.mp4"):
+        touch(tmp_path / name), store.pipe(f"/v/{name}", b"x")
+    patterns = [f"{tmp_path}/*/clip.mp4", f"{tmp_path}/[a-c]*", f"{tmp_path}/**/*.mp4", "memory://v/*/clip.mp4"]
+    before = [list_sources([pattern]).files for pattern in patterns]
+    assert all([file.name for file in files] == ["b/clip.mp4", "c/clip.mp4"] for files in before)
+    touch(tmp_path / "a" / "clip.mp4"), store.pipe("/v/a/clip.mp4", b"x")
+    after = [list_sources([pattern]).files for pattern in patterns]
+    for old, new in zip(before, after, strict=True):
+        assert [file.name for file in new] == ["a/clip.mp4", "b/clip.mp4", "c/clip.mp4"]
+        assert [file.video_id for file in new[1:]] == [file.video_id for file in old]
 
 
 @pytest.mark.parametrize("kind", ["txt", "csv", "jsonl"])
@@ -176,6 +212,49 @@ def test_lists_keep_other_columns_and_set_bad_rows_aside(tmp_path: Path, kind: s
     assert len({file.video_id for file in found}) == len(found)
 
 
+REFERENCES = [{"role": "portrait", "path": "pictures/who.png"}, {"role": "source", "path": "memory://v/a.mp4"}]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_rows_of_lists_name_references_and_a_class(tmp_path: Path, kind: str) -> None:
+    value = json.dumps(REFERENCES) if kind == "csv" else REFERENCES
+    rows = [{"path": "a.mp4", "references": value, "label": 3, "n": "x"}, {"path": "b.mp4", "label": 0.0}]
+    one, two = list_sources([write_rows(tmp_path / f"list.{kind}", rows)]).files
+    assert [(ref.role, ref.path, ref.place) for ref in one.references] == [
+        ("portrait", "pictures/who.png", str(tmp_path / "pictures/who.png")),
+        ("source", "memory://v/a.mp4", "memory:///v/a.mp4"),
+    ]
+    assert (one.label, one.fields) == (3, {"n": "x"}) and (two.label, two.references) == (0, [])
+    assert json.loads(fields_text(one)) == {"n": "x", "label": 3, "references": REFERENCES}
+
+
+@pytest.mark.parametrize(
+    ("row", "error"),
+    [
+        ({"references": [{"role": "face", "path": "x.png"}]}, "references[0].role is 'face', expected one of 'image'"),
+        ({"references": [{"role": "image"}]}, "references[0]: missing field 'path'"),
+        ({"references": {"role": "image", "path": "x.png"}}, "field 'references' is {'role'"),
+        ({"references": "[{"}, "field 'references' is '[{', expected a list of"),
+        (
+            {"references": [{"role": "image", "path": "x.png"}, {"role": "image", "path": "../x.png"}]},
+            "references[1].path' is '../x.png', which leads out of",
+        ),
+        ({"references": [{"role": "image", "path": "file:///etc/passwd"}]}, "which leads out of"),
+        ({"references": [{"role": "image", "path": " "}]}, "references[0].path' is ' ', expected the path of a file"),
+        ({"label": "cat"}, "field 'label' is 'cat', expected a class, counted from 0"),
+        ({"label": -1}, "field 'label' is -1, expected a class"),
+        ({"label": 2.5}, "field 'label' is 2.5, expected a class"),
+        ({"label": True}, "field 'label' is True, expected a class"),
+        ({"label": 1e30}, "field 'label' is 1e+30, expected a class"),
+    ],
+)
+def test_bad_references_and_classes_of_a_row_are_named(tmp_path: Path, row: dict, error: str) -> None:
+    listing = tmp_path / "list.jsonl"
+    listing.write_text("\n".join(json.dumps(one) for one in ({"path": "a.mp4"}, {"path": "b.mp4"} | row)))
+    _, bad = list_sources([listing]).files
+    assert bad.name == "list.jsonl:2" and error in bad.error
+
+
 def test_list_root_widens_what_a_list_may_name(tmp_path: Path) -> None:
     touch(tmp_path / "videos" / "a.mp4")
     listing = touch(tmp_path / "lists" / "list.txt")
@@ -263,9 +342,10 @@ def test_webdataset_tars(tmp_path: Path) -> None:
     data = tar.read_bytes()
     assert [data[f.span[0] : sum(f.span)] for f in found if f.span] == [b"AAAA", b"BB", b"CCC"]
     assert [file.bytes for file in found] == [4, 2, 3]
-    a, b, _ = found
+    a, b, c = found
     assert a.captions == str(tar) and a.captions_span and data[a.captions_span[0] :][:8] == captions[:8]
-    assert a.fields == {"txt": "a dog"} and b.captions is None and b.fields == {"url": "x", "n": 2}
+    # what X.json holds is seen when its video is probed, as in a folder
+    assert a.fields == {"txt": "a dog"} and (b.fields, b.captions) == ({}, str(tar)) and c.captions is None
     assert [file.name for file in list_sources([tar]).files] == [file.name for file in found]
 
 
@@ -330,6 +410,13 @@ def test_addresses(store: AbstractFileSystem) -> None:
     assert found[1].mtime_ns == one.mtime_ns and one.captions_mtime_ns == found[1].captions_mtime_ns > 0
     with pytest.raises(SourceError, match="memory://nowhere: no such file"):
         list_sources(["memory://nowhere"])
+
+
+@pytest.mark.parametrize(
+    "name", ["ETag", "etag", "Last-Modified", "LastModified", "last_modified", "Content-MD5", "md5Hash", "mtime"]
+)
+def test_a_stamp_is_read_by_whatever_name_a_driver_gives_it(name: str) -> None:
+    assert 0 < stamp({"size": 1, name: "a"}) != stamp({"size": 1, name: "b"}) and stamp({"size": 1}) == 0
 
 
 def test_lists_and_tars_at_addresses(store: AbstractFileSystem, tmp_path: Path) -> None:
