@@ -172,9 +172,7 @@ class LCT(Method):
     def story_group(self) -> bool:
         return self.global_prompt == "group"
 
-    def plan(
-        self, layout: ClipLayout, levels: Tensor, task: str, *, context_level: float | None = None
-    ) -> Tensor:
+    def plan(self, layout: ClipLayout, levels: Tensor, task: str, *, context_level: float | None = None) -> Tensor:
         """The sampling plan [K+1,F] from base levels [K+1]; given shots, history and images are held at t_c.
 
         `context_level` is that level, of any task but joint; None: the model's. The paper takes 0.1 to 0.5, lower for

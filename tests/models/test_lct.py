@@ -248,8 +248,8 @@ def test_a_stretched_grid_does_not_move_the_dummy():
 @pytest.mark.parametrize("name", ["hunyuan", "cogvideox"])
 @torch.no_grad()
 def test_a_composition_is_a_scene_whose_first_shots_are_images(name, rule):
-    """Its images have texts of their own, so that each group stands and sees as a group of training does. The buggy form
-    let all read the shot's text, which then stood in the first image's group, far from its frames."""
+    """Its images have texts of their own, so that each group stands and sees as a group of training does. The buggy
+    form let all read the shot's text, which then stood in the first image's group, far from its frames."""
     cases = hunyuan_inputs if name == "hunyuan" else cogvideox_cases
     backbone, _ = cases.make()
     x, levels, text = cases.inputs()

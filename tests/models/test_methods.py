@@ -123,7 +123,9 @@ def test_the_level_of_what_is_given_can_be_chosen_for_sampling(task, level):
     layout = method.layout_for_task(task, [2] if task == "composition" else [2, 2], **givens)
     plan = method.plan(layout, base_levels(4), task, context_level=level)
     given = layout.is_given
-    assert (plan[:, given] == level).all() and torch.equal(plan[:, ~given], method.plan(layout, base_levels(4), task)[:, ~given])
+    assert (plan[:, given] == level).all() and torch.equal(
+        plan[:, ~given], method.plan(layout, base_levels(4), task)[:, ~given]
+    )
     assert torch.equal(plan, get_method("lct", clean_prob=0.1, context_level=level).plan(layout, base_levels(4), task))
 
 
