@@ -84,8 +84,8 @@ class Storyboard:
         elif self.plan and not self.takes_plan(task):
             tasks = ", ".join((*FRAME_TASKS, *IN_TURN))
             raise StoryboardError(
-                f"storyboard {self.name!r}: plan={self.plan} is for a task of {tasks} and for given shots, given_frames "
-                "and references; leave it out",
+                f"storyboard {self.name!r}: plan={self.plan} is for a task of {tasks} and for given shots, "
+                "given_frames and references; leave it out",
                 "plan",
             )
         if task == "auto" or task in FRAME_TASKS:
