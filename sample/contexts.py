@@ -53,18 +53,19 @@ def encode_texts(
             except ValueError as error:
                 raise StoryboardError(f"{board.where(index)}: {error}", f"shots.{index}.prompt") from error
         try:
-            own += [encode_context(unprompted_texts(board, text, story_group), model) for _ in range(images)]
-            own += [encode_context([board.story], model)] * story_group
+            if images:
+                own += [encode_context(unprompted_texts(board, text, story_group), model)] * images
+            if story_group:
+                own.append(encode_context([board.story], model))
         except ValueError as error:
             raise StoryboardError(f"storyboard {board.name!r}: story: {error}", "story") from error
         try:
-            dropped_to = [board.negative]
-            if null_text == "shot":
-                dropped_to = unprompted_texts(board, text, story_group, board.negative)
-            null = encode_context(dropped_to, model)
+            kept = null_text == "shot"
+            said = unprompted_texts(board, text, story_group, board.negative) if kept else [board.negative]
+            null = encode_context(said, model)
         except ValueError as error:
             raise StoryboardError(f"storyboard {board.name!r}: negative: {error}", "negative") from error
-        dropped = made - {len(own) - 1} if story_group and null_text == "shot" else made
+        dropped = made - {len(own) - 1} if story_group and kept else made
         rows.append(torch.stack(own))
         nulls.append(torch.stack([null if group in dropped else one for group, one in enumerate(own)]))
     contexts, null_contexts = (TextContext(torch.stack(texts), layout.text_ids) for texts in (rows, nulls))

@@ -99,7 +99,7 @@ def _run(
     callback: Callback | None,
     stories: Sequence[Tensor],  # [B,L,D] each, see `_stories`
 ) -> Iterator[Tensor]:
-    done, steps = 0, len(plans[0]) - 1
+    done, steps = 0, len(plans[0]) - 1 if plans else 0
     total = steps * sum(shot.given is None for shot in shots)
     last_reader = {j: index for index, shot in enumerate(shots) if shot.given is None for j in shot.history}
     pool: dict[int, tuple[Tensor, Tensor]] = {}  # finished shots that are still seen: latents, and noise as history

@@ -85,6 +85,15 @@ def test_an_image_of_a_composition_reads_what_a_shot_without_its_prompt_does(
         assert torch.equal(found.embeddings[:1, 3:], packed(model, ("A walk.",)))
 
 
+def test_a_story_that_is_not_read_may_be_of_any_length(model: Model) -> None:
+    board = replace(BOARD, story="walk " * LENGTH, shots=[replace(shot, sentence="One.") for shot in BOARD.shots])
+    text, _ = encode_texts([board], SCENE, model, "sentence")
+    assert torch.equal(text.embeddings, packed(model, ("One.",), ("One.",)))
+    with pytest.raises(StoryboardError, match="story: ") as caught:
+        encode_texts([board], with_story(SCENE), model, "scene", True)
+    assert caught.value.param == "story"
+
+
 def test_what_does_not_fit_or_is_unknown_is_named(model: Model) -> None:
     long = replace(BOARD, negative="blur " * LENGTH)
     with pytest.raises(StoryboardError, match="negative: ") as caught:
