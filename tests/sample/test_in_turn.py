@@ -196,7 +196,7 @@ def test_guidance_goes_without_the_same_texts_together_and_in_turn(root: Path, f
     assert np.abs(together - in_turn).max() <= 1 and in_turn[frames:].std() > 1
     if null_text == "shot":
         other = made["autoregressive", "all"].astype(int)
-        assert np.abs(other[frames:] - in_turn[frames:]).max() > 2, "the story is not dropped"
+        assert np.abs(other[frames:] - in_turn[frames:]).max() > 1, "the story is not dropped"
 
 
 def told_levels(model: Model, board: Storyboard, settings: GenerateSettings) -> tuple[np.ndarray, list[torch.Tensor]]:
