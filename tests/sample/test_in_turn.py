@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -199,6 +201,12 @@ def test_guidance_goes_without_the_same_texts_together_and_in_turn(root: Path, f
         assert np.abs(other[frames:] - in_turn[frames:]).max() > 1, "the story is not dropped"
 
 
+def with_params(model: Model, params: dict[str, Any]) -> Model:
+    other = copy.copy(model)
+    other.settings = replace(model.settings, method_params=params)
+    return other
+
+
 def told_levels(model: Model, board: Storyboard, settings: GenerateSettings) -> tuple[np.ndarray, list[torch.Tensor]]:
     seen: list[torch.Tensor] = []
     hook = model.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[1].clone()))
@@ -213,7 +221,7 @@ def test_the_level_of_what_is_seen_is_chosen_for_a_storyboard(causal: Model, ful
     frames, seen = told_levels(causal, replace(BOARD, plan=plan), SETTINGS)
     history = [levels for levels in seen if len(levels) == 1]  # one branch: the passes that keep a shot
     assert len(history) == 2 and all((levels == torch.tensor(0.4)).all() for levels in history)
-    other = replace(causal, settings=replace(causal.settings, method_params=CAUSAL | plan))
+    other = with_params(causal, CAUSAL | plan)
     assert np.array_equal(frames, generate_scene(other, BOARD, SETTINGS, seed=3)[0])
     assert not np.array_equal(frames, generate_scene(causal, BOARD, SETTINGS, seed=3)[0])
     given = with_shot(replace(BOARD, plan=plan), 0, given=str(root / "dark.png"))
@@ -253,7 +261,7 @@ def test_images_as_shots_are_doubted_where_training_had_none(
     composed = Storyboard(
         "composed", shots=[StoryboardShot("One.", references=[Reference("portrait", str(root / "dark.png"))])]
     )
-    trained = replace(full, settings=replace(full.settings, method_params={"single_frame_prob": 0.1}))
+    trained = with_params(full, {"single_frame_prob": 0.1})
     film = with_shot(BOARD, 0, given=str(root / "film.mp4"))
     image = with_shot(BOARD, 0, given=str(root / "dark.png"))
     for model, board, settings, doubts in (
