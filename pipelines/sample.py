@@ -48,6 +48,9 @@ class SampleConfig:
     scene_guidance: float | None = knob(
         None, "guidance scale of a scene's other shots, for models of method lct; null = only the text is amplified"
     )
+    null_text: Literal["shot", "all"] = knob(
+        "all", "what guidance amplifies of the text: all = story and prompt; shot = the prompt alone"
+    )
     states: StatesConfig = knob(StatesConfig, "for models of method aid: who says the states a storyboard does not")
     solver: Literal["euler", "second_order", "ancestral"] = knob("euler", "how frames move between noise levels")
     min_side: int = knob(256, "smaller videos are enlarged by a whole factor to this many pixels a side; 0 = never")
@@ -196,6 +199,7 @@ def generate_settings(config: SampleConfig) -> GenerateSettings:
         config.history,
         config.image_guidance,
         config.scene_guidance,
+        config.null_text,
     )
 
 

@@ -39,6 +39,11 @@ class ServeConfig:
     scene_guidance: float | None = knob(
         None, "guidance scale of a scene's other shots, for models of method lct, of a request that names none"
     )
+    null_text: Literal["shot", "all"] = knob(
+        "all",
+        "what guidance amplifies of the text, of a request that names none: all = story and prompt; shot = the "
+        "prompt alone",
+    )
     states: StatesConfig = knob(StatesConfig, "for models of method aid: who says the states a storyboard does not")
     max_shots: int = knob(9, "most shots of one storyboard")
     max_frames: int = knob(0, "most pixel frames of one shot; 0 = as many as the model was trained on")
@@ -149,6 +154,7 @@ def server_settings(config: ServeConfig) -> ServerSettings:
         guidance=config.guidance,
         image_guidance=config.image_guidance,
         scene_guidance=config.scene_guidance,
+        null_text=config.null_text,
         states=partial(make_predictor, config.states),
         min_side=config.min_side,
         device=config.device,

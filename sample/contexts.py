@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -21,13 +21,29 @@ if TYPE_CHECKING:
     from models.methods import Method
 
 
-def encode_texts(
-    storyboards: Sequence[Storyboard], layout: ClipLayout, model: Model, text: str, story_group: bool = False
-) -> tuple[TextContext, TextContext]:
-    """The contexts of all shots [B, G, L, D] and those of the null branch.
+# what guidance drops of a made shot's text: its prompt, or the story, too
+NullText = Literal["shot", "all"]
 
-    `story_group`: the story is the last context, and the shots' are their prompts alone (`models.layout.with_story`).
+
+def encode_texts(
+    storyboards: Sequence[Storyboard],
+    layout: ClipLayout,
+    model: Model,
+    text: str,
+    story_group: bool = False,
+    null_text: NullText = "all",
+) -> tuple[TextContext, TextContext]:
+    """The contexts that a clip reads [B, G, L, D] and those of the null branch.
+
+    First those of the shots, then one for each image that is a group of its own in front of a shot, which has no prompt
+    and reads what a shot without its prompt would. `story_group`: the story is the last context, and in no other
+    (`models.layout.with_story`).
+
+    In the null branch the negative text stands for the prompts of what is made, with `null_text="all"` also for the
+    story, with "shot" beside it. What is given keeps its text, as history behind a cache does.
     """
+    images = int(layout.text_ids.max()) + 1 - len(storyboards[0].shots) - story_group
+    made = set(layout.text_ids[~layout.is_given].tolist())
     rows, nulls = [], []
     for board in storyboards:
         own = []
@@ -37,17 +53,22 @@ def encode_texts(
                 own.append(encode_context(said, model))
             except ValueError as error:
                 raise StoryboardError(f"{board.where(index)}: {error}", f"shots.{index}.prompt") from error
-        if story_group:
-            try:
-                own.append(encode_context([board.story], model))
-            except ValueError as error:
-                raise StoryboardError(f"storyboard {board.name!r}: story: {error}", "story") from error
         try:
-            null = encode_context([board.negative], model)
+            if images:
+                own += [encode_context(unprompted_texts(board, text, story_group), model)] * images
+            if story_group:
+                own.append(encode_context([board.story], model))
+        except ValueError as error:
+            raise StoryboardError(f"storyboard {board.name!r}: story: {error}", "story") from error
+        try:
+            kept = null_text == "shot"
+            said = unprompted_texts(board, text, story_group, board.negative) if kept else [board.negative]
+            null = encode_context(said, model)
         except ValueError as error:
             raise StoryboardError(f"storyboard {board.name!r}: negative: {error}", "negative") from error
+        dropped = made - {len(own) - 1} if story_group and kept else made
         rows.append(torch.stack(own))
-        nulls.append(null.expand(len(own), -1, -1))
+        nulls.append(torch.stack([null if group in dropped else one for group, one in enumerate(own)]))
     contexts, null_contexts = (TextContext(torch.stack(texts), layout.text_ids) for texts in (rows, nulls))
     to = model.device, model.backbone.dtype
     return contexts.to(*to), null_contexts.to(*to)
@@ -157,6 +178,12 @@ def encode_context(texts: list[str], model: Model) -> Tensor:
     if model.text.truncated > before:
         raise ValueError(f"a text has more than the model's {model.settings.text_length} tokens; shorten it")
     return context
+
+
+def unprompted_texts(storyboard: Storyboard, text: str, story_group: bool, instead: str = "") -> list[str]:
+    """The texts of a shot's context with `instead` in the place of its prompt, which training leaves out whole."""
+    in_front = [storyboard.story] if text == "scene" and storyboard.story and not story_group else []
+    return [*in_front, instead] if instead or not in_front else in_front
 
 
 def shot_texts(storyboard: Storyboard, shot: StoryboardShot, text: str) -> list[str]:

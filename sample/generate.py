@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from infra.log import get_logger
 from models.backbones.base import require
 from models.codecs import to_frames
 from models.layout import ClipLayout, drop_frames, shots_layout, with_story
@@ -28,7 +29,15 @@ from models.scene import MAX_HISTORY
 from models.solvers import SolverName
 from models.states import StatePredictor
 from sample.apart import OTHER_SHOTS
-from sample.contexts import embeddings_of, encode_texts, image_contexts, labels_of, no_contexts, states_of
+from sample.contexts import (
+    NullText,
+    embeddings_of,
+    encode_texts,
+    image_contexts,
+    labels_of,
+    no_contexts,
+    states_of,
+)
 from sample.frame_tasks import (
     check_given_frames,
     check_tokens,
@@ -64,12 +73,15 @@ class GenerateSettings:
     image_guidance: float = 1.5  # of the given frames, where the method guides by them (aid); 1 is none
     # of the other shots of a scene (lct); None: every pass of guidance sees them, so that only the text is amplified
     scene_guidance: float | None = None
+    null_text: NullText = "all"  # what the pass of guidance without text goes without: the prompt, or the story, too
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps={self.steps}; give at least 1")
         if not 1 <= self.history <= MAX_HISTORY:
             raise ValueError(f"history={self.history}; a shot sees 1 to {MAX_HISTORY} earlier shots")
+        if self.null_text not in get_args(NullText):
+            raise ValueError(f"null_text={self.null_text!r}; choose shot or all")
 
     @property
     def over_other_shots(self) -> list[tuple[str, float]]:
@@ -146,6 +158,7 @@ def generate_scenes(
     media = [load_media(first, index, model) for index in range(len(first.shots))]
     placed = [clip for index in range(len(first.shots)) for clip in load_given_frames(first, index, model)]
     references = load_references(first, method, model)
+    _warn_of_images(method, first, media, model)
     layout, task = _layout(method, first, media, references, placed, model)
     if story_apart := method.story_group and settings.text == "scene" and bool(first.story):
         layout = with_story(layout)
@@ -159,7 +172,7 @@ def generate_scenes(
     elif not method.reads_text:
         text, null = no_contexts(len(storyboards), made, model)
     else:
-        text, null = encode_texts(storyboards, made, model, settings.text, story_apart)
+        text, null = encode_texts(storyboards, made, model, settings.text, story_apart, settings.null_text)
     read = states_of(storyboards, media, method, model, states)
     read |= embeddings_of(storyboards, media, method, model, placed)
     shape = (len(storyboards), model.codec.latent_channels, made.num_frames, *latent_size(model))
@@ -308,9 +321,10 @@ def _generate_in_turn(
     frames = _shot_frames(first, media, model)
     layout = shots_layout(frames)
     method = get_method(model.settings.method, **model.settings.method_params)
+    _warn_of_images(method, first, media, model)
     story_apart = method.story_group and settings.text == "scene" and bool(first.story)
     read_by = with_story(layout) if story_apart else layout
-    text, null = encode_texts(storyboards, read_by, model, settings.text, story_apart)
+    text, null = encode_texts(storyboards, read_by, model, settings.text, story_apart, settings.null_text)
     known = encode_media(media, [], layout, model, len(storyboards))
     generators = [shot_generators(board, seed) for board, seed in zip(storyboards, seeds, strict=True)]
     shots = [
@@ -326,17 +340,21 @@ def _generate_in_turn(
             zip(first.histories(settings.history), layout.shot_slices, strict=True)
         )
     ]
+    levels = base_levels(settings.steps, shift=model.settings.level_shift)
+    plan_of(method, layout, levels, task, first)  # refuses what does not fit
     made = rollout(
         model.backbone,
         method,
         task,
         shots,
-        base_levels(settings.steps, shift=model.settings.level_shift),
+        levels,
         size=(model.codec.latent_channels, *latent_size(model)),
         guidance=Guidance([("text", settings.guidance), *settings.over_other_shots]),
         solver=settings.solver,
         callback=callback,
         story=text.embeddings[:, -1] if story_apart else None,
+        null_story=null.embeddings[:, -1] if story_apart and settings.null_text == "all" else None,
+        plan_options=first.plan,
     )
     clips: list[list[np.ndarray]] = [[] for _ in storyboards]
     for pixels, latents in zip(media, made, strict=True):
@@ -365,6 +383,12 @@ def _generate_shots_alone(
         for board, seed in zip(storyboards, seeds, strict=True)
         for index, shot in enumerate(board.shots)
     ]
+    whole = [board for board in storyboards for _ in board.shots]
+    boards = [
+        lone if lone.takes_plan(lone.task or "auto") or not board.takes_plan(board.task or settings.task)
+        else replace(lone, plan={})  # it was for history, or for another shot
+        for lone, board in zip(boards, whole, strict=True)
+    ]  # fmt: skip
     frames: list[np.ndarray] = [np.empty(0)] * len(boards)
     groups: dict[Any, list[int]] = {}
     for index, board in enumerate(boards):
@@ -426,6 +450,19 @@ def _layout(
     except ValueError as error:
         index = given[-1] if given else 0
         raise StoryboardError(f"{storyboard.where(index)}: {error}", f"shots.{index}.given") from error
+
+
+def _warn_of_images(method: Method, storyboard: Storyboard, media: list[np.ndarray | None], model: Model) -> None:
+    """Says in the log where images are to be seen as shots by a model that met none in training."""
+    if "composition" not in method.tasks or method.single_frame_share():
+        return
+    for index, (shot, pixels) in enumerate(zip(storyboard.shots, media, strict=True)):
+        if shot.references or (shot.given and pixels is not None and num_latent_frames(model, pixels) == 1):
+            get_logger("sample").warning(
+                "%s: an image as a shot, which this model never met in training (method_params.single_frame_prob=0): "
+                "what is made may not follow it; train with method_params.single_frame_prob=0.1 to 0.2",
+                storyboard.where(index),
+            )
 
 
 def _shot_frames(storyboard: Storyboard, media: list[np.ndarray | None], model: Model) -> list[int]:

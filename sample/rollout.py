@@ -11,7 +11,7 @@ B batch, F latent frames, C channels, H W latent size, K steps, L text tokens, D
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,16 +54,20 @@ def rollout(
     solver: SolverName = "euler",
     callback: Callback | None = None,  # steps over all shots that are made
     story: Tensor | None = None,  # [B,L,D], the text of a group in front of all shots (`models.layout.with_story`)
+    null_story: Tensor | None = None,  # [B,L,D], in its place in passes without text; None: it stays in all
+    plan_options: Mapping[str, Any] | None = None,  # of `Method.plan`
 ) -> Iterator[Tensor]:
     """Latents [B,C,F,H,W] (fp32, normalised) of one shot after another, given ones as they were given.
 
     The story's group, its text and one dummy token at level 0, stands in the cache before whatever history a shot sees.
 
     Only the current shot loses its text in guidance; history keeps its own, so that one cache serves all branches but
-    those that drop the other shots (`sample.apart`), which see no history.
+    those that drop the other shots (`sample.apart`), which see no history. With a `null_story` the cache holds the
+    history of each branch, which has seen that branch's story: as many times the memory and the work of keeping it.
     Held at a time: keys and values of one shot's history, and the latents of shots that a later one still sees.
-    Raises ValueError, before the first step, for a backbone that keeps no keys, for a history that is not earlier, and
-    for guidance over the other shots beside a story, which a pass without the cache would lose.
+    Raises ValueError, before the first step, for a backbone that keeps no keys, for a history that is not earlier, for
+    options that the plan does not take, and for guidance over the other shots beside a story, which a pass without the
+    cache would lose.
     """
     require(backbone.capabilities, attention_rule="group_causal", kv_cache=True)
     guidance = guidance or Guidance()
@@ -72,49 +76,51 @@ def rollout(
             "scene_guidance with a story that is a text group of its own: shots made in turn keep it in the cache of "
             "the others; leave scene_guidance out, or make all shots at once (task auto)"
         )
-    layouts = []
+    layouts, plans = [], []
     for index, shot in enumerate(shots):
         if len(set(shot.history)) != len(shot.history) or not set(shot.history) <= set(range(index)):
             raise ValueError(f"shot {index}: history is {list(shot.history)}, expected earlier shots, each once")
-        layouts.append(method.layout_for_task(task, [*(shots[j].frames for j in shot.history), shot.frames]))
-    return _run(backbone, method, task, shots, layouts, levels, size, guidance, solver, callback, story)
+        layout = method.layout_for_task(task, [*(shots[j].frames for j in shot.history), shot.frames])
+        layouts.append(layout)
+        plans.append(method.plan(layout, levels, task, **(plan_options or {})))
+    stories = _stories(story, null_story, guidance)
+    return _run(backbone, method, shots, layouts, plans, size, guidance, solver, callback, stories)
 
 
 def _run(
     backbone: Backbone,
     method: Method,
-    task: str,
     shots: Sequence[RolloutShot],
     layouts: Sequence[ClipLayout],  # each shot's history and itself
-    levels: Tensor,
+    plans: Sequence[Tensor],  # [K+1,F] of these
     size: tuple[int, int, int],
     guidance: Guidance,
     solver: SolverName,
     callback: Callback | None,
-    story: Tensor | None,
+    stories: Sequence[Tensor],  # [B,L,D] each, see `_stories`
 ) -> Iterator[Tensor]:
-    done, steps = 0, len(levels) - 1
+    done, steps = 0, len(plans[0]) - 1 if plans else 0
     total = steps * sum(shot.given is None for shot in shots)
     last_reader = {j: index for index, shot in enumerate(shots) if shot.given is None for j in shot.history}
     pool: dict[int, tuple[Tensor, Tensor]] = {}  # finished shots that are still seen: latents, and noise as history
     cache = backbone.new_cache()
     cached: tuple[int, ...] = ()  # the shots in it, behind the story
     told = False  # whether the story is in it
-    for index, (shot, layout) in enumerate(zip(shots, layouts, strict=True)):
+    for index, (shot, layout, plan) in enumerate(zip(shots, layouts, plans, strict=True)):
         if shot.given is not None:
             latents = shot.given
         else:
-            plan = method.plan(layout, levels, task).to(shot.text.device)
+            plan = plan.to(shot.text.device)
             options = method.backbone_kwargs(layout) | {"cache": cache}
             if shot.history[: len(cached)] != cached:
                 cache.reset()
                 cached, told = (), False
-            if story is not None and not told:
-                _append_story(backbone, method, story, size, options)
+            if stories and not told:
+                _append_story(backbone, method, torch.cat([*stories]), size, options)
                 told = True
             for position in range(len(cached), len(shot.history)):
                 j, frames = shot.history[position], layout.shot_slices[position]
-                _append(backbone, method, shots[j], *pool[j], plan[0, frames], options)
+                _append(backbone, method, shots[j], *pool[j], plan[0, frames], max(1, len(stories)), options)
             cached = shot.history
             own = _one_shot(shot.frames)
             latents = sample(
@@ -141,6 +147,15 @@ def _run(
         yield latents
 
 
+def _stories(story: Tensor | None, null_story: Tensor | None, guidance: Guidance) -> list[Tensor]:
+    """The story's text in the cache: none, one that all branches share, or one for each, in their order."""
+    if story is None:
+        return []
+    if null_story is None:
+        return [story]
+    return [null_story if "text" in branch.dropped else story for branch in guidance.branches]
+
+
 @torch.no_grad()
 def _append(
     backbone: Backbone,
@@ -149,14 +164,16 @@ def _append(
     latents: Tensor,  # [B,C,F,H,W]
     noise: Tensor,
     level: Tensor,  # [F], what the plan holds the shot at
+    branches: int,  # for which the cache holds rows of their own
     options: dict[str, Any],  # of the backbone; the cache is among them
 ) -> None:
     """One pass over a finished shot at the history level, which keeps its keys and values."""
     latents, noise = latents.to(level.device), noise.to(level.device)
     noisy = backbone.process.precondition(backbone.process.add_noise(latents, noise, level), level)
+    noisy, text = noisy.repeat(branches, 1, 1, 1, 1), shot.text.repeat(branches, 1, 1)
     told = method.model_levels(level.expand(len(noisy), -1))
     own = options | {"layout": _one_shot(shot.frames), "append": True}
-    backbone(noisy.to(shot.text.dtype), told, _context(shot.text, shot.frames), **own)
+    backbone(noisy.to(text.dtype), told, _context(text, shot.frames), **own)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from sample.jobs import JobStore
 from sample.video_request import VideoService
@@ -25,6 +25,7 @@ class ServerSettings:
     guidance: float = 5.0
     image_guidance: float = 1.5
     scene_guidance: float | None = None
+    null_text: Literal["shot", "all"] = "all"
     states: Callable[[], StatePredictor | None] | None = None  # opens the predictor of states; runs in each replica
     min_side: int = 0  # smaller videos are enlarged to this
     device: str = "cpu"

@@ -50,6 +50,11 @@ class StoryboardShot:
     history: list[int] | None = None  # the earlier shots that this one sees, counted from 0; None: the storyboard's
     label: int | None = None  # for fvdm with labels: the class, counted from 0; -1: none
 
+    @property
+    def takes_plan(self) -> bool:
+        """Whether what is given of it, or before it, is held at a level that the storyboard's `plan` can say."""
+        return bool(self.given or self.given_frames or self.references)
+
     def validate(self, where: str, index: int, frame_step: int) -> None:
         """Raise StoryboardError at the first thing wrong with this shot, number `index`, named `where`."""
 

@@ -19,6 +19,7 @@ Task = Literal["auto", "autoregressive", "extension"]
 # of an image, frames that follow one another, a shot longer than the model's clips
 FrameTask = Literal["edit", "noisy_frames", "progressive", "progressive_min", "diagonal", "long_video"]
 FRAME_TASKS: tuple[str, ...] = get_args(FrameTask)
+IN_TURN = ("autoregressive", "extension")  # tasks whose shots are made one after another
 FROM_IMAGE = ("progressive", "progressive_min")  # all frames start from one image
 FROM_NOTHING = ("diagonal", "long_video")  # nothing need be given
 
@@ -38,7 +39,8 @@ class Storyboard:
     negative: str = ""  # what the null branch of guidance reads instead of an empty text
     seed: int | None = None  # None: derived from the run's seed and the name
     task: Literal[Task, FrameTask] | None = None  # None: the run's
-    plan: dict[str, Any] = field(default_factory=dict)  # of a `FrameTask` or of given frames, such as {edit_level: 0.6}
+    # of a `FrameTask`, or of what is given or made before, such as {edit_level: 0.6} or {context_level: 0.3}
+    plan: dict[str, Any] = field(default_factory=dict)
     history: int | None = None  # how many earlier shots a shot sees, the nearest ones; None: the run's
 
     def validate(self, *, frame_step: int = 4, max_shots: int | None = None) -> None:
@@ -79,10 +81,11 @@ class Storyboard:
         """Raise StoryboardError where the storyboard does not fit how its shots are made: see `Task`, `FrameTask`."""
         if task in FRAME_TASKS:
             self._check_frame_task(task)
-        elif self.plan and not any(shot.given_frames for shot in self.shots):
+        elif self.plan and not self.takes_plan(task):
+            tasks = ", ".join((*FRAME_TASKS, *IN_TURN))
             raise StoryboardError(
-                f"storyboard {self.name!r}: plan={self.plan} is for a task of {', '.join(FRAME_TASKS)} and for "
-                "given_frames; leave it out",
+                f"storyboard {self.name!r}: plan={self.plan} is for a task of {tasks} and for given shots, "
+                "given_frames and references; leave it out",
                 "plan",
             )
         if task == "auto" or task in FRAME_TASKS:
@@ -131,6 +134,10 @@ class Storyboard:
             what = "the video to edit" if task == "edit" else "the image to start from"
             more = "" if task in FROM_IMAGE else "; or name parts of the shot in given_frames"
             raise StoryboardError(f"{where}: first_frame is empty; it names {what}{more}", "shots.0.first_frame")
+
+    def takes_plan(self, task: str) -> bool:
+        """Whether there is something of which `plan` can say the level, if the shots are made as `task` says."""
+        return task in FRAME_TASKS or task in IN_TURN or any(shot.takes_plan for shot in self.shots)
 
     def histories(self, nearest: int) -> list[tuple[int, ...]]:
         """The earlier shots that each shot sees, in the order of the scene unless the shot says another.

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -87,6 +87,7 @@ class VideoRequest(BaseModel):
     guidance: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE)
     image_guidance: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE)
     scene_guidance: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE)
+    null_text: Literal["shot", "all"] | None = None
     negative_prompt: str | None = Field(default=None, max_length=4000)
 
 
@@ -142,6 +143,7 @@ def parse_request(
             "guidance": request.guidance,
             "image_guidance": request.image_guidance,
             "scene_guidance": request.scene_guidance,
+            "null_text": request.null_text,
         },
         kept,
     )

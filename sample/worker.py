@@ -93,7 +93,7 @@ class VideoSampler:
     def _generate(self, lease: Lease, stop: threading.Event) -> tuple[np.ndarray, float]:
         request = lease.job.request
         board = Storyboard.from_dict(request["storyboard"])
-        names = ("steps", "guidance", "image_guidance", "scene_guidance")
+        names = ("steps", "guidance", "image_guidance", "scene_guidance", "null_text")
         said = {name: getattr(self.settings, name) if (own := request.get(name)) is None else own for name in names}
         seed = derive_seed(lease.job.id) if board.seed is None else board.seed
         noted = 0.0

@@ -47,8 +47,7 @@ def judge(model: Model, cell: Cell, config: TableConfig) -> Judged:
     ]  # fmt: skip
     level = cell.judged.get("context_level")
     if level is not None:
-        params = model.settings.method_params | {"context_level": level}
-        model.settings = replace(model.settings, method_params=params)
+        boards = [replace(board, plan={"context_level": level}) for board in boards]
     settings = GenerateSettings(config.sample_steps, config.guidance, task=cell.judged.get("task", "auto"))
     readings: list[SceneReading | None] = [None] * len(boards)
     for turn, length in enumerate(lengths):

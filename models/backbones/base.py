@@ -57,6 +57,7 @@ class Capabilities:
     joint_text: bool = False  # text tokens stand in one attention with the video's, where they can have positions
     image_beside: bool = False  # takes `image`, an image's latents beside those of every frame; cannot do without
     one_grid: bool = True  # all its layers see the clip as the same tokens, of one width
+    joint_space_time: bool = True  # in its attention any token meets any other of the clip
     frames_per_token: int = 1  # latent frames that a token joins, and that so have one level (`models.patches`)
 
 
@@ -68,6 +69,8 @@ _REASONS = {  # of a lack that the backbone gives no reason for
     "joint_text": "its text is read by cross-attention, where a group's text would reach no other shot; let every shot "
     "read the story and its own prompt (global_prompt=prefix)",
     "one_grid": "its layers differ in width and size, where these modules give all layers the same tokens",
+    "joint_space_time": "its attention is parted into space and time, so the tokens of a shot do not meet those of the "
+    "others; use Wan, CogVideoX or HunyuanVideo",
     "image_beside": "only Stable Video Diffusion reads an image beside its frames; use method fvdm",
 }
 
@@ -84,6 +87,7 @@ def require(
     joint_text: bool = False,
     image_beside: bool = False,
     one_grid: bool = False,
+    joint_space_time: bool = False,
 ) -> None:
     """Raises ValueError with the reason when the backbone lacks something of what is asked for."""
     for field, asked in (
@@ -94,6 +98,7 @@ def require(
         ("joint_text", joint_text),
         ("image_beside", image_beside),
         ("one_grid", one_grid),
+        ("joint_space_time", joint_space_time),
     ):
         if asked and not getattr(capabilities, field):
             raise ValueError(f"this backbone has no {field}: {capabilities.reasons.get(field, _REASONS[field])}")

@@ -36,9 +36,13 @@ CAPABILITIES = Capabilities(
     attention_rules=frozenset({"full", "group_causal", "same_frame"}),
     text_per_shot=True,
     layer_branch=True,
+    joint_space_time=False,
     reasons={
         "diagonal": "Latte adds one absolute table to the patch grid of all frames, which was never trained off its "
         "place, and its temporal attention joins equal places only, so shots cannot move apart in space",
+        "joint_space_time": "Latte attends inside a frame and, over time, between equal places only, so the tokens of "
+        "a shot do not meet those of the others, and its table of times was trained for clips of one length; use Wan, "
+        "CogVideoX or HunyuanVideo",
         "kv_cache": "Latte joins frames in attention over time alone, whose keys Shotloom does not keep; use Wan",
     },
 )

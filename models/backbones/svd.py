@@ -38,6 +38,7 @@ CAPABILITIES = Capabilities(
     text_per_shot=True,
     image_beside=True,
     one_grid=False,
+    joint_space_time=False,
     reasons={
         "time_gap": "SVD's temporal convolutions take frames side by side for neighbours in time, whatever their "
         "number, so a gap would be half a gap",

@@ -99,7 +99,8 @@ class LCT(Method):
         joint: all shots. shot_conditioned: those not in `given_shots` (a shot may be one image).
         autoregressive: the last shot; all before it are its history, at most 8. extension: the same; the last shot
         goes on where the one before ends, which its text says.
-        composition: one shot behind images of who and where, single-frame groups of `condition_frames` latent frames.
+        composition: one shot behind images of who and where, single-frame groups of `condition_frames` latent frames,
+        each with a text of its own, as a shot that training replaced by one of its frames.
         """
         self.check_task(task)
         if (task == "shot_conditioned") != bool(given_shots):
@@ -171,9 +172,24 @@ class LCT(Method):
     def story_group(self) -> bool:
         return self.global_prompt == "group"
 
-    def plan(self, layout: ClipLayout, levels: Tensor, task: str) -> Tensor:
+    def plan(self, layout: ClipLayout, levels: Tensor, task: str, *, context_level: float | None = None) -> Tensor:
+        """The sampling plan [K+1,F] from base levels [K+1]; given shots, history and images are held at t_c.
+
+        `context_level` is that level, of any task but joint; None: the model's. The paper takes 0.1 to 0.5, lower for
+        the images of a composition. ValueError where it is no level, or one that training never comes near.
+        """
         self.check_task(task)
-        return noise_plan(layout, levels, "hold", context_level=self.context_level)
+        if context_level is None:
+            return noise_plan(layout, levels, "hold", context_level=self.context_level)
+        if task == "joint":
+            raise ValueError("the plan of task 'joint' takes no context_level: nothing is given")
+        if context_level == 0 and not (self.clean_prob or (self.context_prob and self.context_level == 0)):
+            raise ValueError(
+                "context_level is 0, but this model met no clean shot in training (its context_level "
+                f"{self.context_level:g}, clean_prob 0): give a low level such as 0.02, or train with "
+                "method_params.clean_prob=0.1"
+            )
+        return noise_plan(layout, levels, "hold", context_level=context_level)
 
     def loss_weights(self, layout: ClipLayout) -> Tensor:
         return loss_weights(layout, "shot")
@@ -192,13 +208,18 @@ class LCT(Method):
             require(capabilities, kv_cache=True)
         if self.story_group:  # the dummy is one frame, at a level of its own
             require(capabilities, joint_text=True, per_frame_levels=True)
+        require(capabilities, joint_space_time=True)
 
 
 def _composition(shot_frames: Sequence[int], condition_frames: Sequence[int]) -> ClipLayout:
-    """Images, each a group, before one shot, whose text all read. The shot is number 0, with or without images."""
+    """Images, each a group with a text of its own, before one shot, which is number 0, with or without images.
+
+    A text that groups shared would stand in one of them only, so the others' offsets between text and frames would be
+    none that training knows (LCT: the same in all groups).
+    """
     if len(shot_frames) != 1:
         raise ValueError(f"composition makes one shot at a time, got {len(shot_frames)}")
     if set(condition_frames) != {1}:
         raise ValueError(f"condition_frames is {list(condition_frames)}: a composition has images of one frame each")
-    images = [Segment("history", 1, shot_id=1 + i) for i in range(len(condition_frames))]
+    images = [Segment("history", 1, 1 + i, 1 + i) for i in range(len(condition_frames))]
     return ClipLayout((*images, Segment("target", shot_frames[0], shot_id=0)))

@@ -19,6 +19,7 @@ from claims import PAPERS, main
 from models.folder import load_model
 from models.scene import reference_tensor_key, shot_tensor_key
 from models.tiny import build_tiny_folder
+from sample.generate import Clip
 from toyworld.pairs import render_reference, sample_pair
 from toyworld.render import render_shot
 from toyworld.world import is_held_out, sample_scene
@@ -144,6 +145,25 @@ def test_causal_cells_share_their_training_and_add_up(config: TableConfig) -> No
     config = replace(config, steps=503, batch_size=12)
     stages = [runner.train_config(cells[0], n, 0, config, Path("d"), Path("m"), Path("r")) for n in (0, 1)]
     assert sum(stage.steps for stage in stages) == 503 and {stage.batch_size for stage in stages} == {4}
+
+
+@pytest.mark.parametrize("level", [0.0, 0.3])
+def test_t_c_is_chosen_in_the_storyboards_not_in_the_model(
+    config: TableConfig, level: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[dict, dict, str]] = []
+
+    def generate(model, boards, settings, seeds, **options):
+        made.extend((board.plan, dict(model.settings.method_params), settings.task) for board in boards)
+        pixels = np.zeros((17 * len(boards[0].shots), 64, 64, 3), np.uint8)
+        return [Clip(pixels, [17 * n for n in range(1, len(boards[0].shots))]) for _ in boards]
+
+    monkeypatch.setattr("claim_cells.lct.generate_scenes", generate)
+    (cell,) = [cell for cell in PAPERS["lct"].cells if cell.name == f"causal-tc{level:g}"]
+    model = load_model(config.model, parts=())
+    before = dict(model.settings.method_params)
+    PAPERS["lct"].judge(model, cell, config)
+    assert made == [({"context_level": level}, before, "autoregressive")] * config.prompts
 
 
 @pytest.mark.parametrize(

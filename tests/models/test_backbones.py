@@ -75,6 +75,7 @@ def test_wrong_pairings_are_refused_with_the_reason(method, name):
         ("lct", "svd"): "position_mode is 'time_gap': SVD's temporal convolutions",
         ("fvdm", "svd"): "takes an image beside every noisy frame: set method_params.image_beside=true",
         ("tic_ft", "svd"): "tic_ft puts what is given on one time axis .* reads no text",
+        ("lct", "latte"): "no joint_space_time: Latte attends inside a frame and, over time, between equal places",
         ("fca", "cogvideox-1.5"): "no layer_branch: CogVideoX 1.5 joins 2 latent frames into one token",
         ("aid", "cogvideox-1.5"): "no layer_branch: CogVideoX 1.5 joins 2 latent frames into one token",
         ("fca", "svd"): "no layer_branch: .* Stable Video Diffusion reads none.*put a text encoder into its folder",

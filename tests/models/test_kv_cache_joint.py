@@ -137,14 +137,14 @@ def backbone_of_vp():
     return backbone
 
 
-def run(backbone, histories, texts: Tensor, story: Tensor | None) -> list[Tensor]:
+def run(backbone, histories, texts: Tensor, story: Tensor | None, null_story: Tensor | None = None) -> list[Tensor]:
     shots = [RolloutShot(SIZES[i], texts[:, i], NULL, seeds(i), history) for i, history in enumerate(histories)]
     guidance = Guidance([("text", SCALE)])
-    options = {"size": (4, 4, 6), "guidance": guidance, "story": story}
+    options = {"size": (4, 4, 6), "guidance": guidance, "story": story, "null_story": null_story}
     return list(rollout(backbone, METHOD, "autoregressive", shots, LEVELS, **options))
 
 
-def recomputed(backbone, histories, texts: Tensor, story: Tensor) -> list[Tensor]:
+def recomputed(backbone, histories, texts: Tensor, story: Tensor, null_story: Tensor | None = None) -> list[Tensor]:
     """LCT's recipe without a cache: story, history and shot run whole in every step."""
     process, made, noised = backbone.process, [], []
     for index, history in enumerate(histories):
@@ -162,8 +162,8 @@ def recomputed(backbone, histories, texts: Tensor, story: Tensor) -> list[Tensor
                 clip[:, :, layout.shot_slices[1 + position]] = noised[j]
             clip[:, :, own] = process.precondition(x, s.expand(SIZES[index]))
             predictions = []
-            for words in (texts[:, index], NULL):
-                said = torch.stack([*(texts[:, j] for j in history), words, story], dim=1)
+            for words, told in ((texts[:, index], story), (NULL, story if null_story is None else null_story)):
+                said = torch.stack([*(texts[:, j] for j in history), words, told], dim=1)
                 out = backbone(clip, levels, TextContext(said, layout.text_ids), **METHOD.backbone_kwargs(layout))
                 predictions.append(out[:, :, own])
             found = predictions[1] + SCALE * (predictions[0] - predictions[1])
@@ -187,6 +187,19 @@ def test_the_story_stands_in_front_of_every_history(name):
     for changed in (other, None):
         for one, two in zip(made, run(backbone, HISTORIES[name], texts, changed), strict=True):
             assert (one - two).abs().max() > 1e-3, "each shot sees the story, not only the first"
+
+
+@pytest.mark.parametrize("name", HISTORIES)
+@torch.no_grad()
+def test_guidance_may_go_without_the_story_too(name):
+    """The cache then holds what each branch makes of the history: one that all share would know the story."""
+    backbone, texts = backbone_of_vp(), randn(B, 3, L, TEXT_DIM, seed=2)
+    story, null = randn(B, L, TEXT_DIM, seed=8), randn(B, L, TEXT_DIM, seed=9)
+    made = run(backbone, HISTORIES[name], texts, story, null)
+    for one, expected in zip(made, recomputed(backbone, HISTORIES[name], texts, story, null), strict=True):
+        torch.testing.assert_close(one, expected, rtol=0, atol=1e-4)
+    for one, kept in zip(made, run(backbone, HISTORIES[name], texts, story), strict=True):
+        assert (one - kept).abs().max() > 1e-3
 
 
 @torch.no_grad()

@@ -241,7 +241,42 @@ def test_a_stretched_grid_does_not_move_the_dummy():
         assert torch.allclose(dummy[1::2], (cos + sin)[token, 1::2].double(), rtol=0, atol=1e-5)
 
 
+# --- composition -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", ["full", "group_causal"])
+@pytest.mark.parametrize("name", ["hunyuan", "cogvideox"])
+@torch.no_grad()
+def test_a_composition_is_a_scene_whose_first_shots_are_images(name, rule):
+    """Its images have texts of their own, so that each group stands and sees as a group of training does. The buggy
+    form let all read the shot's text, which then stood in the first image's group, far from its frames."""
+    cases = hunyuan_inputs if name == "hunyuan" else cogvideox_cases
+    backbone, _ = cases.make()
+    x, levels, text = cases.inputs()
+    levels[:, 2:] = levels[:, 2:3]
+    contexts = text if name == "hunyuan" else TextContext(text, shots_layout([1, 1, 4]).text_ids)
+    layout = GROUP.layout_for_task("composition", [4], condition_frames=[1, 1])
+    options = dict(position_mode="diagonal", attention_rule=rule)
+
+    def reading(of: ClipLayout, order: list[int]) -> TextContext:  # the texts in `order` as texts 0, 1, 2 of the layout
+        lengths = None if contexts.lengths is None else contexts.lengths[:, order]
+        pooled = None if contexts.pooled is None else contexts.pooled[:, order]
+        return TextContext(contexts.embeddings[:, order], of.text_ids, lengths, pooled)
+
+    out = backbone(x, levels, reading(layout, [2, 0, 1]), layout=layout, **options)
+    scene = shots_layout([1, 1, 4])
+    assert torch.equal(out, backbone(x, levels, reading(scene, [0, 1, 2]), layout=scene, **options))
+
+
 # --- pairing -------------------------------------------------------------------------------------------------------
+
+
+def test_latte_is_refused_because_its_tokens_do_not_all_meet():
+    capabilities = BACKBONES["latte"]().capabilities
+    for params in ({}, {"position_mode": "contiguous"}, {"density": "uniform"}):
+        with pytest.raises(ValueError, match="no joint_space_time: Latte.*use Wan, CogVideoX or HunyuanVideo"):
+            get_method("lct", **params).check_backbone(capabilities)
+    get_method("fvdm").check_backbone(capabilities)
 
 
 REASONS = {

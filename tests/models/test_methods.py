@@ -98,7 +98,7 @@ def test_a_composition_puts_each_image_in_a_group_of_its_own():
     layout = get_method("lct").layout_for_task(task, [5], **givens)
     assert "".join(LETTERS[role] for role in layout.roles) == roles
     assert [frames.stop - frames.start for frames in layout.shot_slices] == [1, 1, 5]
-    assert set(layout.text_ids.tolist()) == {0} and layout.shot_ids[-1] == 0
+    assert layout.text_ids.tolist() == layout.shot_ids.tolist() == [1, 2, 0, 0, 0, 0, 0], "as each shot in training"
     plan = get_method("lct", context_level=0.1).plan(layout, base_levels(3), task)
     assert plan[:, :2].unique().tolist() == pytest.approx([0.1]) and (plan[0, 2:] == 1).all()
     assert get_method("lct").task_of(["portrait", "place"]) == task
@@ -113,6 +113,37 @@ def test_shots_are_made_one_after_another_at_the_history_level():
     assert torch.equal(plan[:, 3], base_levels(4, shift=3.0)) and torch.equal(plan[:, 3], plan[:, 4])
     assert method.layout_for_task("extension", [3]) == shots_layout([3]), "the first shot has no history"
     assert method.backbone_kwargs(layout)["attention_rule"] == "group_causal"
+
+
+@pytest.mark.parametrize("level", [0.0, 0.3, 1])
+@pytest.mark.parametrize("task", ["shot_conditioned", "composition", "autoregressive"])
+def test_the_level_of_what_is_given_can_be_chosen_for_sampling(task, level):
+    method = get_method("lct", attention_rule="group_causal", clean_prob=0.1)
+    givens = {"shot_conditioned": {"given_shots": [0]}, "composition": {"condition_frames": [1, 1]}}.get(task, {})
+    layout = method.layout_for_task(task, [2] if task == "composition" else [2, 2], **givens)
+    plan = method.plan(layout, base_levels(4), task, context_level=level)
+    given = layout.is_given
+    assert (plan[:, given] == level).all() and torch.equal(
+        plan[:, ~given], method.plan(layout, base_levels(4), task)[:, ~given]
+    )
+    assert torch.equal(plan, get_method("lct", clean_prob=0.1, context_level=level).plan(layout, base_levels(4), task))
+
+
+def test_a_level_that_means_nothing_to_the_model_is_refused():
+    method = get_method("lct")
+    layout = method.layout_for_task("shot_conditioned", [2, 2], given_shots=[0])
+
+    def refuse(level, word: str, by=method, of=layout, task: str = "shot_conditioned"):
+        with pytest.raises(ValueError, match=word):
+            by.plan(of, base_levels(2), task, context_level=level)
+
+    for level in (-0.1, 1.5, float("nan")):
+        refuse(level, f"context_level is {level}, expected 0 to 1")
+    refuse(0, "context_level is 0, but .* no clean shot in training .*context_level 0.1, clean_prob 0")
+    for able in (get_method("lct", clean_prob=0.1), get_method("lct", context_level=0.0)):
+        able.plan(layout, base_levels(2), "shot_conditioned", context_level=0)
+    refuse(0, "no clean shot", get_method("lct", density="uniform"))
+    refuse(0.2, "task 'joint' takes no context_level: nothing is given", of=shots_layout([2, 2]), task="joint")
 
 
 @pytest.mark.parametrize("task", TIC_FT_TASKS)

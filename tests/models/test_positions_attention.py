@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
 from models.attention import block_mask, group_ids, group_sizes, grouped_attention
-from models.layout import ClipLayout, Segment, shots_layout
-from models.positions import position_ids, rope_tables
+from models.layout import ClipLayout, Segment, shots_layout, with_story
+from models.methods import get_method
+from models.positions import interleaved_positions, position_ids, rope_tables
 
 SCENE = shots_layout([3, 1, 2])
 
@@ -90,6 +91,50 @@ def test_logits_inside_a_shot_do_not_depend_on_its_place(mode):
     assert torch.allclose(logits[0], logits[2], rtol=0, atol=1e-5)
     across = rotate(q, cos[:12], sin[:12]) @ rotate(k, cos[12:24], sin[12:24]).T
     assert (across - logits[0]).abs().max() > 0.1, "another shot stands elsewhere"
+
+
+# two images and a shot (LCT); what each group holds besides does not change where its text and its frames stand
+COMPOSITION = get_method("lct", position_mode="diagonal").layout_for_task("composition", [2], condition_frames=[1, 1])
+TEXT = 4  # tokens of each text
+
+
+def placed_groups(layout: ClipLayout, grid: tuple[int, int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Positions of text and of video of each group, where backbones put them under the rule "full": one copy of every
+    text, with the first shot that reads it."""
+    shots: dict[int, int] = {}
+    for shot, text in zip(group_ids(layout).tolist(), layout.text_ids.tolist(), strict=True):
+        shots.setdefault(text, shot)
+    copies = [(shot, text) for text, shot in shots.items()]
+    ids = interleaved_positions(layout, grid, copies, [TEXT] * len(copies), TEXT)
+    texts, video = ids[: TEXT * len(copies)].split(TEXT), ids[TEXT * len(copies) :]
+    of_text = {text: places for (_, text), places in zip(copies, texts, strict=True)}
+    frames = video.unflatten(0, (layout.num_frames, -1))
+    return [(of_text[int(layout.text_ids[f][0])], frames[f].flatten(0, 1)) for f in layout.shot_slices]
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (2, 2)])
+@pytest.mark.parametrize("layout", [shots_layout([2, 2, 2]), COMPOSITION], ids=["scene", "composition"])
+def test_logits_between_text_and_video_of_a_shot_do_not_depend_on_its_place(layout, grid):
+    """LCT: "inside a group, relative text-video offsets are identical for all shots"; against the shot by itself."""
+    dims, generator = (8, 8, 8), torch.Generator().manual_seed(0)
+    for (text, video), frames in zip(placed_groups(layout, grid), layout.shot_slices, strict=True):
+        ((alone_text, alone_video),) = placed_groups(shots_layout([frames.stop - frames.start]), grid)
+        q, k = torch.randn(TEXT, 24, generator=generator), torch.randn(len(video), 24, generator=generator)
+        logits = [
+            rotate(q, *rope_tables(t, dims)) @ rotate(k, *rope_tables(v, dims)).T
+            for t, v in ((text, video), (alone_text, alone_video))
+        ]
+        assert torch.allclose(*logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("story", [False, True])
+@pytest.mark.parametrize("layout", [shots_layout([2, 1, 4]), COMPOSITION], ids=["scene", "composition"])
+def test_no_two_tokens_share_a_position_texts_among_them(layout, story):
+    groups = placed_groups(with_story(layout) if story else layout, (3, 2))
+    if story:  # all of a dummy frame stands for one token
+        groups[0] = groups[0][0], groups[0][1][:1]
+    places = [tuple(row) for group in groups for part in group for row in part.tolist()]
+    assert len(set(places)) == len(places)
 
 
 # --- attention -----------------------------------------------------------------------------------------------------

@@ -49,6 +49,11 @@ def test_the_table_is_printed_with_what_it_was_told() -> None:
     ]
 
 
+def test_the_level_of_given_shots_is_an_option() -> None:
+    done = run("lct", "shot_conditioned", "shots=[1, 1]", "steps=1", "options={context_level: 0.5}")
+    assert [line.split()[1:] for line in done.output.splitlines()[4:]] == [["0.500", "1.000"], ["0.500", "0.000"]]
+
+
 def test_the_picture_darkens_with_the_level(tmp_path: Path) -> None:
     """Steps downwards, frames to the right: the last frame of a diagonal plan stays dark longest."""
     layout, plan = make_plan("fvdm", "diagonal", PlanConfig(shots=[5], steps=3))
@@ -77,6 +82,7 @@ def test_the_command_draws_beside_printing(tmp_path: Path) -> None:
         (["fvdm", "joint"], 1, "no task 'joint'; it has t2v"),
         (["fvdm", "i2v", "stepz=2"], 2, "unknown key 'stepz'; nearest is 'steps'"),
         (["fvdm", "i2v", "givens={head: 2}"], 1, "takes no givens"),
+        (["lct", "joint", "options={context_level: 0.3}"], 1, "task 'joint' takes no context_level"),
         (["lct", "joint", "options={lag: 2}"], 1, "lct joint with givens {} and options {'lag': 2}: "),
         (["fvdm", "i2v", "--plot", "plan.xyz"], 1, "plan.xyz: Format 'xyz' is not supported"),
     ],

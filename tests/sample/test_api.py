@@ -100,6 +100,7 @@ def test_a_storyboard_is_one_field(client: TestClient, store: JobStore, sent: st
     shots = [{"prompt": "one", "seed": 3}, {"prompt": "two", "frames": 9, "sentence": "alone"}]
     board = {"name": "walk", "shots": shots, "task": "autoregressive", "history": 2, "negative": "dull"}
     body = {"prompt": "[Story] x", "steps": 4, "guidance": 2.5, "image_guidance": 1, "scene_guidance": 3, "seconds": 2}
+    body["null_text"] = "shot"
     if sent == "field":
         response = client.post("/v1/videos", data={**body, "storyboard": json.dumps(board)})
     elif sent == "file":
@@ -111,7 +112,7 @@ def test_a_storyboard_is_one_field(client: TestClient, store: JobStore, sent: st
     assert [(s["start_frame"], s["num_frames"]) for s in video["shots"]] == [(0, 17), (17, 9)]
     request = store.get(video["id"]).request
     assert (request["steps"], request["guidance"]) == (4, 2.5)
-    assert (request["image_guidance"], request["scene_guidance"]) == (1, 3)
+    assert (request["image_guidance"], request["scene_guidance"], request["null_text"]) == (1, 3, "shot")
     asked = Storyboard.from_dict(request["storyboard"])
     assert (asked.name, asked.story, asked.task, asked.history) == ("walk", "[Story] x", "autoregressive", 2)
     assert asked.negative == "dull" and [s.seed for s in asked.shots] == [3, None]

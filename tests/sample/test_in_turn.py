@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from PIL import Image
 from models.folder import Model, load_model
 from models.scene import Reference
 from models.tiny import build_tiny_folder
+from models.tiny_cogvideox import build_tiny_cogvideox_folder
 from sample.generate import GenerateSettings, check_task, generate_scene, generate_scenes, scene_shape
 from sample.storyboard import Storyboard, StoryboardError, StoryboardShot
 from sample.video_io import write_video
@@ -167,6 +170,111 @@ def test_a_shot_composed_of_who_and_where(full: Model, causal: Model, root: Path
         with pytest.raises(StoryboardError, match=word) as caught:
             generate_scene(full, with_shot(board(), 0, references=references), settings, seed=0)
         assert caught.value.param == "shots.0.references"
+
+
+@pytest.mark.parametrize("null_text", ["all", "shot"])
+@pytest.mark.parametrize("form", ["prefix", "group"])
+def test_guidance_goes_without_the_same_texts_together_and_in_turn(root: Path, form: str, null_text) -> None:
+    """A shot behind a given one, in one context and behind a cache: one rule says what the passes without text see."""
+    film, frames = root / "five.mp4", 5
+    if form == "prefix":
+        model = open_model(root / f"{form}-{null_text}", "lct", **CAUSAL)
+    else:
+        film, frames = root / "nine.mp4", 9
+        grouped = CAUSAL | {"position_mode": "diagonal", "global_prompt": "group"}
+        model = build_tiny_cogvideox_folder(
+            root / f"{form}-{null_text}", text_length=24, method="lct", method_params=grouped
+        )
+        with torch.no_grad():
+            model.backbone.transformer.proj_out.weight.mul_(8)
+    write_video(np.random.default_rng(0).integers(0, 256, (frames, 32, 32, 3), np.uint8), film, 8)
+    shots = [StoryboardShot("One goes.", given=str(film)), StoryboardShot("One comes.")]
+    board = Storyboard("two", "A long walk.", shots)
+    made = {
+        (task, rule): generate_scene(model, board, GenerateSettings(2, 6.0, task=task, null_text=rule), seed=3)[0]
+        for task, rule in (("auto", null_text), ("autoregressive", null_text), ("autoregressive", "all"))
+    }
+    together, in_turn = made["auto", null_text].astype(int), made["autoregressive", null_text].astype(int)
+    assert np.abs(together - in_turn).max() <= 1 and in_turn[frames:].std() > 1
+    if null_text == "shot":
+        other = made["autoregressive", "all"].astype(int)
+        assert np.abs(other[frames:] - in_turn[frames:]).max() > 1, "the story is not dropped"
+
+
+def with_params(model: Model, params: dict[str, Any]) -> Model:
+    other = copy.copy(model)
+    other.settings = replace(model.settings, method_params=params)
+    return other
+
+
+def told_levels(model: Model, board: Storyboard, settings: GenerateSettings) -> tuple[np.ndarray, list[torch.Tensor]]:
+    seen: list[torch.Tensor] = []
+    hook = model.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[1].clone()))
+    frames, _ = generate_scene(model, board, settings, seed=3)
+    hook.remove()
+    return frames, seen
+
+
+def test_the_level_of_what_is_seen_is_chosen_for_a_storyboard(causal: Model, full: Model, root: Path) -> None:
+    """t_c as an option of the plan, where it was a setting of the model alone."""
+    plan = {"context_level": 0.4}
+    frames, seen = told_levels(causal, replace(BOARD, plan=plan), SETTINGS)
+    history = [levels for levels in seen if len(levels) == 1]  # one branch: the passes that keep a shot
+    assert len(history) == 2 and all((levels == torch.tensor(0.4)).all() for levels in history)
+    other = with_params(causal, CAUSAL | plan)
+    assert np.array_equal(frames, generate_scene(other, BOARD, SETTINGS, seed=3)[0])
+    assert not np.array_equal(frames, generate_scene(causal, BOARD, SETTINGS, seed=3)[0])
+    given = with_shot(replace(BOARD, plan=plan), 0, given=str(root / "dark.png"))
+    references = [Reference("portrait", str(root / "dark.png")), Reference("place", str(root / "light.png"))]
+    composed = Storyboard("composed", shots=[StoryboardShot("One goes.", references=references)], plan=plan)
+    for board, held in ((given, 1), (composed, 2)):
+        _, seen = told_levels(full, board, GenerateSettings(2, 2.0))
+        assert all((levels[:, :held] == torch.tensor(0.4)).all() for levels in seen)
+    # a shot by itself sees nothing at any level
+    alone = [
+        generate_scene(causal, board, SETTINGS, seed=3, independent=True)[0]
+        for board in (replace(BOARD, plan=plan), BOARD)
+    ]
+    assert np.array_equal(*alone)
+
+
+@pytest.mark.parametrize(
+    ("plan", "settings", "word"),
+    [
+        ({"context_level": 2}, SETTINGS, "context_level is 2, expected 0 to 1"),
+        ({"context_level": 0}, SETTINGS, "context_level is 0, but this model met no clean shot"),
+        ({"context_level": "low"}, SETTINGS, r"plan=\{'context_level': 'low'\}"),
+        ({"lag": 2}, SETTINGS, r"plan=\{'lag': 2\}: .*lag"),
+        ({"context_level": 0.4}, GenerateSettings(2), "is for a task of .*autoregressive.*given shots"),
+    ],
+)
+def test_a_plan_that_is_none_is_refused_before_anything_is_made(causal: Model, plan, settings, word) -> None:
+    calls: list[int] = []
+    with pytest.raises(StoryboardError, match=word) as caught:
+        generate_scene(causal, replace(BOARD, plan=plan), settings, seed=0, callback=lambda done, _: calls.append(done))
+    assert caught.value.param == "plan" and not calls
+
+
+def test_images_as_shots_are_doubted_where_training_had_none(
+    causal: Model, full: Model, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    composed = Storyboard(
+        "composed", shots=[StoryboardShot("One.", references=[Reference("portrait", str(root / "dark.png"))])]
+    )
+    trained = with_params(full, {"single_frame_prob": 0.1})
+    film = with_shot(BOARD, 0, given=str(root / "film.mp4"))
+    image = with_shot(BOARD, 0, given=str(root / "dark.png"))
+    for model, board, settings, doubts in (
+        (full, composed, GenerateSettings(1, 1.0), True),
+        (trained, composed, GenerateSettings(1, 1.0), False),
+        (full, film, GenerateSettings(1, 1.0), False),
+        (full, image, GenerateSettings(1, 1.0), True),
+        (causal, image, replace(SETTINGS, steps=1), True),
+    ):
+        generate_scene(model, board, settings, seed=0)
+        said = capsys.readouterr().err
+        assert (f"storyboard {board.name!r}, shot 0: an image as a shot, which this model never met" in said) == doubts
+        assert ("single_frame_prob=0.1 to 0.2" in said) == doubts
 
 
 @pytest.mark.parametrize(
