@@ -146,12 +146,12 @@ def generate_scenes(
         check_scene_guidance(settings.scene_guidance, model.settings)
     except ValueError as error:
         raise StoryboardError(f"storyboard {first.name!r}: {error}", "scene_guidance") from error
-    if sequence in ("autoregressive", "extension"):
-        return _generate_in_turn(model, storyboards, settings, seeds, sequence, callback)
     try:
         check_noise_aug(settings.noise_aug, model.settings)
     except ValueError as error:
         raise StoryboardError(f"storyboard {first.name!r}: {error}", "noise_aug") from error
+    if sequence in ("autoregressive", "extension"):
+        return _generate_in_turn(model, storyboards, settings, seeds, sequence, callback)
     check_given_frames(method, first)
     try:
         check_guidance(settings.guidance, model.backbone.embedded_guidance is not None)

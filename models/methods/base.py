@@ -32,7 +32,7 @@ class Method(ABC):
     text_per_shot: ClassVar[bool] = False  # the shots of a clip read texts of their own
     # whether it tells a model that has an image encoder the first frame: not, in the place of text, or beside it
     reads_image: ClassVar[Literal["no", "alone", "with_text"]] = "no"
-    image_guidance: ClassVar[float] = 1.5  # scale of given frames where `guided` has "image" and nothing is said; 1: none
+    image_guidance: ClassVar[float] = 1.5  # scale of what `guided` names "image" where nothing is said; 1: none
     # whether a model that can be told of noise on its image is: condition "noise_aug" [B], in standard deviations
     tells_noise: ClassVar[bool] = False
 
