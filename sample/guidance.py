@@ -73,7 +73,7 @@ class Guidance:
         self.conditions = frozenset(one for group in members for one in group)  # all that some branch may drop
         if len(self.conditions) != sum(len(group) for group in members):
             raise ValueError(f"guidance drops a condition under two scales: {self.together}")
-        lines = [1.0, *(scale for _, scale in self.scales), 0.0]
+        lines: list[Line] = [1.0, *(scale for _, scale in self.scales), 0.0]
         self.branches = tuple(
             Branch(
                 dropped=frozenset(one for group in members[kept:] for one in group),
@@ -119,5 +119,6 @@ def _along(weight: Line, prediction: Tensor) -> float | Tensor:
     """A weight as what multiplies a prediction [B,C,F,H,W]: itself, or one per frame, [F,1,1]."""
     if not isinstance(weight, tuple):
         return weight
-    frames = torch.linspace(*weight, prediction.shape[2], dtype=prediction.dtype, device=prediction.device)
+    first, last = weight
+    frames = torch.linspace(first, last, prediction.shape[2], dtype=prediction.dtype, device=prediction.device)
     return frames.view(-1, 1, 1)

@@ -112,7 +112,7 @@ def test_noise_for_a_model_that_is_not_told_of_it_is_refused(folder: Path, tmp_p
 
 def test_the_commands_take_a_ramp_and_the_noise(folder: Path, tmp_path: Path) -> None:
     config = SampleConfig(
-        model=folder / "model", out=tmp_path, steps=1, min_side=0, image_guidance=[1, 3], noise_aug=0.02
+        model=folder / "model", out=tmp_path, steps=1, min_side=32, image_guidance=[1, 3], noise_aug=0.02
     )
     report = run_sample(config, [board(folder)])
     assert (report.made, report.failed) == (1, 0), report.summary()
