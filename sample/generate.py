@@ -220,7 +220,9 @@ def generate_scenes(
     if method.puts_given_back and given is not None:
         latents[:, :, : method.first_frames] = given[:, :, : method.first_frames].to(latents)
     seen_first = story_apart + sum(num_latent_frames(model, pixels) for pixels in references)
-    starts = media if settings.given_pixels and sequence not in FRAME_TASKS else [None] * len(media)
+    starts: list[np.ndarray | None] = (
+        media if settings.given_pixels and sequence not in FRAME_TASKS else [None] * len(media)
+    )
     own = drop_frames(layout, seen_first)
     clips = [_to_clip(one[:, seen_first:], own, first, media, starts, model) for one in latents]
     return [replace(clip, states=[states]) for clip, states in zip(clips, said, strict=True)] if said else clips
