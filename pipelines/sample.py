@@ -44,12 +44,22 @@ class SampleConfig:
     history: int = knob(MAX_HISTORY, "how many earlier shots a shot sees that is made after them, 1 to 8")
     steps: int = knob(30, "denoising steps")
     guidance: float = knob(5.0, "classifier-free guidance scale of the text; 1 = none")
-    image_guidance: float = knob(1.5, "guidance scale of the given frames, for models of method aid; 1 = none")
+    image_guidance: float | list[float] | None = knob(
+        None,
+        "guidance scale of the given frames, for models of methods aid, fca and svd, or [first frame's, last frame's]; "
+        "1 = none; null = 1 (fca), 1.5 (aid, svd)",
+    )
     scene_guidance: float | None = knob(
         None, "guidance scale of a scene's other shots, for models of method lct; null = only the text is amplified"
     )
     null_text: Literal["shot", "all"] = knob(
         "all", "what guidance amplifies of the text: all = story and prompt; shot = the prompt alone"
+    )
+    noise_aug: float = knob(
+        0.0, "for models on Stable Video Diffusion (svd, aid): noise on the first frame before it is encoded, as 0.02"
+    )
+    given_pixels: bool = knob(
+        False, "show the frames that a shot starts from (first_frame) as they were given, not as the model shows them"
     )
     states: StatesConfig = knob(StatesConfig, "for models of method aid: who says the states a storyboard does not")
     solver: Literal["euler", "second_order", "ancestral"] = knob("euler", "how frames move between noise levels")
@@ -62,6 +72,7 @@ class SampleConfig:
     gpus_per_worker: float = knob(0.0, "GPUs of each actor")
 
     def __post_init__(self) -> None:
+        check_image_guidance(self.image_guidance)
         for name, least in (("batch_size", 1), ("num_workers", 0), ("steps", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}; give at least {least}")
@@ -111,7 +122,7 @@ def run_sample(
     from models.codecs import VideoCodec
     from models.folder import is_distilled, load_model
     from pipelines.storyboards import load_storyboards
-    from sample.generate import check_scene_guidance, check_task
+    from sample.generate import check_noise_aug, check_scene_guidance, check_task
     from sample.guidance import check_guidance
 
     started = time.monotonic()
@@ -126,6 +137,7 @@ def run_sample(
         raise ValueError(f"storyboard names must differ, they become file names: {sorted(names)}")
     check_guidance(config.guidance, is_distilled(config.model))
     check_scene_guidance(config.scene_guidance, described)
+    check_noise_aug(config.noise_aug, described)
     config.out.mkdir(parents=True, exist_ok=True)
     check_task(config.task, described)
     weights = folder_fingerprint(config.model)
@@ -200,7 +212,17 @@ def generate_settings(config: SampleConfig) -> GenerateSettings:
         config.image_guidance,
         config.scene_guidance,
         config.null_text,
+        config.noise_aug,
+        config.given_pixels,
     )
+
+
+def check_image_guidance(scale: float | list[float] | None) -> None:
+    """ValueError unless it is a number, or two."""
+    if isinstance(scale, list):
+        from sample.guidance import read_scale
+
+        read_scale("image_guidance", scale)
 
 
 def folder_fingerprint(folder: Path) -> str:
@@ -338,7 +360,8 @@ class _Maker:
             pixels = enlarge(clip.frames, self.config.min_side)
             path = write_video(pixels, self.config.out / f"{job.board['name']}.mp4", self.model.settings.fps)
             frames, height, width, _ = pixels.shape
-            figures = {"frames": frames, "height": height, "width": width, "fps": self.model.settings.fps}
+            figures: dict[str, Any] = {"frames": frames, "height": height, "width": width}
+            figures |= {"fps": self.model.settings.fps} | ({"states": clip.states} if clip.states else {})
             records.append(
                 _record(
                     self.config, job, status="completed", file=path.name, cuts=clip.cuts, seconds=seconds, **figures

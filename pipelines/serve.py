@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from infra.knobs import knob, required
+from pipelines.sample import check_image_guidance
 from pipelines.states import StatesConfig, make_predictor
 
 if TYPE_CHECKING:
@@ -33,8 +34,10 @@ class ServeConfig:
     port: int = knob(8000, "port to listen on; 0 = a free one")
     steps: int = knob(30, "denoising steps of a request that names none")
     guidance: float = knob(5.0, "guidance scale of a request that names none; 1 = none")
-    image_guidance: float = knob(
-        1.5, "guidance scale of the given frames, for models of method aid, of a request that names none; 1 = none"
+    image_guidance: float | list[float] | None = knob(
+        None,
+        "guidance scale of the given frames, for models of methods aid, fca and svd, of a request that names none, or "
+        "[first frame's, last frame's]; 1 = none; null = 1 (fca), 1.5 (aid, svd)",
     )
     scene_guidance: float | None = knob(
         None, "guidance scale of a scene's other shots, for models of method lct, of a request that names none"
@@ -43,6 +46,9 @@ class ServeConfig:
         "all",
         "what guidance amplifies of the text, of a request that names none: all = story and prompt; shot = the "
         "prompt alone",
+    )
+    noise_aug: float = knob(
+        0.0, "for models on Stable Video Diffusion (svd, aid): noise on the first frame before it is encoded, as 0.02"
     )
     states: StatesConfig = knob(StatesConfig, "for models of method aid: who says the states a storyboard does not")
     max_shots: int = knob(9, "most shots of one storyboard")
@@ -61,6 +67,7 @@ class ServeConfig:
     drain_s: float = knob(600.0, "seconds a replica that is scaled down may take to finish its video")
 
     def __post_init__(self) -> None:
+        check_image_guidance(self.image_guidance)
         if not 0 <= self.min_replicas <= self.max_replicas or self.max_replicas < 1:
             raise ValueError(
                 f"replicas: need 0 <= min_replicas={self.min_replicas} <= max_replicas={self.max_replicas} >= 1"
@@ -117,7 +124,7 @@ def server_settings(config: ServeConfig) -> ServerSettings:
 
     from models.codecs import VideoCodec
     from models.folder import is_distilled, load_settings
-    from sample.generate import check_scene_guidance, largest_scene, refused_fields, refused_tasks
+    from sample.generate import check_noise_aug, check_scene_guidance, largest_scene, refused_fields, refused_tasks
     from sample.guidance import check_guidance
     from sample.server_settings import ServerSettings
     from sample.video_io import enlarge
@@ -126,6 +133,7 @@ def server_settings(config: ServeConfig) -> ServerSettings:
     described, distilled = load_settings(config.model), is_distilled(config.model)
     check_guidance(config.guidance, distilled)
     check_scene_guidance(config.scene_guidance, described)
+    check_noise_aug(config.noise_aug, described)
     height, width = enlarge(np.empty((0, described.height, described.width, 3), np.uint8), config.min_side).shape[1:3]
     service = VideoService(
         model=config.model.resolve().name,
@@ -155,6 +163,7 @@ def server_settings(config: ServeConfig) -> ServerSettings:
         image_guidance=config.image_guidance,
         scene_guidance=config.scene_guidance,
         null_text=config.null_text,
+        noise_aug=config.noise_aug,
         states=partial(make_predictor, config.states),
         min_side=config.min_side,
         device=config.device,

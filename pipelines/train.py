@@ -39,8 +39,8 @@ class TextDropConfig:
     everything: float = knob(0.1, "share of samples without any text")
     story: float = knob(0.0, "share without the story, only the shots' prompts")
     prompts: float = knob(0.0, "share without the shots' prompts, only the story")
-    given: float = knob(0.0, "aid: share without the given frames, only text")
-    both: float = knob(0.0, "aid: share without text and given frames; the paper's guidance needs all three")
+    given: float = knob(0.0, "aid, fca: share without the given frames, only text")
+    both: float = knob(0.0, "aid, fca: share without text and given frames; guidance by both needs it")
     shots: float = knob(0.0, "share of scenes in which about half of the shots have no text: they follow the others")
 
 

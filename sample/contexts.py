@@ -123,17 +123,16 @@ def _embedding(storyboards: Sequence[Storyboard], first: np.ndarray | None, mode
     return model.image_encoder.encode(image).expand(len(storyboards), -1, -1)
 
 
-def states_of(
+def say_states(
     storyboards: Sequence[Storyboard],
     media: list[np.ndarray | None],
     method: Method,
-    model: Model,
     predictor: StatePredictor | None,
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """States of every storyboard's one shot and those of the null branch, [B, S, L, D] each; {} if none are read."""
+) -> list[list[str]]:
+    """The states that the method reads of every storyboard's one shot, its own or predicted; [] if none are read."""
     if not method.most_states or media[0] is None:
-        return {}
-    rows = []
+        return []
+    found = []
     for board in storyboards:
         shot = board.shots[0]
         instruction = instruction_of(board.story, shot.prompt, shot.sentence)
@@ -145,7 +144,15 @@ def states_of(
                 raise ValueError(f"{len(said)} states; this model reads {method.most_states}")
         except (ValueError, RuntimeError) as error:
             raise StoryboardError(f"{board.where(0)}: states: {error}", "shots.0.states") from error
-        rows.append(encode_states(fit_states(said, instruction, method.most_states), model.text))
+        found.append(fit_states(said, instruction, method.most_states))
+    return found
+
+
+def states_of(said: Sequence[Sequence[str]], method: Method, model: Model) -> dict[str, tuple[Tensor, Tensor]]:
+    """States that are said and those of the null branch, [B, S, L, D] each; {} if none are read."""
+    if not said:
+        return {}
+    rows = [encode_states(states, model.text) for states in said]
     rows.append(encode_states([""], model.text))
     shape = (method.most_states, max(row.shape[1] for row in rows))
     padded = [torch.nn.functional.pad(r, (0, 0, 0, shape[1] - r.shape[1], 0, shape[0] - len(r))) for r in rows]

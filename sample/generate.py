@@ -9,8 +9,9 @@ is decoded alone, as it was encoded in training.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -36,6 +37,7 @@ from sample.contexts import (
     image_contexts,
     labels_of,
     no_contexts,
+    say_states,
     states_of,
 )
 from sample.frame_tasks import (
@@ -46,9 +48,9 @@ from sample.frame_tasks import (
     plan_of,
     sample_long_video,
 )
-from sample.given import encode_media, latent_size, load_media, load_references, num_latent_frames
+from sample.given import encode_media, encode_noised, latent_size, load_media, load_references, num_latent_frames
 from sample.given_frames import PlacedClip, load_given_frames
-from sample.guidance import Guidance, check_guidance
+from sample.guidance import Guidance, Scale, check_guidance, read_scale
 from sample.rollout import RolloutShot, rollout
 from sample.sampler import Callback, sample
 from sample.storyboard import FRAME_TASKS, Storyboard, StoryboardError, Task, derive_seed
@@ -70,12 +72,20 @@ class GenerateSettings:
     solver: SolverName = "euler"
     task: Task = "auto"  # of storyboards that name none
     history: int = MAX_HISTORY  # how many earlier shots a shot sees that is made after them, where nothing else is said
-    image_guidance: float = 1.5  # of the given frames, where the method guides by them (aid); 1 is none
+    # of the given frames, where the method guides by them (aid, fca, svd), or that of the first and that of the last
+    # frame; 1 is none; None: the method's own (`Method.image_guidance`)
+    image_guidance: Scale | None = None
     # of the other shots of a scene (lct); None: every pass of guidance sees them, so that only the text is amplified
     scene_guidance: float | None = None
     null_text: NullText = "all"  # what the pass of guidance without text goes without: the prompt, or the story, too
+    noise_aug: float = 0.0  # of a Stable Video Diffusion: deviation of noise on the first frame before it is encoded
+    given_pixels: bool = False  # frames that a shot starts from are shown as given, not as the model shows them
 
     def __post_init__(self) -> None:
+        if self.image_guidance is not None:
+            read_scale("image_guidance", self.image_guidance)
+        if not 0 <= self.noise_aug < math.inf:
+            raise ValueError(f"noise_aug={self.noise_aug}; give 0 or a positive number")
         if self.steps < 1:
             raise ValueError(f"steps={self.steps}; give at least 1")
         if not 1 <= self.history <= MAX_HISTORY:
@@ -95,6 +105,7 @@ class Clip:
 
     frames: np.ndarray
     cuts: list[int]
+    states: list[list[str]] = field(default_factory=list)  # of each shot, as the model read them; [] if it reads none
 
 
 def generate_scene(
@@ -148,6 +159,10 @@ def generate_scenes(
         check_scene_guidance(settings.scene_guidance, model.settings)
     except ValueError as error:
         raise StoryboardError(f"storyboard {first.name!r}: {error}", "scene_guidance") from error
+    try:
+        check_noise_aug(settings.noise_aug, model.settings)
+    except ValueError as error:
+        raise StoryboardError(f"storyboard {first.name!r}: {error}", "noise_aug") from error
     if sequence in ("autoregressive", "extension"):
         return _generate_in_turn(model, storyboards, settings, seeds, sequence, callback)
     check_given_frames(method, first)
@@ -173,13 +188,21 @@ def generate_scenes(
         text, null = no_contexts(len(storyboards), made, model)
     else:
         text, null = encode_texts(storyboards, made, model, settings.text, story_apart, settings.null_text)
-    read = states_of(storyboards, media, method, model, states)
-    read |= embeddings_of(storyboards, media, method, model, placed)
+    said = say_states(storyboards, media, method, states)
+    read = states_of(said, method, model) | embeddings_of(storyboards, media, method, model, placed)
     shape = (len(storyboards), model.codec.latent_channels, made.num_frames, *latent_size(model))
     given = encode_media(media, references, layout, model, len(storyboards), placed)
     given = None if given is None else given[:, :, places]
     clean = (torch.zeros(shape) if given is None else given).to(text.embeddings)
-    scales = {"text": settings.guidance, "image": settings.image_guidance}
+    conditions = method.conditions(clean, made, labels)
+    if settings.noise_aug and media[0] is not None:
+        own_seeds = [shot_seeds(board, seed)[0] for board, seed in zip(storyboards, seeds, strict=True)]
+        noised = encode_noised(media[0], settings.noise_aug, own_seeds, model).to(clean)
+        seen = torch.cat([noised, clean[:, :, noised.shape[2] :]], dim=2)
+        conditions = method.conditions(seen, made, labels)
+        conditions["noise_aug"] = torch.full((len(storyboards),), settings.noise_aug, device=clean.device)
+    image_scale = method.image_guidance if settings.image_guidance is None else settings.image_guidance
+    scales: dict[str, Scale] = {"text": settings.guidance, "image": image_scale}
     guided = [(name, scales[name]) for name in method.guided]
     if layout.num_shots - story_apart > 1:
         guided += settings.over_other_shots
@@ -191,7 +214,7 @@ def generate_scenes(
         given=given,
         guidance=Guidance(guided, method.guided),
         null={"text": null} | {name: value for name, (_, value) in read.items()},
-        conditions=method.conditions(clean, made, labels) | {name: value for name, (value, _) in read.items()},
+        conditions=conditions | {name: value for name, (value, _) in read.items()},
         solver=settings.solver,
         callback=callback,
     )
@@ -213,7 +236,12 @@ def generate_scenes(
     if method.puts_given_back and given is not None:
         latents[:, :, : method.first_frames] = given[:, :, : method.first_frames].to(latents)
     seen_first = story_apart + sum(num_latent_frames(model, pixels) for pixels in references)
-    return [_to_clip(one[:, seen_first:], drop_frames(layout, seen_first), first, media, model) for one in latents]
+    starts: list[np.ndarray | None] = (
+        media if settings.given_pixels and sequence not in FRAME_TASKS else [None] * len(media)
+    )
+    own = drop_frames(layout, seen_first)
+    clips = [_to_clip(one[:, seen_first:], own, first, media, starts, model) for one in latents]
+    return [replace(clip, states=[states]) for clip, states in zip(clips, said, strict=True)] if said else clips
 
 
 def scene_shape(storyboard: Storyboard, described: ModelSettings) -> tuple[tuple[Any, ...], ...]:
@@ -292,13 +320,27 @@ def check_scene_guidance(scale: float | None, described: ModelSettings) -> None:
         )
 
 
+def check_noise_aug(strength: float, described: ModelSettings) -> None:
+    """Raises ValueError where noise is to be put on the first frame of a model that would not be told of it."""
+    told = described.backbone == "svd" and get_method(described.method, **described.method_params).tells_noise
+    if strength and not told:
+        raise ValueError(
+            f"noise_aug={strength:g}: only a Stable Video Diffusion of method svd or aid knows noise on its image, and "
+            f"this is a {described.backbone} of method {described.method!r}; leave it out"
+        )
+
+
+def shot_seeds(storyboard: Storyboard, seed: int) -> list[int]:
+    """Seed of each shot: its own, else from the storyboard's."""
+    return [derive_seed(seed, i) if shot.seed is None else shot.seed for i, shot in enumerate(storyboard.shots)]
+
+
 def shot_generators(storyboard: Storyboard, seed: int, references: int = 0) -> list[torch.Generator]:
     """One CPU generator per shot, so that a shot's noise depends on its seed and on nothing else in the run.
 
     Those of references that are groups of their own come after those of the shots.
     """
-    seeds = [derive_seed(seed, i) if shot.seed is None else shot.seed for i, shot in enumerate(storyboard.shots)]
-    seeds += [derive_seed(seed, "reference", i) for i in range(references)]
+    seeds = shot_seeds(storyboard, seed) + [derive_seed(seed, "reference", i) for i in range(references)]
     return [torch.Generator().manual_seed(one) for one in seeds]
 
 
@@ -390,6 +432,7 @@ def _generate_shots_alone(
         for lone, board in zip(boards, whole, strict=True)
     ]  # fmt: skip
     frames: list[np.ndarray] = [np.empty(0)] * len(boards)
+    said: list[list[str]] = [[]] * len(boards)
     groups: dict[Any, list[int]] = {}
     for index, board in enumerate(boards):
         if (given := load_media(board, 0, model)) is not None and board.shots[0].given:
@@ -401,9 +444,12 @@ def _generate_shots_alone(
         alone = [boards[index] for index in members]
         clips = generate_scenes(model, alone, settings, [0] * len(alone), states=states, callback=on_step)
         for index, clip in zip(members, clips, strict=True):
-            frames[index] = clip.frames
-    finished = iter(frames)
-    return [_join([next(finished) for _ in board.shots]) for board in storyboards]
+            frames[index], said[index] = clip.frames, clip.states[0] if clip.states else []
+    finished, read, clips = iter(frames), iter(said), []
+    for board in storyboards:
+        joined, of_shots = _join([next(finished) for _ in board.shots]), [next(read) for _ in board.shots]
+        clips.append(replace(joined, states=of_shots if any(of_shots) else []))
+    return clips
 
 
 def _part_of(callback: Callback, number: int, parts: int) -> Callback:
@@ -475,15 +521,21 @@ def _shot_frames(storyboard: Storyboard, media: list[np.ndarray | None], model: 
 
 
 def _to_clip(
-    latents: Tensor, layout: ClipLayout, storyboard: Storyboard, media: list[np.ndarray | None], model: Model
+    latents: Tensor,
+    layout: ClipLayout,
+    storyboard: Storyboard,
+    media: list[np.ndarray | None],
+    starts: Sequence[np.ndarray | None],  # frames to show in the place of a shot's first ones
+    model: Model,
 ) -> Clip:
     """Pixels of one scene's latents [C, F, H, W]: each shot decoded alone, given shots as they were given."""
     shots = []
-    for shot, pixels, frames in zip(storyboard.shots, media, layout.shot_slices, strict=True):
+    for shot, pixels, start, frames in zip(storyboard.shots, media, starts, layout.shot_slices, strict=True):
         if shot.given and pixels is not None:
             shots.append(pixels)
-        else:
-            shots.append(_decode(latents[:, frames], model))
+            continue
+        decoded = _decode(latents[:, frames], model)
+        shots.append(decoded if start is None else np.concatenate([start, decoded[len(start) :]]))
     return _join(shots)
 
 

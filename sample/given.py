@@ -15,7 +15,7 @@ from models.methods import get_method
 from models.scene import IMAGE_ROLES
 from sample.given_frames import PlacedClip
 from sample.shot import is_image
-from sample.storyboard import FROM_IMAGE, Storyboard, StoryboardError
+from sample.storyboard import FROM_IMAGE, Storyboard, StoryboardError, derive_seed
 from sample.video_io import fit_frames, read_image, read_video
 
 if TYPE_CHECKING:
@@ -106,6 +106,19 @@ def encode_media(
         latents = model.codec.normalize(model.codec.encode(to_video([clip.pixels]))[0])[0]
         given[:, clip.start : clip.start + clip.count] = latents[:, -clip.count :].cpu()
     return given.expand(batch, -1, -1, -1, -1)
+
+
+def encode_noised(pixels: np.ndarray, strength: float, seeds: Sequence[int], model: Model) -> Tensor:
+    """Normalised latents [B, C, K, H, W] of K first frames uint8 [T, H, W, 3], with noise on them before encoding.
+
+    As Stable Video Diffusion was trained and as diffusers' pipeline does it: `strength` is the deviation of Gaussian
+    noise on pixels in [-1, 1]. Each sample has noise of its own, from its shot's seed.
+    """
+    video, rows = to_video([pixels]), []
+    for seed in seeds:
+        noise = torch.randn(video.shape, generator=torch.Generator().manual_seed(derive_seed(seed, "noise_aug")))
+        rows.append(model.codec.normalize(model.codec.encode(video + strength * noise)[0]))
+    return torch.cat(rows)
 
 
 def num_latent_frames(model: Model, pixels: np.ndarray) -> int:

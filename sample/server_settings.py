@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from sample.guidance import Scale
 from sample.jobs import JobStore
 from sample.video_request import VideoService
 
@@ -23,9 +24,10 @@ class ServerSettings:
     service: VideoService
     steps: int = 30  # of requests that name none, as the next
     guidance: float = 5.0
-    image_guidance: float = 1.5
+    image_guidance: Scale | None = None
     scene_guidance: float | None = None
     null_text: Literal["shot", "all"] = "all"
+    noise_aug: float = 0.0
     states: Callable[[], StatePredictor | None] | None = None  # opens the predictor of states; runs in each replica
     min_side: int = 0  # smaller videos are enlarged to this
     device: str = "cpu"

@@ -12,12 +12,12 @@ import binascii
 import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from models.records import RecordError, decode
 from models.scene import IMAGE_ROLES
@@ -85,10 +85,24 @@ class VideoRequest(BaseModel):
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     guidance: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE)
-    image_guidance: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE)
+    image_guidance: float | list[float] | None = None
     scene_guidance: float | None = Field(default=None, ge=0, le=MAX_GUIDANCE)
     null_text: Literal["shot", "all"] | None = None
     negative_prompt: str | None = Field(default=None, max_length=4000)
+
+    @field_validator("image_guidance", mode="before")
+    @classmethod
+    def _check_image_guidance(cls, value: Any) -> Any:
+        """A number, or a list of two; a form says either as text."""
+        with suppress(ValueError):
+            value = json.loads(value) if isinstance(value, str) else value
+        numbers = value if isinstance(value, list) else [value]
+        fits = all(isinstance(one, int | float) and 0 <= one <= MAX_GUIDANCE for one in numbers)
+        if value is not None and not (fits and len(numbers) == (2 if isinstance(value, list) else 1)):
+            raise ValueError(
+                f"give a number from 0 to {MAX_GUIDANCE:g}, or two such: that of the first and that of the last frame"
+            )
+        return value
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,7 @@ class VideoSampler:
         board = Storyboard.from_dict(request["storyboard"])
         names = ("steps", "guidance", "image_guidance", "scene_guidance", "null_text")
         said = {name: getattr(self.settings, name) if (own := request.get(name)) is None else own for name in names}
+        said["noise_aug"] = self.settings.noise_aug
         seed = derive_seed(lease.job.id) if board.seed is None else board.seed
         noted = 0.0
 

@@ -38,7 +38,8 @@ ConditionFrames = Callable[[Sequence[str], Sequence[int | None]], list[int]]
 class TextDrop:
     """Shares of samples that lose text in training, so that guidance works at sampling. At most one of them applies.
 
-    A method with given frames (AID) can lose them, too, alone or with the text; states go with the text.
+    A method that tells its model of given frames (AID, FCA) can lose them, too, alone or with the text; states go with
+    the text.
     """
 
     everything: float = 0.1
@@ -110,6 +111,7 @@ class ShardDataset:
         given_alone: of a VAE that is not causal (`VideoCodec.causal`): the given frame is the shot's first, encoded
             alone, because a latent cut out of the shot's would know the frames to be made.
         loses_given: whether `text_drop` is to name samples that lose them; what else they lose stays.
+        needs_both: whether some of them then have to lose their text, too, because sampling has such a pass unasked.
         made_with: hashes of the VAE and the text encoder of the model to train; the dataset's must be the same.
         image_hash: of the image encoder of the model to train, whose embedding of its first frame each sample then has,
             a sample being one shot; None: it has none.
@@ -141,6 +143,7 @@ class ShardDataset:
         given_frames: int = 0,
         given_alone: bool = False,
         loses_given: bool = False,
+        needs_both: bool = True,
         shots_per_scene: int = 3,
         single_shot_prob: float = 0.0,
         text_drop: TextDrop | None = None,
@@ -157,7 +160,7 @@ class ShardDataset:
         self.classes = classes
         self._state_tokens = 0  # of the longest state; all are padded to it, whatever batch they are in
         self.null_text, self.text_drop, self.loses_given = null_text, text_drop or TextDrop(), loses_given
-        _check_drop(self.text_drop, loses_given)
+        _check_drop(self.text_drop, loses_given, needs_both)
         self.image_hash = image_hash
         self.given_alone = given_alone and given_frames > 0
         if self.given_alone and given_frames > 1:
@@ -475,8 +478,8 @@ def own_text(scene: Scene, shot: int) -> str:
     return shot_tensor_key(shot, "sentence_text")
 
 
-def _check_drop(drop: TextDrop, loses_given: bool) -> None:
-    if loses_given and not drop.both:
+def _check_drop(drop: TextDrop, loses_given: bool, needs_both: bool) -> None:
+    if loses_given and needs_both and not drop.both:
         raise ValueError(
             f"text_drop.both is {drop.both}, but this method guides by its given frames: the pass without them and "
             "without text would never be trained; set text_drop.both, such as 0.05"
@@ -484,7 +487,7 @@ def _check_drop(drop: TextDrop, loses_given: bool) -> None:
     if not loses_given and (drop.given or drop.both):
         raise ValueError(
             f"text_drop.given is {drop.given}, text_drop.both {drop.both}, but this method does not guide by given "
-            "frames: set both to 0 (method fca loses them by method_params.drop_given)"
+            "frames: set both to 0"
         )
 
 

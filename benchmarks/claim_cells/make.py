@@ -22,7 +22,7 @@ from models.methods import get_method
 from models.noise import base_levels
 from pipelines.states import GrammarStates
 from pipelines.toy_models.measure import PROMPT_SEED
-from sample.contexts import encode_texts, states_of
+from sample.contexts import encode_texts, say_states, states_of
 from sample.given import latent_size
 from sample.guidance import Guidance
 from sample.sampler import sample
@@ -103,10 +103,11 @@ def _latents(
     chosen = [boards[n] for n in rows]
     text, null = encode_texts(chosen, layout, model, task.text)
     # the grammar reads the words alone, so any picture will do
-    states = states_of(chosen, [np.zeros((1, 8, 8, 3), np.uint8)], method, model, GrammarStates(method.most_states))
+    picture: list[np.ndarray | None] = [np.zeros((1, 8, 8, 3), np.uint8)]
+    states = states_of(say_states(chosen, picture, method, GrammarStates(method.most_states)), method, model)
     shape = (len(rows), model.codec.latent_channels, layout.num_frames, *latent_size(model))
     known = torch.zeros(shape, device=model.device) if given is None else given
-    scales = {"text": config.guidance, "image": config.image_guidance}
+    scales = {"text": config.guidance, "image": config.image_guidance if method.image_guidance != 1 else 1.0}
     latents = sample(
         model.backbone,
         layout,

@@ -15,6 +15,9 @@ beside the noisy ones, all frames are made at one level, and the given ones put 
 The paper's base is Stable Video Diffusion, an EDM: `image="concat"`, `density="edm"`, `shift=1`, and a folder that
 holds a text encoder, too (`models/modules/aid_unet.py`).
 
+The paper's base also knows noise on its image, put on in pixels. Training reads latents that were encoded without any,
+so it tells the model 0; in sampling "noise_aug" says what was put on.
+
 `condition`, `states` and the three adapter switches are the paper's ablations. Departures: sizes the paper does not
 give (`query_tokens` to `adapter_ratio`); cross-attentions learn at a tenth of the rate.
 
@@ -47,6 +50,7 @@ Image = Literal["held", "concat"]
 class AID(Prediction):
     name: ClassVar[str] = "aid"
     reads_image: ClassVar[Literal["no", "alone", "with_text"]] = "with_text"
+    tells_noise: ClassVar[bool] = True
 
     image: Image = "held"
     condition: Condition = "full"  # the branches of the Dual Query Transformer
@@ -177,5 +181,8 @@ class AID(Prediction):
             raise ValueError("this backbone has no AID modules: call AID.attach, or load a folder that holds them")
         if "given" not in conditions:
             raise ValueError("aid continues given frames, and got none: give `first_frame`")
-        told = (conditions["given"], conditions.get("states"), layout.num_frames, conditions.get("embedding"))
-        return modules.prepare(backbone, text, *told)
+        told = (conditions["given"], conditions.get("states"), layout.num_frames)
+        if isinstance(modules, AIDModules):
+            return modules.prepare(backbone, text, *told)
+        noise_aug = conditions.get("noise_aug", 0.0)
+        return modules.prepare(backbone, text, *told, conditions.get("embedding"), noise_aug)

@@ -33,6 +33,9 @@ class Method(ABC):
     # whether it tells a model that has an image encoder the first frame: not, in the place of text, or beside it
     reads_image: ClassVar[Literal["no", "alone", "with_text"]] = "no"
     before: ClassVar[Mapping[str, Any]] = {}  # parameters that came later, and how models were trained until then
+    image_guidance: ClassVar[float] = 1.5  # scale of what `guided` names "image" where nothing is said; 1: none
+    # whether a model that can be told of noise on its image is: condition "noise_aug" [B], in standard deviations
+    tells_noise: ClassVar[bool] = False
 
     shift: float = 3.0  # timestep shift of the training levels; Wan 2.1 uses 3 at 480p, 5 at 720p
     density: Density = "uniform"  # of the training levels, before the shift

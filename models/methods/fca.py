@@ -6,8 +6,8 @@ alone, and text made for each frame. The whole clip is denoised at one level, th
 as the model remakes them, and the loss is on them, too (`loss_on_given`).
 
 Where the paper does not say: the given frames are dropped in a share `drop_given` of the training samples (their
-latents are zero), the text in a share that the data decide; the null branch of guidance keeps the given frames, and
-reads them beside the null text, as training does where the text is dropped.
+latents are zero), the text, or both, in shares that the data decide. Guidance is over the text, beside given frames
+that every pass keeps; a second scale, nested as AID's and 1 unless it is set, is that of the given frames.
 `adapter` holds the ablations: "no_frame_text" is without the frame-wise text modules; "none" has no modules, for low
 rank updates, and knows the given frames by their being held clean in the clip, without loss.
 
@@ -37,6 +37,7 @@ Adapter = Literal["full", "no_frame_text", "none"]
 class FCA(Prediction):
     name: ClassVar[str] = "fca"
     per_frame_levels: ClassVar[bool] = False
+    image_guidance: ClassVar[float] = 1.0
 
     density: Density = "logit_normal"
     adapter: Adapter = "full"
@@ -63,6 +64,11 @@ class FCA(Prediction):
     def holds_given(self) -> bool:
         """Without modules, which would be told of them."""
         return self.adapter == "none"
+
+    @property
+    def guided(self) -> Mapping[str, tuple[str, ...]]:
+        """Held frames are in every pass."""
+        return {"text": ("text",)} if self.adapter == "none" else {"image": ("given",), "text": ("text",)}
 
     @property
     def drops(self) -> Mapping[str, float]:

@@ -2,8 +2,9 @@
 
 Blattmann et al., "Stable Video Diffusion", 2311.15127. The latents of the first frame are joined to those of every
 noisy frame, and the frame's image embedding, one token, stands in the place of a text. Both are lost together, as
-zeros, which is what guidance is against. Levels follow ln(sigma) ~ N(log_mean, log_std^2). Departure: no noise is put
-on the image, and the model is told so.
+zeros, which is what guidance is against. Levels follow ln(sigma) ~ N(log_mean, log_std^2). Departure: in training no
+noise is put on the image, whose latents come ready-made, and the model is told so; noise on latents would not be what
+it knows, which is noise on pixels, encoded with them. Sampling can put that on, and tells the model ("noise_aug").
 
 B batch, F latent frames.
 """
@@ -32,6 +33,7 @@ class SVD(Method):
     tasks: ClassVar[tuple[str, ...]] = ("i2v",)
     per_frame_levels: ClassVar[bool] = False
     reads_image: ClassVar[Literal["no", "alone", "with_text"]] = "alone"
+    tells_noise: ClassVar[bool] = True
 
     shift: float = 1.0
     log_mean: float = 0.7  # of sigma, the published model's
@@ -88,7 +90,8 @@ class SVD(Method):
         embedding = text if isinstance(text, Tensor) else text.embeddings
         kept = (embedding != 0).flatten(1).any(dim=1).view(-1, 1, 1, 1, 1)
         latents = conditions["given"] / self.latent_scale * kept
-        return {"image": ImageCondition(latents, self.fps, self.motion_bucket, noise_aug=0.0)}
+        noise_aug = conditions.get("noise_aug", 0.0)
+        return {"image": ImageCondition(latents, self.fps, self.motion_bucket, noise_aug)}
 
     def loss_weights(self, layout: ClipLayout) -> Tensor:
         return loss_weights(layout, "frame")

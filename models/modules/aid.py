@@ -169,7 +169,6 @@ class AIDModules(nn.Module):
         given: Tensor,  # [B,C+1,K,H,W]: normalised latents of the first K frames, and 1 where something is given
         states: Tensor | None,  # [B,S,L',D], in order of time; zeros are padding
         frames: int,
-        embedding: Tensor | None = None,  # of the first frame; read by `models.modules.aid_unet` alone
     ) -> dict[str, Any]:
         """The arguments of the backbone's forward that carry the condition; none depends on the noise.
 

@@ -82,6 +82,7 @@ class AIDUNetModules(nn.Module):
         states: Tensor | None,  # [B,S,L',D], in order of time; zeros are padding
         frames: int,
         embedding: Tensor | None = None,  # [B,1,D] of the first frame; not read where `given` says that none is given
+        noise_aug: float | Tensor = 0.0,  # of the noise on the given frames before they were encoded; or [B]
     ) -> dict[str, Any]:
         """The arguments of the backbone's forward that carry the condition; none depends on the noise.
 
@@ -107,7 +108,7 @@ class AIDUNetModules(nn.Module):
         if given.shape[2] > 1:
             latents = of_clip(latents, frames)
         inputs: dict[str, Any] = {
-            "image": ImageCondition(latents, backbone.fps, noise_aug=0.0),
+            "image": ImageCondition(latents, backbone.fps, noise_aug=noise_aug),
             "patches": self.embed_mask(of_clip(known, frames)),
         }
         inputs |= self.contexts(instruction, states, given, token, frames)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -257,11 +258,46 @@ def test_the_command_predicts_states_and_a_change_of_predictor_makes_anew(
     config = SampleConfig(model=trained, out=tmp_path, steps=1, min_side=0, states=TOYWORLD)
     report = run_sample(config, [board(first_frame)])
     assert (report.made, report.failed) == (1, 0) and (tmp_path / "tvp.mp4").is_file()
+    words = board(first_frame).shots[0].sentence
+    predicted = GrammarStates(4)(np.zeros((1, 32, 32, 3), np.uint8), words)
+    (record,) = report.records
+    assert record["states"] == [predicted], "states are logged: a model may say what is not there (aid.md, 7.12)"
+    assert json.loads((tmp_path / "tvp.json").read_text())["states"] == [predicted]
+    assert json.loads(report.manifest.read_text())["states"] == [predicted]
     assert run_sample(config, [board(first_frame)]).skipped == 1
     config.states = StatesConfig(backend="toyworld", count=3)
     assert run_sample(config, [board(first_frame)]).made == 1
     config.states = StatesConfig()
     assert "this model reads states" in run_sample(config, [board(first_frame)]).records[0]["error"]
+
+
+def test_the_record_holds_the_states_that_the_model_read(trained: Path, first_frame: Path, tmp_path: Path) -> None:
+    """Of each shot, said or predicted, filled up as the model reads them; none where no states are read."""
+    said = board(first_frame, states=["It is red."])
+    config = SampleConfig(model=trained, out=tmp_path, steps=1, min_side=0, states=TOYWORLD)
+    words = said.shots[0].sentence
+    assert run_sample(config, [said]).records[0]["states"] == [["It is red.", words, words, words]]
+    two = Storyboard("two", shots=[*said.shots, *board(first_frame).shots])
+    config.independent = True
+    (record,) = run_sample(config, [two]).records
+    predicted = GrammarStates(4)(np.zeros((1, 32, 32, 3), np.uint8), words)
+    assert record["states"] == [["It is red.", words, words, words], predicted]
+
+
+def test_the_image_s_scale_can_grow_over_the_frames(trained: Path, first_frame: Path, tmp_path: Path) -> None:
+    """aid.md, section 5: frame f is guided by the scale that a straight line has there (3 latent frames: 1, 2, 3)."""
+    model, shot, seen = load_model(trained), board(first_frame, states=["It is red."]), []
+    with torch.no_grad():  # three steps of training move little: weights of another scale show what reaches the model
+        for parameter in model.backbone.conditioner.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    plain = model.codec.decode
+    model.codec.decode = lambda latents: seen.append(latents) or plain(latents)  # type: ignore[method-assign]
+    for scale in ([1, 3], 1.0, 2.0, 3.0):  # one step: no frame has yet seen another's guidance
+        generate_scene(model, shot, GenerateSettings(steps=1, guidance=4.0, image_guidance=scale), seed=1)
+    ramp, *levels = seen
+    for frame in (1, 2):  # 0 is given and held
+        torch.testing.assert_close(ramp[:, :, frame], levels[frame][:, :, frame], atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(levels[0][:, :, frame], levels[2][:, :, frame], atol=1e-4)
 
 
 def test_configs_that_cannot_work_are_refused() -> None:

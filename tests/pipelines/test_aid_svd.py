@@ -25,7 +25,7 @@ from preprocess.encode import Encoder, encoder_key, scene_texts
 from preprocess.verify import _Samples
 from sample.generate import GenerateSettings, generate_scene
 from sample.shot import GivenFrames
-from sample.storyboard import Storyboard, StoryboardError, StoryboardShot
+from sample.storyboard import Storyboard, StoryboardError, StoryboardShot, derive_seed
 from tests.pipelines.test_families import make_scene
 from train.shards import read_shard
 
@@ -217,6 +217,25 @@ def test_a_pass_without_the_frame_has_no_embedding_and_no_latents(trained: Path,
     padding = contexts[:, 0, LENGTH - 1]  # no word of any of the texts: the image token alone
     assert padding.any(dim=1).tolist() == [False, True, True] and torch.equal(padding[1], padding[2])
     assert ids.tolist() == [[7.0, 127.0, 0.0]] * 3 * FRAMES
+
+
+def test_noise_goes_on_the_frame_before_it_is_encoded_and_the_model_is_told(trained: Path, root: Path) -> None:
+    """aid.md, section 5: noise_aug 0.02; the frame that is put back, and the one that is embedded, have none."""
+    model, seen = load_model(trained), []
+    hook = model.backbone.register_forward_pre_hook(lambda m, args, kw: seen.append(kw["image"]), with_kwargs=True)
+    settings = GenerateSettings(steps=1, guidance=3.0, image_guidance=[1.0, 3.0], noise_aug=0.02)
+    latents = decoded(model, board(root, seed=6), settings)
+    hook.remove()
+    red = torch.tensor([200, 30, 30]).view(1, 3, 1, 1, 1).expand(1, 3, 1, SIZE, SIZE) / 127.5 - 1
+    noise = torch.randn(3, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(derive_seed(6, "noise_aug")))
+    expected = model.codec.encode(red + 0.02 * noise)[0]  # without the VAE's scaling factor
+    (image,) = seen
+    assert image.latents.shape[0] == 3 and not image.latents[0].any(), "branches: none, frame, all"
+    for branch in (1, 2):
+        torch.testing.assert_close(image.latents[branch, :, :1], expected[0], atol=1e-4, rtol=1e-4)
+    assert image.noise_aug.tolist() == pytest.approx([0.02] * 3)
+    given = model.codec.normalize(model.codec.encode(red)[0])
+    torch.testing.assert_close(latents[:, :, :1], given, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

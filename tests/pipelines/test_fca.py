@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from infra.config import load_config
-from models.folder import load_model
+from models.folder import Model, load_model
+from models.methods import get_method
 from models.tiny import build_tiny_folder
 from pipelines.sample import SampleConfig, run_sample
 from pipelines.train import TrainConfig, TrainResult, run_train
@@ -102,6 +104,61 @@ def test_shots_follow_their_first_frame_and_their_sentence(trained, images, tmp_
     assert np.array_equal(*plain)
 
 
+def passes(model: Model, storyboard: Storyboard, **settings: Any) -> list[tuple[bool, bool]]:
+    """Of each pass of a step, whether it knows the given frame and whether it reads the text."""
+    seen: list[Any] = []
+    prepare = model.backbone.conditioner.prepare
+
+    def watched(backbone: Any, given: torch.Tensor, text: Any, frames: int) -> Any:
+        seen.append((given, text.embeddings))
+        return prepare(backbone, given, text, frames)
+
+    model.backbone.conditioner.prepare = watched
+    generate_scene(model, storyboard, GenerateSettings(steps=1, guidance=2.0, **settings), 0)
+    model.backbone.conditioner.prepare = prepare
+    ((given, texts),) = seen
+    return [(bool(one.any()), torch.equal(text, texts[-1])) for one, text in zip(given, texts, strict=True)]
+
+
+def test_the_given_frames_have_a_scale_of_their_own_which_is_off_by_default(trained, images):
+    board = Storyboard("one", shots=[StoryboardShot(sentence="It falls.", first_frame=images["a"], seed=5)])
+    model = load_model(trained.model_dir)
+    assert passes(model, board) == [(True, False), (True, True)], "as it was: the given frame in both"
+    assert passes(model, board, image_guidance=3.0) == [(False, False), (True, False), (True, True)]
+    made = {
+        scale: generate_scene(model, board, GenerateSettings(steps=2, guidance=2.0, image_guidance=scale), 0)[0]
+        for scale in (None, 1.0, 3.0)
+    }
+    assert np.array_equal(made[None], made[1.0]) and not np.array_equal(made[None], made[3.0])
+
+
+def test_samples_can_lose_given_frame_and_text_together(inputs, trained, tmp_path):
+    """So that the pass without both is trained (fca.md, section 4: text 10 %, given frames 10 %, both 5 %)."""
+    before = load_file(trained.model_dir / "conditioner" / "model.safetensors")
+    for name, drops in (("given", ["text_drop.given=0.5"]), ("both", ["text_drop.both=0.5"])):
+        result = train(inputs, tmp_path / name, *drops)
+        weights = load_file(result.model_dir / "conditioner" / "model.safetensors")
+        assert any(not torch.equal(weight, before[key]) for key, weight in weights.items()), name
+    with pytest.raises(ValueError, match="text_drop.both .* does not guide by given frames"):
+        held = "method_params={adapter: none}"
+        train(inputs, tmp_path / "held", held, "lora.rank=2", "text_drop.both=0.1")
+
+
+def test_the_given_frames_can_be_shown_as_their_files_have_them(trained, images, tmp_path):
+    """fca.md, section 5: for display, and for metrics over given frames and predictions (Seer's)."""
+    board = Storyboard("one", shots=[StoryboardShot(sentence="It falls.", first_frame=images["a"], seed=5)])
+    config = {"model": trained.model_dir, "steps": 2, "min_side": 0}
+    model, given = load_model(trained.model_dir), np.asarray(Image.open(images["a"]))
+    plain, _ = generate_scene(model, board, GenerateSettings(steps=2), 0)
+    shown, _ = generate_scene(model, board, GenerateSettings(steps=2, given_pixels=True), 0)
+    assert np.array_equal(shown[0], given) and not np.array_equal(plain[0], given)
+    assert np.array_equal(shown[1:], plain[1:]), "the others are as they were"
+    reports = [
+        run_sample(SampleConfig(**config, given_pixels=value, out=tmp_path / "out"), [board]) for value in (False, True)
+    ]
+    assert [report.made for report in reports] == [1, 1], "another setting, another video"
+
+
 def test_without_a_first_frame_it_is_refused(trained):
     board = Storyboard("none", shots=[StoryboardShot(sentence="It falls.")])
     with pytest.raises(StoryboardError, match=r"its tasks: tvp"):
@@ -125,6 +182,7 @@ def test_without_modules_it_is_a_lora_with_the_given_frames_held(inputs, images,
     result = train(inputs, tmp_path / "run", "method_params={adapter: none}", "lora.rank=2", "steps=2")
     assert not (result.model_dir / "conditioner").exists()
     model = load_model(result.model_dir)
+    assert list(get_method("fca", **model.settings.method_params).guided) == ["text"], "held frames are in every pass"
     seen = []
     model.backbone.register_forward_pre_hook(lambda _, args: seen.append((args[0][0, :, 0].clone(), args[1].clone())))
     board = Storyboard("lora", shots=[StoryboardShot(sentence="It falls.", first_frame=images["a"])])

@@ -118,6 +118,14 @@ def test_a_storyboard_is_one_field(client: TestClient, store: JobStore, sent: st
     assert asked.negative == "dull" and [s.seed for s in asked.shots] == [3, None]
 
 
+@pytest.mark.parametrize("sent", ["json", "form"])
+def test_image_guidance_can_grow_over_the_frames(client: TestClient, store: JobStore, sent: str) -> None:
+    body = {"prompt": "x", "image_guidance": [1, 3] if sent == "json" else "[1, 3]"}
+    response = client.post("/v1/videos", **({"json": body} if sent == "json" else {"data": body}))
+    assert response.status_code == 200, response.text
+    assert store.get(response.json()["id"]).request["image_guidance"] == [1, 3]
+
+
 def test_a_storyboard_needs_no_prompt_and_a_prompt_no_words(client: TestClient, store: JobStore) -> None:
     def asked(**body) -> Storyboard:
         response = client.post("/v1/videos", json=body)
@@ -183,6 +191,12 @@ def test_a_storyboard_needs_no_prompt_and_a_prompt_no_words(client: TestClient, 
             "storyboard.shots.0.references.0.role", "'portrait'",
         ),
         ({"prompt": "x", "steps": 0}, "steps", "greater than or equal to 1"),
+        ({"prompt": "x", "image_guidance": [1]}, "image_guidance", "of the first and that of the last frame"),
+        ({"prompt": "x", "image_guidance": [1, 2, 3]}, "image_guidance", "of the first and that of the last frame"),
+        ({"prompt": "x", "image_guidance": [1, 31]}, "image_guidance", "0 to 30"),
+        ({"prompt": "x", "image_guidance": -1}, "image_guidance", "0 to 30"),
+        ({"prompt": "x", "image_guidance": math.nan}, "image_guidance", "0 to 30"),
+        ({"prompt": "x", "image_guidance": "much"}, "image_guidance", "number"),
         ({"prompt": "x", "input_reference": {"image_url": "https://example.org/a"}}, "input_reference", "data: URL"),
         ({"prompt": "x", "input_reference": {"image_url": NO_IMAGE}}, "input_reference", "not a readable"),
         ({"prompt": "x", "input_reference": {"file_id": "f"}}, "input_reference", "uploaded file"),

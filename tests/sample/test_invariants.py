@@ -158,7 +158,10 @@ def test_an_oracle_has_no_loss(process):
 
 @torch.no_grad()
 def test_fca_guidance_keeps_the_given_frames_and_its_identities_hold():
-    """Scale 1 is the conditional pass, 0 the one without the text; what training loses of both is a pass without."""
+    """Scale 1 is the conditional pass, 0 the one without the text; what training loses of both is a pass without.
+
+    The second scale (unify.md, "text (± init)"; fca.md, section 5) is off unless it is asked for.
+    """
     backbone, method = WanBackbone(tiny_transformer(3)).eval(), get_method("fca", **FCA_SMALL)
     method.attach(backbone, seed=1)
     for i, block in enumerate(backbone.conditioner.blocks):
@@ -167,20 +170,40 @@ def test_fca_guidance_keeps_the_given_frames_and_its_identities_hold():
     null[:, 0] = randn(TEXT_DIM, seed=8)
     given = randn(B, 4, 1, 4, 4, seed=4)
 
-    def made(scale: float | None, said: Tensor = words, known: Tensor = given) -> Tensor:
+    def made(scales: dict[str, float] | None, said: Tensor = words, known: Tensor = given) -> Tensor:
         return sample(
             backbone, layout, method.plan(layout, LEVELS, "tvp"), said, shape=SHAPE,
             generator=torch.Generator().manual_seed(0), conditions={"given": known}, null={"text": null},
-            guidance=None if scale is None else Guidance([("text", scale)], method.guided),
+            guidance=None if scales is None else Guidance(list(scales.items()), method.guided),
             model_levels=method.model_levels, prepare=partial(method.prepare, backbone, layout),
             **method.backbone_kwargs(layout),
         )  # fmt: skip
 
-    assert torch.equal(made(1.0), made(None)) and torch.equal(made(0.0), made(None, null))
+    assert torch.equal(made({"text": 1.0}), made(None)) and torch.equal(made({"text": 0.0}), made(None, null))
     assert not torch.allclose(made(None, null), made(None))
     lost = made(None, null, torch.zeros_like(given))
-    assert not torch.allclose(lost, made(0.0)), "the null branch of guidance keeps the given frames"
+    assert not torch.allclose(lost, made({"text": 0.0})), "the null branch of guidance keeps the given frames"
     assert method.drops == {"given": 0.1}, "and training loses them beside a null text as often as beside another"
+
+    # the second scale, nested: nothing, then the given frames, then text with them; a scale of 1 is as if it were none
+    assert list(method.guided) == ["image", "text"] and method.image_guidance == 1
+    for text_scale in (0.0, 1.0, 4.0):
+        assert torch.equal(made({"image": 1.0, "text": text_scale}), made({"text": text_scale}))
+    assert torch.equal(made({"image": 0.0, "text": 0.0}), lost)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.stack([torch.randn(SHAPE[1:], generator=generator) for _ in range(B)])
+
+    def predicted(said: Tensor, known: Tensor, level: Tensor) -> Tensor:
+        told = method.prepare(backbone, layout, said, {"given": known})
+        seen = {"text": said} | told | method.backbone_kwargs(layout)
+        return backbone(x, level.expand(B), **seen)
+
+    for level, after in zip(LEVELS, LEVELS[1:], strict=False):
+        e00, e0v = predicted(null, torch.zeros_like(given), level), predicted(null, given, level)
+        etv = predicted(words, given, level)
+        x = x + (after - level) * (e00 + 2.0 * (e0v - e00) + 5.0 * (etv - e0v))
+    torch.testing.assert_close(made({"image": 2.0, "text": 5.0}), x, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(made({"text": 5.0}), x)
 
 
 # --- LCT: shots are told apart by their places alone -----------------------------------------------------------------

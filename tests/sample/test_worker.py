@@ -157,9 +157,9 @@ def test_settings_and_predictor_of_states_reach_the_model(
         submit(sampler, scene_guidance=2)
     assert caught.value.param == "scene_guidance"
     sampler.settings = replace(settings, service=replace(settings.service, lone_shots=False))
-    for body in ({}, {"steps": 7, "guidance": 0, "image_guidance": 3, "scene_guidance": 2, "null_text": "shot"}):
+    for body in ({}, {"steps": 7, "guidance": 0, "image_guidance": [1, 3], "scene_guidance": 2, "null_text": "shot"}):
         asyncio.run(sampler.run(submit(sampler, **body)))
-    assert seen == [(2, 5.0, 1.5, None, "all", predictor), (7, 0, 3, 2, "shot", predictor)]
+    assert seen == [(2, 5.0, None, None, "all", predictor), (7, 0, [1, 3], 2, "shot", predictor)]
 
 
 def test_progress_and_cancel_between_steps(sampler: VideoSampler, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -227,6 +227,8 @@ def test_text_drops_that_would_do_nothing_or_are_needed_are_refused(dataset):
             open_dataset(folder, text_drop=drop)
     with pytest.raises(ValueError, match=r"text_drop\.both is 0\.0, .* never be trained; set text_drop\.both, such as"):
         open_dataset(folder, text_drop=TextDrop(given=0.1), given_frames=1, loses_given=True)
+    for drop in (TextDrop(), TextDrop(given=0.1), TextDrop(both=0.1)):  # a method that need not guide by them
+        open_dataset(folder, text_drop=drop, given_frames=1, loses_given=True, needs_both=False)
 
 
 def test_states_that_saw_more_than_is_given_are_refused(tmp_path):
