@@ -17,7 +17,7 @@ Cuts = Literal["detect", "transnet", "captions"]
 StoreType = Literal["float32", "float16", "bfloat16"]
 
 # raise when a stage gives other results for the same settings, so that earlier work is done again
-STAGES_VERSION = 3
+STAGES_VERSION = 4
 # thresholds of shots are not in the key: what they would change is seen in the recorded scores (`preprocess.dataset`)
 _NOT_VISION = (
     "captions", "caption_model", "caption_frames", "caption_words", "seconds_per_video", "states_key", "states_frames",
