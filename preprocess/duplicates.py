@@ -36,8 +36,8 @@ def is_duplicate(row: Row) -> bool:
 def find_duplicates(parts: Sequence[Part], settings: FilterSettings) -> dict[str, Verdict]:
     """Verdicts by shot id, for the shots of `parts`, in the order of the sources.
 
-    What another filter took, and what is not written, is scored, too, but is no reason for another to go. A shot that an
-    earlier run took as a duplicate stays what it was: its latents are gone.
+    What another filter took, and what is not written, is scored, too, but is no reason for another to go. A shot that
+    an earlier run took as a duplicate stays what it was: its latents are gone.
     """
     verdicts: dict[str, Verdict] = {}
     files: dict[str, str] = {}

@@ -46,7 +46,7 @@ class Attempts:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Within an attempt: what is done here, such as waiting for work that is attempts of its own, is not part of it.
+        """Within an attempt: what is done here, such as waiting for other attempts, is no part of it.
 
         The time limit begins anew afterwards.
         """

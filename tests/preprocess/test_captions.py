@@ -89,7 +89,7 @@ def test_of_states_before_the_first_encoded_frame_the_last_holds(tmp_path: Path)
     """And of those between two encoded frames; what begins with it holds, too."""
     scene, _ = make_scene([0, 34])
     said = [("c", 9), ("a", 0), ("b", 4), ("b too", 4), ("d", 12), ("e", 13), ("f", 15), ("gone", 400)]
-    shot = {"start_frame": 0, "end_frame": 34, "prompt": "p", "states": [{"text": t, "frame": f} for t, f in said]}
+    shot = {"start_frame": 0, "end_frame": 60, "prompt": "p", "states": [{"text": t, "frame": f} for t, f in said]}
     path = sidecar(tmp_path / "v.json", [], shots=[shot])
 
     def states(first: int) -> list[tuple[str, int]]:
