@@ -254,12 +254,15 @@ def test_a_piece_is_not_decoded_twice_and_one_that_dies_is_lost(toy: Film, tmp_p
 
 def test_one_bad_packet_in_pieces_is_as_in_one_pass(toy: Film, tmp_path: Path) -> None:
     """decord raises in one piece; the others are decoded by PyAV, too, as in one pass all frames are."""
-    path = damage_packet(Path(shutil.copy(toy.path, tmp_path)), 300)
+    path = damage_packet(Path(shutil.copy(toy.path, tmp_path)), 310)
     film = one_pass(path)
-    assert film.info.decoder == "decord" and sum(s.end_frame - s.start_frame for s in film.shots) == 759
+    shown = film.shots[-1].end_frame
+    assert film.info.decoder == "decord" and 740 < shown < 760
     shots, spans, count, lost = in_pieces(film, [0, 200, 440], tmp_path / "pieces")
     assert plain(shots) == plain(film.shots) and spans == film.spans and not lost
-    assert (count.decoder, count.reason, count.shown) == ("pyav", "decord cannot decode all of it", 759)
-    assert 760 < count.decoded < 2.5 * 760, "both passes are counted, and there is no third"
+    assert (count.decoder, count.reason, count.shown) == ("pyav", "decord cannot decode all of it", shown)
+    done = sorted(path.stem for path in (tmp_path / "pieces").glob("*.frames"))
+    assert done == ["0001", "0002", "0003", "0006"], "only the piece that decord could decode is decoded again"
+    assert count.decoded > 760 + 2 * WARM_UP + 320, "what was decoded twice is counted twice"
     again = in_pieces(film, [0, 200, 440], tmp_path / "pieces")  # all pieces are done: nothing is decoded
     assert plain(again[0]) == plain(shots) and again[1] == spans and again[2] == count
