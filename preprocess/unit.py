@@ -141,8 +141,10 @@ def decode_stage(unit: Unit, place: Workplace, side_by_side: SideBySide = in_tur
     if unit.recall and place.settings.cuts != "captions":  # other captions may have other cuts
         _take_size(unit, place, (earlier.get("picture_height") or 0, earlier.get("picture_width") or 0))
         shots = recall_shots(unit.recall, unit.info)
-    if shots is not None:  # grouped anew: there may be a caption file now, or none any more
+    if shots is not None:
         scenes = make_scenes(unit.file, unit.sha256, unit.info, shots, place.settings_of(unit))
+        if [shot.recalled for shot in shots] != [(one.scene_id, shot.index) for one in scenes for shot in one.shots]:
+            shots = None  # a caption file came or went: shots of other scenes are encoded in other batches
     if shots is not None and _answered(replace(unit, scenes=scenes, shots=shots), place):
         unit.scenes, unit.shots = scenes, shots
         place.forget_video(unit)
