@@ -154,6 +154,10 @@ def read_sidecar(path: str, words: bool = True) -> Sidecar:
         if not 0 <= shot.start_frame < shot.end_frame:
             span = f"{shot.start_frame}..{shot.end_frame}"
             raise Failed("captions", f"{name}.shots[{i}] is empty: frames {span}")
+        for k, state in enumerate(shot.states):
+            if state.frame < 0:
+                at = f"{name}.shots[{i}].states[{k}].frame"
+                raise Failed("captions", f"{at} is {state.frame}; frames count from the start of the shot, from 0")
         known = [entity.id for entity in sidecar.entities]
         if unknown := [one for one in shot.entities if one not in known]:
             raise Failed("captions", f"{name}.shots[{i}].entities: {unknown} are not among the entities {known}")
@@ -228,10 +232,14 @@ def _best_match(shot: Shot, encoded: list[int], candidates: list[SidecarShot]) -
 
 
 def _states(caption: SidecarShot, encoded: list[int]) -> list[State]:
-    """States with the encoded frame they hold from; those past the encoded span are left out."""
-    states = []
-    for state in caption.states:
+    """States with the encoded frame they hold from, in order; those that hold in no encoded frame are left out.
+
+    Of those that begin before the first encoded frame, or between two, the last holds, with what begins with it.
+    """
+    held: dict[int, tuple[int, list[State]]] = {}  # encoded frame -> source frame of the states that hold from there
+    for state in sorted(caption.states, key=lambda one: one.frame):
         frame = bisect_left(encoded, caption.start_frame + state.frame)
         if frame < len(encoded):
-            states.append(State(state.text, frame))
-    return states
+            since, states = held.get(frame, (state.frame, []))
+            held[frame] = state.frame, [*states * (since == state.frame), State(state.text, frame)]
+    return [state for _, states in held.values() for state in states]

@@ -9,12 +9,15 @@ from safetensors.torch import load, save
 from models.scene import PIXEL_TENSORS, Scene, shot_tensor_key
 from preprocess.dataset import Finished, Sample
 from preprocess.duplicates import Verdict
-from preprocess.filters import DATASET_RULES, summary
+from preprocess.filters import DATASET_RULES, stage_of_shots, summary
 from preprocess.parts import Part
 
 
-def without_duplicates(finished: Finished, verdicts: dict[str, Verdict]) -> Finished:
-    """The part with the verdicts on its shots: scores in all rows; those that go are not encoded any more."""
+def without_duplicates(finished: Finished, verdicts: dict[str, Verdict], cuts: str) -> Finished:
+    """The part with the verdicts on its shots: scores in all rows; those that go are not encoded any more.
+
+    `cuts`: of the settings.
+    """
     part = finished.part
     rows = []
     for row in part.shots:
@@ -39,7 +42,7 @@ def without_duplicates(finished: Finished, verdicts: dict[str, Verdict]) -> Fini
         }  # fmt: skip
         if not written:
             reason = f"no shot is left of {len(rows)}: {summary([row['filtered'] for row in rows])}"
-            source |= {"status": "filtered", "stage": "filters", "reason": reason}
+            source |= {"status": "filtered", "stage": stage_of_shots(cuts), "reason": reason}
     return replace(finished, part=Part(source, rows))
 
 

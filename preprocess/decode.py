@@ -56,6 +56,14 @@ class DecodeCount:
     damaged: int = 0  # packets that could not be decoded
     dropped: int = 0  # frames whose timestamp did not advance
     decoder: str = ""
+    reason: str = ""  # why not decord, where the probe gave the file to it
+
+
+class DecordGaveUp(Failed):
+    """decord met what it cannot decode; PyAV may pass over it, so it should begin anew.
+
+    decord reads ahead: where it raises differs from run to run, and what it gave before must not stay.
+    """
 
 
 def cover_size(info: VideoInfo, height: int, width: int) -> tuple[int, int]:
@@ -85,6 +93,7 @@ def frames(
             not judged (`check_decoded`): the rest of the file counts, too.
     Raises:
         Failed: nothing can be decoded, more than a tenth of the packets is damaged, or the time is over.
+        DecordGaveUp: begin anew with `info.decoder` = "pyav".
     """
     size = cover_size(info, height, width)
     source: Iterator[tuple[int, np.ndarray]] | None = None
@@ -101,7 +110,7 @@ def frames(
         if deadline is not None and time.monotonic() > deadline:
             raise Failed("decode", f"took too long: given up after {count.decoded} frames")
         if end is not None and pts >= end:
-            return
+            break
         if last is not None and pts <= last:
             count.dropped += 1
             continue
@@ -109,13 +118,14 @@ def frames(
         yield Frame(first + count.shown, pts, image)
         count.shown += 1
     if not first:
-        check_decoded(count, info)
+        check_decoded(count, info, max_seconds)
 
 
-def check_decoded(count: DecodeCount, info: VideoInfo) -> None:
-    """Raises Failed where a whole pass over a file has shown too little."""
+def check_decoded(count: DecodeCount, info: VideoInfo, max_seconds: float | None = None) -> None:
+    """Raises Failed where a whole pass over a file, or over its first seconds, has shown too little."""
     if count.shown == 0:
-        raise Failed("decode", f"no frame can be decoded ({count.damaged} damaged packets of {len(info.pts)})")
+        where = f" in the first {max_seconds:g} s (max_seconds)" if max_seconds is not None else ""
+        raise Failed("decode", f"no frame can be decoded{where} ({count.damaged} damaged packets of {len(info.pts)})")
     if count.damaged > _MAX_DAMAGED * (count.decoded + count.damaged):
         raise Failed("decode", f"{count.damaged} of {count.decoded + count.damaged} packets are damaged")
 
@@ -132,14 +142,16 @@ def _images(path: str, info: VideoInfo, size: tuple[int, int], count: DecodeCoun
 def _decord(
     path: str, info: VideoInfo, size: tuple[int, int], count: DecodeCount, first: int
 ) -> Iterator[tuple[int, np.ndarray]] | None:
-    """Frames through decord, or None if it does not see the frames that the index shows."""
+    """Frames through decord, or None, and the reason in `count`, if it does not see the frames of the index."""
     import decord
 
     try:
         reader = decord.VideoReader(path, width=size[1], height=size[0], num_threads=1)
     except (decord.DECORDError, RuntimeError, AssertionError):
+        count.reason = "decord cannot open it"
         return None
     if len(reader) != len(info.pts):
+        count.reason = f"decord counts {len(reader)} frames, the index {len(info.pts)}"
         return None
     count.decoder = "decord"
     return _read_decord(reader, info, first)
@@ -152,7 +164,8 @@ def _read_decord(reader: object, info: VideoInfo, first: int) -> Iterator[tuple[
         try:
             yield pts, _rgb(reader[i].asnumpy())  # type: ignore[index]
         except (decord.DECORDError, RuntimeError) as error:
-            raise Failed("decode", f"frame {i} of {len(info.pts)} cannot be decoded ({short(error)})") from error
+            what = f"decord cannot decode frame {i} of {len(info.pts)} ({short(error)})"
+            raise DecordGaveUp("decode", what) from error
 
 
 def _rgb(image: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ comparison is exact and quadratic in the number of shots.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -34,47 +34,62 @@ def is_duplicate(row: Row) -> bool:
 
 
 def find_duplicates(parts: Sequence[Part], settings: FilterSettings) -> dict[str, Verdict]:
-    """Verdicts by shot id, for the shots of `parts`, in the order of the sources, that no other filter took.
+    """Verdicts by shot id, for the shots of `parts`, in the order of the sources.
 
-    A shot that an earlier run took as a duplicate stays what it was: its latents are gone.
+    What another filter took, and what is not written, is scored, too, but is no reason for another to go. A shot that
+    an earlier run took as a duplicate stays what it was: its latents are gone.
     """
     verdicts: dict[str, Verdict] = {}
     files: dict[str, str] = {}
-    vectors, owners, first = [], [], []  # of shots to compare: signature, row, position at which its video begins
+    vectors: list[str] = []
+    compared: list[_Compared] = []
     for part in parts:
         if part.source["status"] == "failed":  # a copy of what is not written has to stay
             continue
-        rows = [row for row in part.shots if not (row["filtered"] or row.get("set_aside"))]
+        rows = [row for row in part.shots if _is_candidate(row)]
         known = files.get(part.source["sha256"], "") if rows else ""
         if rows and not any(row.get("set_aside") for row in part.shots):
             known = files.setdefault(part.source["sha256"], part.source["video_id"])
         if known and known != part.source["video_id"] and settings.same_file:
             reason = f"{SAME_FILE}: the file has the bytes of {known}"
             verdicts |= {row["shot_id"]: Verdict({}, reason, known) for row in rows}
-            continue
-        begin = len(owners)
-        for row in rows:
-            if row["signature"]:
+        begin = len(compared)
+        for row in part.shots:
+            if row["signature"] and not row.get("duplicate_of"):
                 vectors.append(row["signature"])
-                owners.append(row)
-                first.append(begin)
-    if not owners or (settings.max_similarity is None and settings.min_hash_distance is None):
+                stays = _is_candidate(row) and row["shot_id"] not in verdicts
+                compared.append(_Compared(row["shot_id"], begin, stays))
+    if not compared or (settings.max_similarity is None and settings.min_hash_distance is None):
         return verdicts
-    return verdicts | _compare(read_signatures(vectors), owners, first, settings)
+    for shot, found in _compare(read_signatures(vectors), compared, settings).items():
+        verdicts[shot] = replace(verdicts[shot], scores=found.scores) if shot in verdicts else found
+    return verdicts
 
 
-def _compare(vectors: np.ndarray, rows: list[Row], first: list[int], settings: FilterSettings) -> dict[str, Verdict]:
+def _is_candidate(row: Row) -> bool:
+    """Whether a shot is kept, but for the rules of this module."""
+    return not (row["filtered"] or row.get("set_aside"))
+
+
+@dataclass(frozen=True)
+class _Compared:
+    shot_id: str
+    first: int  # position at which its video begins
+    stays: bool  # unless a comparison takes it
+
+
+def _compare(vectors: np.ndarray, shots: list[_Compared], settings: FilterSettings) -> dict[str, Verdict]:
     """Sequential: a shot that went is no reason for another to go."""
     signs = hash_signs(vectors)
     limits = {rule.threshold: getattr(settings, rule.threshold) for rule in DATASET_RULES}
-    stays = np.ones(len(rows), bool)
+    stays = np.array([shot.stays for shot in shots])
     found: dict[str, Verdict] = {}
-    for begin in range(0, len(rows), _CHUNK):
-        chunk = slice(begin, min(begin + _CHUNK, len(rows)))
+    for begin in range(0, len(shots), _CHUNK):
+        chunk = slice(begin, min(begin + _CHUNK, len(shots)))
         similar = vectors[chunk] @ vectors[: chunk.stop].T  # [c,N]
         distant = (HASH_BITS - signs[chunk] @ signs[: chunk.stop].T) / 2
         for i in range(chunk.start, chunk.stop):
-            kept = np.flatnonzero(stays[: first[i]])
+            kept = np.flatnonzero(stays[: shots[i].first])
             if not len(kept):
                 continue
             similarities, distances = similar[i - begin, kept], distant[i - begin, kept]
@@ -83,9 +98,9 @@ def _compare(vectors: np.ndarray, rows: list[Row], first: list[int], settings: F
                 "similarity": round(float(similarities[nearest]), 4),
                 "hash_distance": float(distances[closest]),
             }
-            reason = judge(scores, limits, DATASET_RULES)
+            reason = judge(scores, limits, DATASET_RULES) if stays[i] else ""
             by_hash = rule_of(reason) == DATASET_RULES[0].name
-            of = rows[kept[closest if by_hash else nearest]]["shot_id"] if reason else ""
-            stays[i] = not reason
-            found[rows[i]["shot_id"]] = Verdict(scores, f"{reason}, as {of}" if reason else "", of)
+            of = shots[kept[closest if by_hash else nearest]].shot_id if reason else ""
+            stays[i] &= not reason
+            found[shots[i].shot_id] = Verdict(scores, f"{reason}, as {of}" if reason else "", of)
     return found

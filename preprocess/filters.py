@@ -181,6 +181,11 @@ def check_video(info: VideoInfo, settings: PrepareSettings) -> None:
             raise Filtered("filters", reason)
 
 
+def stage_of_shots(cuts: str) -> str:
+    """The stage in which a source ends of which no shot is left: where captions cut it, others have another outcome."""
+    return "captions" if cuts == "captions" else "filters"
+
+
 def check_shots(shots: Sequence[RawShot], settings: PrepareSettings) -> None:
     """End a source of which no shot is left. Raises Filtered."""
     if any(shot.span_pts for shot in shots):
@@ -188,11 +193,12 @@ def check_shots(shots: Sequence[RawShot], settings: PrepareSettings) -> None:
     if all(shot.filtered.startswith(TOO_SHORT.name) for shot in shots):
         longest = max(shot.end_frame - shot.start_frame for shot in shots)
         raise Filtered(
-            "captions" if settings.cuts == "captions" else "filters",  # other captions, another outcome
+            stage_of_shots(settings.cuts),
             f"no shot is long enough: the longest of {len(shots)} has {longest} source frames, and a shot needs "
             f"{settings.min_shot_frames} at {settings.fps:g} frames/s",
         )
-    raise Filtered("filters", f"no shot is left of {len(shots)}: {summary([shot.filtered for shot in shots])}")
+    reasons = summary([shot.filtered for shot in shots])
+    raise Filtered(stage_of_shots(settings.cuts), f"no shot is left of {len(shots)}: {reasons}")
 
 
 def summary(reasons: Sequence[str]) -> str:

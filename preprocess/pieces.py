@@ -117,14 +117,30 @@ def read_pieces(jobs: Sequence[Job], side_by_side: SideBySide) -> tuple[list[Raw
     """
     info, settings = jobs[0].info, jobs[0].settings
     results = _run(jobs, side_by_side)
-    spent = 0
+    spent, taken, reason = 0, len(jobs), ""
+    by_decord = [k for k, found in enumerate(results) if found.count.decoder == "decord"]
+    if by_decord and any(found.count.decoder == "pyav" for found in results):
+        # decord failed in some: in one pass, PyAV gives all frames
+        spent += sum(results[k].count.decoded for k in by_decord)
+        reason = next((found.count.reason for found in results if found.count.reason), "")
+        jobs = [replace(job, info=replace(info, decoder="pyav")) for job in jobs]
+        anew = [_anew(jobs[k], replace(jobs[k].piece, number=taken + jobs[k].piece.number)) for k in by_decord]
+        for k, job, found in zip(by_decord, anew, _run(anew, side_by_side), strict=True):
+            jobs[k], results[k] = job, found
+        taken *= 2
     if not agree(results, settings):
-        spent = sum(found.count.decoded for found in results)
-        jobs = [replace(jobs[0], piece=Piece(len(jobs) + 1), frames=jobs[0].frames.with_stem(_name(len(jobs) + 1)))]
+        spent += sum(found.count.decoded for found in results)
+        jobs = [_anew(jobs[0], Piece(taken + 1))]
         results = _run(jobs, side_by_side)
     shots, count, lost = join([job.piece for job in jobs], results, info, settings)
     count.decoded += spent
+    count.reason = count.reason or reason
     return shots, count, lost
+
+
+def _anew(job: Job, piece: Piece) -> Job:
+    """The job for another piece; its number is one that no other has, as what was found earlier stays."""
+    return replace(job, piece=piece, frames=frames_file(job.frames.parent, piece.number))
 
 
 def _name(number: int) -> str:
@@ -184,7 +200,8 @@ def join(
     """The shots of a video from those of its pieces, which agree; frames are numbered as one pass numbers them."""
     shots: list[RawShot] = []
     lost: list[tuple[int, int, str]] = []  # PTS of begin and end, reason
-    count = DecodeCount(decoder=results[0].count.decoder)
+    decoders, reasons = ([getattr(found.count, name) for found in results] for name in ("decoder", "reason"))
+    count = DecodeCount(decoder=next(filter(None, decoders), ""), reason=next(filter(None, reasons), ""))
     counted = 0  # frames before the piece
     tail = [0, 0]
     open_since: tuple[int, str] | None = None  # a stretch that is lost, up to the next shot that is found
@@ -213,9 +230,9 @@ def join(
         count.shown += found.owned
     if open_since is not None:
         lost.append((open_since[0], info.pts[-1] + info.frame_ticks, open_since[1]))
-    if not shots:
-        raise Failed("decode", lost[0][2] if lost else "no frame can be decoded")
-    check_decoded(count, info)
+    if not shots and lost:
+        raise Failed("decode", lost[0][2])
+    check_decoded(count, info, settings.max_seconds)
     return shots, count, [_in_words(info, *one) for one in lost]
 
 

@@ -1,15 +1,16 @@
-"""Other captions, same pictures: shots and latents of an earlier result are kept, only the words are made anew."""
+"""Other captions, same pictures: shots and latents of an earlier result are kept; words and scenes are made anew."""
 
 from __future__ import annotations
 
 import tarfile
 from bisect import bisect_left
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.torch import load
 from torch import Tensor
 
-from models.scene import PIXEL_TENSORS, Scene, SceneError
+from models.scene import PIXEL_TENSORS, Scene, SceneError, shot_tensor_key
 from preprocess.decode import DecodeCount
 from preprocess.probe import VideoInfo
 from preprocess.shards import ShardReader
@@ -22,19 +23,15 @@ def read_sample(path: str, key: str) -> dict[str, bytes]:
     return ShardReader(file.parent).sample(file.name, key)
 
 
-def recall_scenes(places: dict[str, str], info: VideoInfo) -> tuple[list[Scene], list[RawShot]] | None:
-    """Scenes without captions, and their shots, of samples `{key: tar}`; None where they cannot be taken over."""
+def recall_shots(places: dict[str, str], info: VideoInfo) -> list[RawShot] | None:
+    """The shots of samples `{key: tar}` as they were found; None where they cannot be taken over."""
     try:
         scenes = [Scene.from_json(read_sample(path, key)["json"]) for key, path in places.items()]
     except (OSError, KeyError, tarfile.TarError, SceneError):
         return None
     shots = []
     for scene in scenes:
-        scene.story, scene.entities, scene.references, scene.captions = "", [], [], None
         for shot in scene.shots:
-            shot.prompt = shot.sentence = shot.camera = ""
-            shot.label, shot.entities, shot.states, shot.predicted_states = None, [], [], []
-            shot.scores.pop("caption_overlap", None)
             pts = shot.encoded.pts if shot.encoded else []
             frames = [bisect_left(info.pts, at) for at in pts]
             first = bisect_left(info.pts, shot.start_pts)
@@ -52,19 +49,27 @@ def recall_scenes(places: dict[str, str], info: VideoInfo) -> tuple[list[Scene],
                     list(shot.blend_pts),
                     span_frames=frames,
                     span_pts=list(pts),
-                    scores=dict(shot.scores),
+                    scores={name: value for name, value in shot.scores.items() if name != "caption_overlap"},
                     filtered=shot.filtered,
                     signature=shot.signature,
+                    recalled=(scene.scene_id, shot.index),
                 )
             )
-    return scenes, shots
+    return shots
 
 
-def recall_latents(path: str, key: str) -> dict[str, Tensor]:
-    """The tensors of an earlier sample that do not depend on captions, by their full names."""
-    tensors = load(read_sample(path, key)["safetensors"])
-    shots = {name: value for name, value in tensors.items() if name.startswith("s")}  # references are read anew
-    return {name: value for name, value in shots.items() if name.partition(".")[2] in PIXEL_TENSORS}
+def recall_latents(places: dict[str, str], shots: Sequence[RawShot]) -> dict[str, Tensor]:
+    """The tensors of recalled shots that do not depend on captions, by their full names in a scene of these shots."""
+    found: dict[str, Tensor] = {}
+    samples: dict[str, dict[str, Tensor]] = {}
+    for i, shot in enumerate(shots):
+        assert shot.recalled is not None
+        key, index = shot.recalled
+        if key not in samples:
+            samples[key] = load(read_sample(places[key], key)["safetensors"])
+        earlier = {name: samples[key].get(shot_tensor_key(index, name)) for name in PIXEL_TENSORS}
+        found |= {shot_tensor_key(i, name): value for name, value in earlier.items() if value is not None}
+    return found
 
 
 def recalled_count(row: dict[str, object], info: VideoInfo) -> DecodeCount:
@@ -74,4 +79,5 @@ def recalled_count(row: dict[str, object], info: VideoInfo) -> DecodeCount:
         shown=int(str(row["used_frames"])),
         damaged=int(str(row["damaged_packets"])),
         decoder=str(row["decoder"]),
+        reason=str(row["decoder_reason"] or ""),
     )

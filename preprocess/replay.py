@@ -39,6 +39,7 @@ class Step:
     seconds: float
     left: int
     left_seconds: float
+    unscored: int = 0  # shots it was asked about that have no such score; they are kept
 
 
 @dataclass
@@ -64,6 +65,9 @@ class Waterfall:
             "  ".join(cell.ljust(width) if k < 2 else cell.rjust(width) for k, (cell, width) in enumerate(pairs))
             for pairs in (list(zip(row, widths, strict=True)) for row in rows)
         ]
+        for step in self.steps:
+            if step.unscored:
+                lines.append(f"{step.name}: {step.unscored} shots have no such score and are counted as kept")
         left = self.steps[-1].left if self.steps else self.shots
         lines.append(f"{left} of {self.shots} shots would be encoded; the dataset holds {self.kept_now}")
         if self.taken:
@@ -121,11 +125,11 @@ def make_waterfall(parts: Sequence[Part], settings: PrepareSettings) -> Waterfal
     left = [Part(part.source, [_fresh(row) for row in part.shots]) for part in known]
     found.shots, found.seconds = _size(left)
 
-    def step(name: str, threshold: Any, kept: list[Part]) -> None:
+    def step(name: str, threshold: Any, kept: list[Part], unscored: int = 0) -> None:
         nonlocal left
         before, after = _size(left), _size(kept)
         words = "off" if threshold is None or threshold is False else "on" if threshold is True else f"{threshold:g}"
-        found.steps.append(Step(name, words, before[0] - after[0], before[1] - after[1], *after))
+        found.steps.append(Step(name, words, before[0] - after[0], before[1] - after[1], *after, unscored))
         left = kept
 
     for video_rule in on_videos:
@@ -137,14 +141,16 @@ def make_waterfall(parts: Sequence[Part], settings: PrepareSettings) -> Waterfal
                 Part(p.source, [r for r in p.shots if not first_broken(json.loads(r["scores"]), limits, [rule])])
                 for p in left
             ]
-            step(rule.name, limits[rule.threshold], kept)
+            shots = [] if limits[rule.threshold] is None else [row for part in left for row in part.shots]
+            step(rule.name, limits[rule.threshold], kept, sum(rule.score not in json.loads(r["scores"]) for r in shots))
     verdicts = find_duplicates(left, settings.filters)
     reasons = {shot: rule_of(verdict.reason) for shot, verdict in verdicts.items() if verdict.reason}
     for name, threshold in (
         (SAME_FILE, settings.filters.same_file), *((rule.name, limits[rule.threshold]) for rule in DATASET_RULES)
     ):  # fmt: skip
         kept = [Part(p.source, [r for r in p.shots if reasons.get(r["shot_id"]) != name]) for p in left]
-        step(name, threshold, kept)
+        compares = name != SAME_FILE and threshold is not None
+        step(name, threshold, kept, sum(compares and not row["signature"] for part in left for row in part.shots))
     return found
 
 

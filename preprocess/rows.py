@@ -10,15 +10,16 @@ back as STOPPED with the reason, for the driver to end the run: there may be no 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from preprocess.outcome import Failed
-from preprocess.pieces import SideBySide, in_turn, plan_pieces
+from preprocess.pieces import Job, SideBySide, in_turn
 from preprocess.room import OutputError
 from preprocess.scratch import ScratchRoom
+from preprocess.spans import PieceShots
 from preprocess.unit import (
     Unit,
     caption_stage,
@@ -49,7 +50,13 @@ def decode_row(row: Row, place: Workplace, side_by_side: SideBySide = in_turn, r
     """`room`: waited for before anything is decoded."""
     if room is not None and not Unit.from_json(row["unit"]).status:
         room.wait()
-    return _stage("decode", lambda unit: decode_stage(unit, place, side_by_side), row, place)
+    attempts = _attempts(place)
+
+    def waiting(work: Callable[[Job], PieceShots], jobs: Sequence[Job]) -> list[PieceShots | None]:
+        with attempts.paused():  # each piece is an attempt of its own
+            return side_by_side(work, jobs)
+
+    return _stage("decode", lambda unit: decode_stage(unit, place, waiting), row, place, attempts)
 
 
 def caption_row(row: Row, place: Workplace) -> Row:
@@ -110,7 +117,7 @@ class EncodeRow:
             unit = _run("encode", lambda unit: encode_stage(unit, self.place, self.encoder), unit, self.place)
         with _stopping(unit, self.place):
             if unit.status != STOPPED:
-                end_stage(unit, self.place)
+                end_stage(unit, self.place, self.encoder.aesthetic)
         stopped = unit.status == STOPPED
         return {
             "video_id": unit.file.video_id,
@@ -122,15 +129,23 @@ class EncodeRow:
         }
 
 
-def _stage(name: str, stage: Callable[[Unit], None], row: Row, place: Workplace) -> Row:
-    unit = _run(name, stage, Unit.from_json(row["unit"]), place)
+def _attempts(place: Workplace) -> Attempts:
+    return Attempts(place.parts / "attempts")
+
+
+def _stage(
+    name: str, stage: Callable[[Unit], None], row: Row, place: Workplace, attempts: Attempts | None = None
+) -> Row:
+    unit = _run(name, stage, Unit.from_json(row["unit"]), place, attempts)
     return {"video_id": row["video_id"], "unit": unit.to_json()}
 
 
-def _run(name: str, stage: Callable[[Unit], None], unit: Unit, place: Workplace) -> Unit:
+def _run(
+    name: str, stage: Callable[[Unit], None], unit: Unit, place: Workplace, attempts: Attempts | None = None
+) -> Unit:
     if not unit.status:
         with _stopping(unit, place):
-            _attempt(name, stage, unit, place)
+            _attempt(name, stage, unit, place, attempts or _attempts(place))
     return unit
 
 
@@ -144,13 +159,9 @@ def _stopping(unit: Unit, place: Workplace) -> Iterator[None]:
         unit.status, unit.reason = STOPPED, str(error)
 
 
-def _attempt(name: str, stage: Callable[[Unit], None], unit: Unit, place: Workplace) -> None:
-    attempts = Attempts(place.parts / "attempts")
+def _attempt(name: str, stage: Callable[[Unit], None], unit: Unit, place: Workplace, attempts: Attempts) -> None:
     # the stage's own deadline comes first and names what was slow; this one is for code that never returns
     hard_limit = 1.25 * place.settings.seconds_per_video + 10
-    if name == "decode" and unit.info and len(plan_pieces(unit.info, place.settings)) > 1:
-        run_stage(name, stage, unit)  # it waits for its pieces, each of which is an attempt of its own
-        return
     try:
         with attempts.attempt("-".join([unit.file.video_id, *map(str, unit.group)]), name, hard_limit) as attempt:
             unit.attempts = max(unit.attempts, attempt)

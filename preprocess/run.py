@@ -139,7 +139,9 @@ class Work:
         parts = [self.finished[file.video_id].part for file in self.files]
         verdicts = find_duplicates(parts, self.place.settings.filters)
         for file in self.files:
-            self.finished[file.video_id] = without_duplicates(self.finished[file.video_id], verdicts)
+            self.finished[file.video_id] = without_duplicates(
+                self.finished[file.video_id], verdicts, self.place.settings.cuts
+            )
         finished = [self.finished[file.video_id] for file in self.files]
         clean = partial(cleaned_sample, scenes=gone_by_scene(verdicts))
         no_result = ("seconds_per_video", "unit_seconds")  # depends on these

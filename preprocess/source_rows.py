@@ -37,7 +37,7 @@ def source_row(unit: Unit, place: Workplace) -> Row:
         "decoded_frames": (count.decoded if count else 0) + (info.probe_frames if info else 0),
         "damaged_packets": count.damaged if count else 0,
         "decoder": count.decoder if count else "",
-        "decoder_reason": info.decoder_reason if info else "",
+        "decoder_reason": (count.reason if count else "") or (info.decoder_reason if info else ""),
         **({name: getattr(info, name) if info else default for name, default in _INFO.items()}),
         "colour": str(info.colour) if info else "",
         **dict(zip(("picture_height", "picture_width"), unit.picture or (0, 0), strict=True)),

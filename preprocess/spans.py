@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 
 from models.scene import Transition
-from preprocess.decode import SMALL_HEIGHT, SMALL_WIDTH, DecodeCount, Frame, frames
+from preprocess.decode import SMALL_HEIGHT, SMALL_WIDTH, DecodeCount, DecordGaveUp, Frame, frames
 from preprocess.filters import judge, thresholds
 from preprocess.known_cuts import KnownCuts
 from preprocess.letterbox import NO_BARS, Bars
@@ -44,11 +44,13 @@ class RawShot:
     blend_pts: list[int] = field(default_factory=list)
     span_frames: list[int] = field(default_factory=list)  # source frame per encoded frame; empty: too short to encode
     span_pts: list[int] = field(default_factory=list)  # its PTS
+    samples: int = 0  # frames that wait in the scratch file only to be scored, of a shot that a filter took
     offset: int = 0  # encoded frames before this span in the scratch file,
     piece: int = 0  # which is that of this piece
     scores: dict[str, float] = field(default_factory=dict)
     filtered: str = ""  # why it has no span; "" for a shot that has one
     signature: str = ""
+    recalled: tuple[str, int] | None = None  # key and index of it in an earlier sample, which has its latents
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,37 @@ def read_piece(
     cuts: Sequence[int] | None = None,
     bars: Bars = NO_BARS,
 ) -> PieceShots:
-    """`read_shots` for the shots that a piece owns. Of a piece of several, what was read before a failure is kept."""
+    """`read_shots` for the shots that a piece owns. Of a piece of several, what was read before a failure is kept.
+
+    Where decord fails on the way, PyAV begins anew, under the same deadline; `count.decoded` has the frames of both.
+    """
     found = PieceShots()
+    try:
+        _read_piece(path, info, settings, scratch, piece, deadline, cuts, bars, found)
+    except DecordGaveUp:
+        spent, found = found.count.decoded, PieceShots()
+        scratch.seek(0)
+        scratch.truncate()
+        found.count.reason = "decord cannot decode all of it"
+        try:
+            _read_piece(path, replace(info, decoder="pyav"), settings, scratch, piece, deadline, cuts, bars, found)
+        finally:
+            found.count.decoded += spent
+    return found
+
+
+def _read_piece(
+    path: str,
+    info: VideoInfo,
+    settings: PrepareSettings,
+    scratch: BinaryIO,
+    piece: Piece,
+    deadline: float | None,
+    cuts: Sequence[int] | None,
+    bars: Bars,
+    found: PieceShots,
+) -> None:
+    """Fill `found`. Raises DecordGaveUp whatever the piece: what decord gave before is not to be kept."""
     size = bars.decode_size(info, settings.height, settings.width)
     detector: TransNetDetector | ShotDetector | KnownCuts
     if cuts is not None:
@@ -153,6 +184,8 @@ def read_piece(
             settle()
             if shots.complete:
                 break
+    except DecordGaveUp:
+        raise
     except Failed as end:
         if not piece.number:
             raise
@@ -161,7 +194,6 @@ def read_piece(
         detector.finish()
         settle()
     shots.finish()
-    return found
 
 
 def _state(detector: TransNetDetector | ShotDetector | KnownCuts) -> str:
@@ -183,6 +215,11 @@ class _Changes:
 
     def add(self, change: float) -> None:
         self.parts = [self.parts[0] + round(change * self._VALUES), self.parts[1] + 1]
+
+
+def scored_frames(count: int) -> list[int]:
+    """Which of a shot's frames an aesthetic score looks at: first, middle and last."""
+    return sorted({0, count // 2, count - 1}) if count else []
 
 
 def motion(parts: Sequence[int], fps: float) -> float:
@@ -279,13 +316,18 @@ class _ShotBuilder:
         shot.scores = self._scores(chosen) | {"frames": float(keep)}
         shot.signature = make_signature([small for _, small in chosen])
         shot.filtered = judge(shot.scores, self.limits)
+        shot.offset = self.written
         if not shot.filtered:
             shot.span_frames = [frame.index for frame, _ in chosen]
             shot.span_pts = [frame.pts for frame, _ in chosen]
-            shot.offset = self.written
-            self.written += keep
-            for frame, _ in chosen:
-                self.scratch.write(np.ascontiguousarray(frame.image).data)
+        elif self.settings.aesthetic_key:
+            chosen = [chosen[k] for k in scored_frames(len(chosen))]
+            shot.samples = len(chosen)
+        else:
+            chosen = []
+        self.written += len(chosen)
+        for frame, _ in chosen:
+            self.scratch.write(np.ascontiguousarray(frame.image).data)
         self.found.shots.append(shot)
         self.found.tail = self.changes.parts
 

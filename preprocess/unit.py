@@ -37,7 +37,7 @@ from preprocess.outcome import Failed, SetAside, short
 from preprocess.parts import Part, Row, join_parts, part_path, read_part, shot_rows, write_part
 from preprocess.pieces import SideBySide, in_turn, make_jobs, plan_pieces, read_pieces
 from preprocess.probe import VideoInfo, probe
-from preprocess.recall import recall_latents, recall_scenes, recalled_count
+from preprocess.recall import recall_latents, recall_shots, recalled_count
 from preprocess.references import SeenReference, read_reference, see_references
 from preprocess.remote import sha256_at
 from preprocess.room import OutputError
@@ -46,7 +46,7 @@ from preprocess.settings import ASKED, PrepareSettings
 from preprocess.sizes import Size
 from preprocess.source_rows import source_row
 from preprocess.sources import SourceFile
-from preprocess.spans import RawShot, read_shots
+from preprocess.spans import RawShot, read_shots, scored_frames
 from preprocess.stills import probe_images
 from preprocess.workplace import Workplace, writes
 
@@ -146,12 +146,17 @@ def decode_stage(unit: Unit, place: Workplace, side_by_side: SideBySide = in_tur
     `side_by_side` runs the pieces of a long video.
     """
     assert unit.info is not None
-    recalled, earlier = None, unit.earlier
+    shots, scenes, earlier = None, [], unit.earlier
+    told = bool(unit.file.captions) and not unit.untold
     if unit.recall and place.settings.cuts != "captions":  # other captions may have other cuts
         _take_size(unit, place, (earlier.get("picture_height") or 0, earlier.get("picture_width") or 0))
-        recalled = recall_scenes(unit.recall, unit.info)
-    if recalled is not None and _answered(replace(unit, scenes=recalled[0], shots=recalled[1]), place):
-        unit.scenes, unit.shots = recalled
+        shots = recall_shots(unit.recall, unit.info)
+    if shots is not None:
+        scenes = make_scenes(unit.file, unit.sha256, unit.info, shots, place.settings_of(unit), told)
+        if [shot.recalled for shot in shots] != [(one.scene_id, shot.index) for one in scenes for shot in one.shots]:
+            shots = None  # a caption file came or went: shots of other scenes are encoded in other batches
+    if shots is not None and _answered(replace(unit, scenes=scenes, shots=shots), place):
+        unit.scenes, unit.shots = scenes, shots
         place.forget_video(unit)
         unit.count = recalled_count(earlier, unit.info)
         unit.lost = json.loads(earlier.get("lost") or "[]")
@@ -175,7 +180,6 @@ def decode_stage(unit: Unit, place: Workplace, side_by_side: SideBySide = in_tur
         with place.scratch_file(unit).open("wb") as file:
             unit.shots, unit.count = read_shots(video, unit.info, settings, file, deadline, cuts, bars)
     place.forget_video(unit)
-    told = bool(unit.file.captions) and not unit.untold
     unit.scenes = make_scenes(unit.file, unit.sha256, unit.info, unit.shots, settings, told)
     check_shots(unit.shots, settings)
 
@@ -244,6 +248,7 @@ def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
     place.scratch.mkdir(parents=True, exist_ok=True)
     if encoder.aesthetic is not None:
         _score_aesthetics(unit, place, encoder.aesthetic)
+        check_shots(unit.shots, place.settings)
     for scene in _written(unit):
         try:
             encoder.check_texts(scene)
@@ -268,8 +273,8 @@ def encode_stage(unit: Unit, place: Workplace, encoder: Encoder) -> None:
                 named = scene_texts(scene, settings.texts_apart)
                 tensors = {name: texts[text].clone() for name, text in named.items()}
                 tensors |= encoder.encode_states(scene, settings.dtype)
-                if scene.scene_id in unit.recall:
-                    tensors |= recall_latents(unit.recall[scene.scene_id], scene.scene_id)
+                if shots[0].recalled:
+                    tensors |= recall_latents(unit.recall, shots)
                 else:
                     spans = _read_spans(place, unit, shots)
                     for i, latents in enumerate(encoder.encode_shots(spans, settings.dtype, settings.tile)):
@@ -293,29 +298,30 @@ def _part(unit: Unit, place: Workplace, written: Sequence[Scene] = ()) -> Part:
 
 
 def _score_aesthetics(unit: Unit, place: Workplace, scorer: AestheticScorer) -> None:
-    """Score the shots that are about to be encoded, and leave out those under the threshold. Raises Filtered."""
+    """Score all shots that have a frame, and leave out those under the threshold that no other filter took."""
     limits = thresholds(place.settings)
     shots = [shot for scene in unit.scenes for shot in scene.shots]
     for raw, shot in zip(unit.shots, shots, strict=True):
-        if not raw.span_pts or AESTHETIC.score in raw.scores:  # a recalled shot has its score
+        count = len(raw.span_pts) or raw.samples
+        if not count or AESTHETIC.score in raw.scores:  # a recalled shot has its score
             continue
-        (span,) = _read_spans(place, unit, [raw])
-        assert span is not None
-        score = scorer([span[k] for k in sorted({0, len(span) // 2, len(span) - 1})])
-        raw.scores[AESTHETIC.score] = shot.scores[AESTHETIC.score] = score
-        if reason := judge(raw.scores, limits, [AESTHETIC]):
+        frames = _read_frames(place, unit, raw, count)
+        raw.scores[AESTHETIC.score] = shot.scores[AESTHETIC.score] = scorer([frames[k] for k in scored_frames(count)])
+        if not raw.filtered and (reason := judge(raw.scores, limits, [AESTHETIC])):
             raw.filtered = shot.filtered = reason
             raw.span_frames, raw.span_pts, shot.encoded = [], [], None
             shot.states, shot.predicted_states = [], []
-    check_shots(unit.shots, place.settings)
 
 
 @writes
-def end_stage(unit: Unit, place: Workplace) -> Unit:
+def end_stage(unit: Unit, place: Workplace, scorer: AestheticScorer | None = None) -> Unit:
     """A part for a unit that was set aside. May be done again, and gives the same.
 
-    Of a long video the last of its units to end makes the part; `status` is "" for those before.
+    Of a long video the last of its units to end makes the part; `status` is "" for those before. `scorer`: for a video
+    of which filters left no shot, so that it never came to `encode_stage`.
     """
+    if unit.status == "filtered" and scorer is not None:
+        _score_aesthetics(unit, place, scorer)
     if unit.status != "written":
         write_part(place.part_folder(unit), _part(unit, place), iter(()))
     if unit.group:
@@ -325,9 +331,9 @@ def end_stage(unit: Unit, place: Workplace) -> Unit:
     return unit
 
 
-def close_stage(unit: Unit, place: Workplace) -> Unit:
+def close_stage(unit: Unit, place: Workplace, scorer: AestheticScorer | None = None) -> Unit:
     """Last step of every unit: `end_stage`, and no scratch left."""
-    end_stage(unit, place)
+    end_stage(unit, place, scorer)
     if unit.status or not unit.group:  # else other units of a long video want it
         place.forget(unit)
     return unit
@@ -370,7 +376,7 @@ def all_stages(unit: Unit, place: Workplace, encoder: Encoder, asker: Asker | No
     run_stage("captions", lambda u: caption_stage(u, place, asker), unit)
     for one in spread(unit, place):
         run_stage("encode", lambda u: encode_stage(u, place, encoder), one)
-        close_stage(one, place)
+        close_stage(one, place, encoder.aesthetic)
 
 
 def prepare_video(
@@ -394,16 +400,14 @@ def prepare_video(
 
 def _read_spans(place: Workplace, unit: Unit, shots: list[RawShot]) -> list[np.ndarray | None]:
     """Encoded spans, uint8 [n,H,W,3] each, of shots of one source from its scratch files."""
+    return [_read_frames(place, unit, shot, len(shot.span_pts)) if shot.span_pts else None for shot in shots]
+
+
+def _read_frames(place: Workplace, unit: Unit, shot: RawShot, count: int) -> np.ndarray:
+    """The first `count` frames, uint8 [count,H,W,3], of those that wait for a shot in the scratch file."""
     assert unit.size is not None
-    shape = (*unit.size, 3)
-    size = int(np.prod(shape))
-    spans: list[np.ndarray | None] = []
-    for shot in shots:
-        if not shot.span_pts:
-            spans.append(None)
-            continue
-        with place.scratch_file(unit, shot.piece).open("rb") as file:
-            file.seek(shot.offset * size)
-            data = np.frombuffer(file.read(len(shot.span_pts) * size), np.uint8)
-        spans.append(data.reshape(len(shot.span_pts), *shape))
-    return spans
+    shape = (count, *unit.size, 3)
+    size = int(np.prod(shape[1:]))
+    with place.scratch_file(unit, shot.piece).open("rb") as file:
+        file.seek(shot.offset * size)
+        return np.frombuffer(file.read(count * size), np.uint8).reshape(shape)

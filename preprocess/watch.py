@@ -11,6 +11,7 @@ import faulthandler
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from preprocess.outcome import Failed
 
@@ -22,6 +23,7 @@ class Attempts:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._under_way: tuple[str, str, float, TextIO] | None = None  # video, stage, seconds, trace
 
     @contextlib.contextmanager
     def attempt(self, video_id: str, stage: str, seconds: float) -> Iterator[int]:
@@ -33,15 +35,38 @@ class Attempts:
         deaths = self.deaths(video_id, stage)
         if deaths >= MAX_ATTEMPTS:
             raise Failed(stage, self.cause(video_id, stage, deaths))
-        self._note(video_id, f"begin {stage}")
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._trace(video_id, stage).open("w") as trace:
-            faulthandler.dump_traceback_later(seconds, exit=True, file=trace)
+            self._under_way = video_id, stage, seconds, trace
+            self._begin()
             try:
                 yield deaths + 1
             finally:
-                faulthandler.cancel_dump_traceback_later()
-                self._note(video_id, f"end {stage}")
+                self._end()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within an attempt: what is done here, such as waiting for other attempts, is no part of it.
+
+        The time limit begins anew afterwards.
+        """
+        self._end()
+        try:
+            yield
+        finally:
+            self._begin()
+
+    def _begin(self) -> None:
+        assert self._under_way is not None
+        video_id, stage, seconds, trace = self._under_way
+        self._note(video_id, f"begin {stage}")
+        faulthandler.dump_traceback_later(seconds, exit=True, file=trace)
+
+    def _end(self) -> None:
+        assert self._under_way is not None
+        video_id, stage, _, _ = self._under_way
+        faulthandler.cancel_dump_traceback_later()
+        self._note(video_id, f"end {stage}")
 
     def deaths(self, video_id: str, stage: str) -> int:
         """How often a stage began and did not end."""

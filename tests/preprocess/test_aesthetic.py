@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from models.tiny import build_tiny_folder
 from pipelines.aesthetic import AestheticConfig, make_scorer, scorer_key
 from preprocess.aesthetic import AestheticScorer
 from preprocess.encode import Encoder
-from preprocess.filters import FilterSettings, rule_of
+from preprocess.filters import NO_FILTERS, FilterSettings, rule_of
 from preprocess.parts import Part
 from preprocess.settings import PrepareSettings
 from preprocess.sources import list_sources
@@ -109,3 +110,29 @@ def test_shots_under_the_threshold_are_not_encoded(files: dict[str, Path], tmp_p
         "reason"
     ]
     assert [row["score_aesthetic"] for row in none.shots] == scores
+
+
+def test_what_other_filters_took_is_scored_too(files: dict[str, Path], tmp_path: Path) -> None:
+    """As it is scored where it is kept; also where filters leave nothing of a video, which then is never encoded."""
+    build_tiny_folder(tmp_path / "model")
+    scorer = AestheticScorer.from_files("tiny-clip", files["clip.pt"], files["head.pth"])
+    encoder = Encoder.from_folder(tmp_path / "model", aesthetic=scorer)
+    still = [pan(2)[0]] * 17
+    write(tmp_path / "videos" / "a.mp4", [*still, *pan(1), *pan(3)[:3]])
+    shots = [{"start_frame": a, "end_frame": b, "prompt": "p"} for a, b in ((0, 17), (17, 34), (34, 37))]
+    (tmp_path / "videos" / "a.json").write_text(json.dumps({"shots": shots}))
+    write(tmp_path / "videos" / "b.mp4", still)
+    (tmp_path / "videos" / "b.json").write_text(json.dumps({"shots": shots[:1]}))
+    settings = PrepareSettings(
+        height=32, width=32, aesthetic_key="tiny", cuts="captions", filters=FilterSettings(min_aesthetic=None)
+    )
+    for name, reasons in (("a.mp4", ["static", "", "too_short"]), ("b.mp4", ["static"])):
+        (file,) = [one for one in list_sources([tmp_path / "videos"]).files if one.name == name]
+        some = prepare_video(file, settings, encoder, tmp_path / "some")
+        every = prepare_video(file, replace(settings, filters=NO_FILTERS), encoder, tmp_path / "all")
+        assert [rule_of(row["filtered"]) for row in some.shots] == reasons
+        assert [bool(row["encoded_frames"]) for row in some.shots] == [not reason for reason in reasons]
+        scores = [row["score_aesthetic"] for row in some.shots]
+        assert None not in scores and scores == [row["score_aesthetic"] for row in every.shots]
+        assert [json.loads(row["scores"])["aesthetic"] for row in some.shots] == scores
+        assert some.source["status"] == ("written" if "" in reasons else "filtered")

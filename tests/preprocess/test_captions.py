@@ -138,6 +138,23 @@ def test_states_are_counted_in_encoded_frames(tmp_path: Path) -> None:
     assert [s.frame for s in scene.shots[0].states] == [0, 4]
 
 
+def test_of_states_before_the_first_encoded_frame_the_last_holds(tmp_path: Path) -> None:
+    """And of those between two encoded frames; what begins with it holds, too."""
+    scene, _ = make_scene([0, 34])
+    said = [("c", 9), ("a", 0), ("b", 4), ("b too", 4), ("d", 12), ("e", 13), ("f", 15), ("gone", 400)]
+    shot = {"start_frame": 0, "end_frame": 60, "prompt": "p", "states": [{"text": t, "frame": f} for t, f in said]}
+    path = sidecar(tmp_path / "v.json", [], shots=[shot])
+
+    def states(first: int) -> list[tuple[str, int]]:
+        caption_scenes([scene], [[first + 3 * i for i in range(5)]], path, "sidecar")
+        return [(state.text, state.frame) for state in scene.shots[0].states]
+
+    assert states(6) == [("b", 0), ("b too", 0), ("c", 1), ("d", 2), ("f", 3)]
+    assert states(9) == [("c", 0), ("d", 1), ("f", 2)]
+    assert states(40) == [("f", 0)]
+    assert states(0) == [("a", 0), ("b", 2), ("b too", 2), ("c", 3), ("d", 4)]
+
+
 def test_a_cut_that_was_missed_takes_the_caption_of_what_is_encoded(tmp_path: Path) -> None:
     scene, frames = make_scene([0, 34])  # the caption file knows a cut at 17
     caption_scenes([scene], frames, sidecar(tmp_path / "v.json", [0, 17, 34]), "sidecar")
@@ -188,6 +205,10 @@ def test_second_scene_of_a_source_uses_its_own_frames(tmp_path: Path) -> None:
         ({"shots": "none"}, r"v.json.shots is 'none'"),
         ({"shots": [{"start_frame": 0, "prompt": "x"}]}, r"v.json.shots\[0\]: missing field 'end_frame'"),
         ({"shots": [{"start_frame": 5, "end_frame": 5, "prompt": "x"}]}, r"shots\[0\] is empty: frames 5..5"),
+        (
+            {"shots": [{"start_frame": 0, "end_frame": 5, "prompt": "x", "states": [{"text": "t", "frame": -3}]}]},
+            r"v.json.shots\[0\].states\[0\].frame is -3; frames count from the start of the shot, from 0",
+        ),
         ({"label": -1}, r"v.json.label is -1; give a class, counted from 0, or leave it out"),
         ({"label": "cat"}, r"v.json.label is 'cat' \(str\), expected int"),
         ({"shots": [{"start_frame": 0, "end_frame": 5, "prompt": "x", "label": -2}]}, r"v.json.shots\[0\].label is -2"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import time
 from dataclasses import replace
 from fractions import Fraction
@@ -12,12 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from preprocess import decode
 from preprocess.decode import DecodeCount, Frame, cover_size, frames
 from preprocess.letterbox import find_bars
 from preprocess.outcome import Failed
 from preprocess.probe import VideoInfo, probe
+from preprocess.settings import PrepareSettings
+from preprocess.spans import read_shots
 from preprocess.stills import probe_images
-from tests.preprocess.videos import moving_square, to_yuv, write, write_planes
+from tests.preprocess.videos import damage_packet, moving_square, to_yuv, write, write_planes
 from toyworld.render import render_scene
 from toyworld.video import Footage, write_video
 from toyworld.world import sample_scene
@@ -228,3 +232,66 @@ def test_garbage_in_the_middle_is_counted_or_refused(tmp_path: Path) -> None:
         assert error.stage in ("probe", "decode")
     else:
         assert 10 < len(got) <= len(info.pts)
+
+
+SMALL = PrepareSettings(height=32, width=32)
+
+
+@pytest.mark.parametrize("number", [3, 60, 199])
+def test_one_bad_packet_costs_its_frame_and_no_more(tmp_path: Path, number: int) -> None:
+    """In a plain file, where decord raises, somewhere: the result is that of PyAV from the beginning, to the byte."""
+    path = write(tmp_path / "a.mp4", moving_square(200, (90, 30, 0), (255, 0, 0), step=0.5), fps=25)
+    info = probe(str(damage_packet(path, number)))
+    assert info.decoder == "decord" and not info.decoder_reason
+    scratch, expected = io.BytesIO(), io.BytesIO()
+    shots, count = read_shots(str(path), info, SMALL, scratch)
+    by_pyav, alone = read_shots(str(path), replace(info, decoder="pyav"), SMALL, expected)
+    assert shots == by_pyav and scratch.getvalue() == expected.getvalue() != b""
+    assert (count.shown, count.damaged, count.decoder) == (199, 1, "pyav")
+    assert count.reason == "decord cannot decode all of it" and not alone.reason
+    assert alone.decoded <= count.decoded < alone.decoded + 200, "what decord gave before is counted, too"
+
+
+def test_a_file_with_too_many_bad_packets_still_fails(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mp4", moving_square(60, (90, 30, 0), (255, 0, 0)), fps=25)
+    for number in range(20, 30):
+        damage_packet(path, number)
+    with pytest.raises(Failed, match=r"\d+ of \d+ packets are damaged"):
+        read_shots(str(path), probe(str(path)), SMALL, io.BytesIO())
+
+
+def test_why_decord_is_not_taken_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import decord
+
+    path = write(tmp_path / "a.mp4", moving_square(20, (0, 0, 0), (255, 0, 0)))
+    info = probe(str(path))
+    _, count, _ = read(path)
+    assert (count.decoder, count.reason) == ("decord", "")
+    count = DecodeCount()
+    short = replace(info, pts=info.pts[:-1])
+    list(frames(str(path), short, 32, 32, count=count))
+    assert (count.decoder, count.reason) == ("pyav", "decord counts 20 frames, the index 19")
+
+    def refuses(*args: object, **options: object) -> None:
+        raise decord.DECORDError("no")
+
+    monkeypatch.setattr(decord, "VideoReader", refuses)
+    _, count, _ = read(path)
+    assert (count.decoder, count.reason) == ("pyav", "decord cannot open it")
+
+
+def test_a_cap_before_the_first_frame_names_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the first frames cannot be decoded, and the cap lies among them."""
+    path = write(tmp_path / "a.mp4", moving_square(40, (0, 0, 0), (255, 0, 0)), fps=20)
+    real = decode._decoded
+
+    def late(container, stream, info, count, first):
+        return (frame for frame in real(container, stream, info, count, first) if frame.pts >= info.pts[30])
+
+    monkeypatch.setattr(decode, "_decoded", late)
+    with pytest.raises(Failed, match=r"no frame can be decoded in the first 0\.5 s \(max_seconds\)"):
+        read(path, decoder="pyav", max_seconds=0.5)
+    info = replace(probe(str(path)), decoder="pyav")
+    with pytest.raises(Failed, match=r"in the first 0\.5 s \(max_seconds\)"):
+        read_shots(str(path), info, replace(SMALL, max_seconds=0.5), io.BytesIO())
+    assert len(read(path, decoder="pyav", max_seconds=1.6)[0]) == 2

@@ -116,7 +116,11 @@ def test_scores_of_every_shot_are_columns(made: tuple[Path, Path]) -> None:
     for name in ("movement", "frozen", "shake", "black", "blur", "brightness", "clipped", "text", "frames", "bars"):
         assert table.schema.field(f"score_{name}").type == pa.float64()
         assert table[f"score_{name}"].null_count == 0, name
-    assert table["score_similarity"].null_count < len(table)
+    rows = table.to_pylist()
+    for name in ("similarity", "hash_distance"):  # of copies and of what other filters took, too
+        assert [row["source"] for row in rows if row[f"score_{name}"] is None] == ["a.mp4"], "nothing comes before it"
+    (copy,) = [row for row in rows if row["source"] == "c.mp4"]
+    assert (copy["score_similarity"], copy["score_hash_distance"]) == (1.0, 0.0)
 
 
 def test_the_same_run_again_changes_nothing(copy: tuple[Path, Path], model: Path, decodes: list[str]) -> None:
@@ -262,6 +266,18 @@ def test_videos_that_were_never_decoded_are_told_apart() -> None:
     now, then = make_waterfall(parts, SETTINGS), make_waterfall(parts, replace(SETTINGS, min_side=8))
     assert (now.taken, now.undecoded, now.failed) == (1, 0, 1)
     assert (then.taken, then.undecoded, then.undecoded_seconds) == (0, 1, 2.0)
+
+
+def test_shots_without_a_score_are_said_to_be_kept() -> None:
+    source = {"status": "written", "sha256": "1", "video_id": "v", "width": 64, "height": 64, "fps": 8.0}
+    source |= {"source_frames": 17, "duration_s": 2.0}
+    scores = json.dumps({"frames": 17.0, "movement": 9.0})
+    row = {"shot_id": "v-0000/s000", "filtered": "", "duration_s": 2.0, "encoded_frames": 17, "signature": ""}
+    found = make_waterfall([Part(source, [row | {"scores": scores}])], loosened(max_text=None))
+    unscored = {step.name: step.unscored for step in found.steps}
+    assert (unscored["static"], unscored["blurred"], unscored["near_duplicate"]) == (0, 1, 1)
+    assert unscored["text"] == unscored["aesthetic"] == 0, "they are off"
+    assert "blurred: 1 shots have no such score and are counted as kept" in found.summary().splitlines()
 
 
 # ---------------------------------------------------------------- index and verify

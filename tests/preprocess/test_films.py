@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,15 +20,19 @@ import pytest
 
 from models.tiny import build_tiny_folder
 from preprocess import pieces, rows
+from preprocess import unit as unit_module
 from preprocess.encode import Encoder
 from preprocess.filters import NO_FILTERS
 from preprocess.outcome import Failed
+from preprocess.pieces import in_turn
 from preprocess.report import PrepareReport
 from preprocess.rows import EncodeRow, caption_row, decode_row, probe_row, spread_row
 from preprocess.run import Work, plan_work
 from preprocess.settings import PrepareSettings
 from preprocess.sources import list_sources
+from preprocess.unit import Unit
 from preprocess.verify import verify
+from preprocess.watch import MAX_ATTEMPTS, Attempts
 from tests.preprocess.videos import moving_square, write
 
 UNITS = PrepareSettings(height=32, width=32, unit_seconds=7.0, filters=NO_FILTERS)
@@ -223,3 +232,58 @@ def test_what_is_lost_of_a_film_is_named_and_tried_again(
     run_here(videos, output, model, UNITS, retry_failed=True)
     assert shards(output) == shards(whole)
     assert table(output, "sources")[0]["lost"] == ""
+
+
+def probed(videos: Path, output: Path, model: Path) -> tuple[Work, dict[str, str]]:
+    work = plan_work(list_sources([videos]).files, output, UNITS, model)
+    (row,) = pq.read_table(next(work.rounds())).to_pylist()
+    return work, probe_row(row, work.place)
+
+
+def status_within(seconds: float, work: Callable[[], object]) -> int | None:
+    """How `work` ends in a process of its own; None where it has to be killed."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+def test_what_hangs_before_the_pieces_is_ended_and_named(
+    videos: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search for black bars, say, in a film of several pieces."""
+    work, row = probed(videos, tmp_path / "out", model)
+    real = faulthandler.dump_traceback_later
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda _, **options: real(0.3, **options))
+    monkeypatch.setattr(unit_module, "find_bars", lambda *args: time.sleep(600))
+    for _ in range(MAX_ATTEMPTS):
+        assert status_within(60, lambda: decode_row(row, work.place)) == 1
+    unit = Unit.from_json(decode_row(row, work.place)["unit"])
+    assert (unit.status, unit.stage) == ("failed", "decode")
+    assert unit.reason == "it hung and was ended at the time limit, 3 attempts"
+
+
+def test_waiting_for_pieces_is_no_attempt(videos: Path, model: Path, tmp_path: Path) -> None:
+    """It takes as long as they take, each of which has its own limit; what comes after it is under a limit again."""
+    work, row = probed(videos, tmp_path / "out", model)
+    attempts, seen = Attempts(work.place.parts / "attempts"), []
+
+    def side_by_side(decode, jobs):
+        seen.append((len(jobs), attempts.unfinished(row["video_id"])))
+        return in_turn(decode, jobs)
+
+    unit = Unit.from_json(decode_row(row, work.place, side_by_side)["unit"])
+    assert unit.status == "" and seen == [(3, ("", 0))]
+    lines = (work.place.parts / "attempts" / row["video_id"]).read_text().splitlines()
+    assert lines == ["begin probe", "end probe", *["begin decode", "end decode"] * 2]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from preprocess.filters import NO_FILTERS
 from preprocess.known_cuts import caption_cuts
 from preprocess.outcome import Failed
 from preprocess.probe import probe
@@ -17,6 +19,7 @@ from preprocess.sources import list_sources
 from preprocess.spans import RawShot, read_shots
 from preprocess.unit import Unit, decode_stage, probe_stage, run_stage
 from preprocess.workplace import Workplace
+from tests.preprocess.runs import run_here
 from tests.preprocess.videos import moving_square, write
 from toyworld.video import write_video
 from toyworld.world import sample_scene
@@ -78,6 +81,27 @@ def test_the_stage_takes_the_cuts_and_names_captions_that_leave_nothing(tmp_path
     unit = decoded(path, tmp_path)
     assert (unit.status, unit.stage) == ("filtered", "captions"), "so that other captions are tried again"
     assert "20 has 2 source frames" in unit.reason
+
+
+def test_captions_whose_shots_are_all_filtered_are_tried_again_when_mended(tmp_path: Path, model: Path) -> None:
+    """And so are those whose shots all double others: other captions may cut them otherwise."""
+    still, videos, out = ONE_PICTURE[:1] * 10, tmp_path / "videos", tmp_path / "out"
+    path = write(videos / "a.mp4", [*still, *moving_square(9, (30, 120, 40), (220, 40, 40)), *still])
+    captions(videos / "a.json", (0, 7), (7, 14), (14, 21), (21, 29))
+    settings = replace(SETTINGS, filters=replace(SETTINGS.filters, min_movement=1e6))
+    work, _ = run_here(videos, out, model, settings)
+    source = work.finished[work.files[0].video_id].part.source
+    assert (source["status"], source["stage"]) == ("filtered", "captions") and "4 static" in source["reason"]
+    assert run_here(videos, out, model, settings)[1] == 0
+    captions(videos / "a.json", (0, 10), (10, 29))
+    work, todo = run_here(videos, out, model, settings)
+    assert todo == 1 and "2 static" in work.finished[work.files[0].video_id].part.source["reason"]
+    (videos / "b.mp4").write_bytes(path.read_bytes())
+    (videos / "b.json").write_bytes((videos / "a.json").read_bytes())
+    copies = replace(SETTINGS, filters=replace(NO_FILTERS, same_file=True))
+    work, _ = run_here(videos, tmp_path / "other", model, copies)
+    ends = [work.finished[file.video_id].part.source["stage"] for file in work.files]
+    assert ends == ["", "captions"]
 
 
 def test_other_captions_are_not_recalled_with_old_cuts(tmp_path: Path) -> None:

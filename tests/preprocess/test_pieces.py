@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from preprocess.settings import PrepareSettings
 from preprocess.shots import LOOKAHEAD, ShotDetector
 from preprocess.spans import Piece, PieceShots, RawShot, read_shots
 from tests.preprocess.test_shots import texture
-from tests.preprocess.videos import write
+from tests.preprocess.videos import damage_packet, write
 from toyworld.render import render_scene
 from toyworld.world import sample_scene
 
@@ -249,3 +250,19 @@ def test_a_piece_is_not_decoded_twice_and_one_that_dies_is_lost(toy: Film, tmp_p
     assert said.startswith("0:00:13 to ") and said.endswith("its worker process died, 3 attempts")
     assert {shot.piece for shot in shots} == {1, 3}
     assert decode_piece(jobs[1]).lost.endswith("3 attempts"), "it is not tried again"
+
+
+def test_one_bad_packet_in_pieces_is_as_in_one_pass(toy: Film, tmp_path: Path) -> None:
+    """decord raises in one piece; the others are decoded by PyAV, too, as in one pass all frames are."""
+    path = damage_packet(Path(shutil.copy(toy.path, tmp_path)), 310)
+    film = one_pass(path)
+    shown = film.shots[-1].end_frame
+    assert film.info.decoder == "decord" and 740 < shown < 760
+    shots, spans, count, lost = in_pieces(film, [0, 200, 440], tmp_path / "pieces")
+    assert plain(shots) == plain(film.shots) and spans == film.spans and not lost
+    assert (count.decoder, count.reason, count.shown) == ("pyav", "decord cannot decode all of it", shown)
+    done = sorted(path.stem for path in (tmp_path / "pieces").glob("*.frames"))
+    assert done == ["0001", "0002", "0003", "0006"], "only the piece that decord could decode is decoded again"
+    assert count.decoded > 760 + 2 * WARM_UP + 320, "what was decoded twice is counted twice"
+    again = in_pieces(film, [0, 200, 440], tmp_path / "pieces")  # all pieces are done: nothing is decoded
+    assert plain(again[0]) == plain(shots) and again[1] == spans and again[2] == count

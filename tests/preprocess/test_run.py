@@ -77,6 +77,25 @@ def test_other_captions_cost_no_decode(videos: Path, tmp_path: Path, model: Path
     assert (tmp_path / "fresh" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
+def test_captions_that_come_or_go_group_the_shots_anew(tmp_path: Path, model: Path, calls: Counter[str]) -> None:
+    """A caption file keeps shots together that pictures would part; the bytes are those of a run from nothing."""
+    video = write(tmp_path / "videos" / "a.mp4", three_shots(17))
+
+    def shards(name: str) -> list[bytes]:
+        calls.clear()
+        run_here(video.parent, tmp_path / name, model)
+        return [path.read_bytes() for path in sorted((tmp_path / name / "shards").glob("*.tar"))]
+
+    apart = shards("out")
+    assert len(records(tmp_path / "out")) > 1
+    video.with_suffix(".json").write_text('{"story": "All in one.", "shots": []}')
+    together = shards("out")
+    assert len(records(tmp_path / "out")) == 1 and calls["read_shots"] == 1, "other batches give other last bits"
+    assert shards("fresh") == together
+    video.with_suffix(".json").unlink()
+    assert shards("out") == apart
+
+
 def test_another_caption_backend_keeps_the_pictures(
     videos: Path, tmp_path: Path, model: Path, calls: Counter[str]
 ) -> None:

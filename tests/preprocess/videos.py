@@ -153,3 +153,14 @@ def write_unusable(folder: Path) -> None:
     (folder / "empty.mp4").touch()
     (folder / "text.mp4").write_text("not a video")
     write(folder / "short.mp4", three_shots(17)[:3])
+
+
+def damage_packet(path: Path, number: int) -> Path:
+    """Overwrite packet `number` (in the order of the file) of a video with noise, in place."""
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(container.streams.video[0]) if packet.size]
+        position, size = packets[number].pos, packets[number].size
+    data = bytearray(path.read_bytes())
+    data[position : position + size] = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8).tobytes()
+    path.write_bytes(bytes(data))
+    return path
