@@ -74,6 +74,12 @@ def latest(root: Path) -> tuple[int, Path] | None:
     return None
 
 
+def identity_of(root: Path) -> dict[str, Any]:
+    """`TrainState.identity` of the newest whole checkpoint under `root`; {} if there is none."""
+    found = latest(root)
+    return _identity(found[1]) if found else {}
+
+
 def is_whole(path: Path) -> bool:
     """Every byte that the checkpoint's index points to is there."""
     if not (path / STATE_FILE).is_file() or not (path / ".metadata").is_file():
@@ -155,8 +161,7 @@ class Checkpoints:
         if found is None:
             return 0
         step, path = found
-        made_with = json.loads((path / STATE_FILE).read_text())["identity"]
-        _check_identity(path, made_with, state.identity)
+        _check_identity(path, _identity(path), state.identity)
         tensors = state.tensors(step)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -187,12 +192,19 @@ def remove_unfinished(root: Path, newest: int) -> None:
         shutil.rmtree(path)
 
 
+def _identity(path: Path) -> dict[str, Any]:
+    return json.loads((path / STATE_FILE).read_text())["identity"]
+
+
 def _check_identity(path: Path, made_with: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     asked = json.loads(json.dumps(asked))  # as it would have been read back
     for field in sorted(set(made_with) & set(asked)):
-        if made_with[field] != asked[field]:
+        before, now = made_with[field], asked[field]
+        if isinstance(before, dict) and isinstance(now, dict):  # parameters there were not yet are not compared either
+            before, now = ({name: each[name] for name in sorted(set(before) & set(now))} for each in (before, now))
+        if before != now:
             raise ValueError(
-                f"{path}: made with {field}={made_with[field]!r}, asked for {asked[field]!r}; "
+                f"{path}: made with {field}={before!r}, asked for {now!r}; "
                 "a run cannot change this on the way: use a new run folder, or set it back"
             )
 

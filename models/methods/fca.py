@@ -38,7 +38,7 @@ class FCA(Prediction):
     name: ClassVar[str] = "fca"
     per_frame_levels: ClassVar[bool] = False
 
-    density: Density = "logit_normal"
+    density: Density | None = None
     adapter: Adapter = "full"
     init_features: InitFeatures = "layers"  # given frames as each layer reads them, or as patches, alike for all layers
     loss_on_given: bool = True
