@@ -93,6 +93,7 @@ def sample_levels(
     mean: float = 0.0,  # of the logit
     std: float = 1.0,
     clean_prob: float = 0.0,  # share of samples in which some frames (or shots) are exactly clean
+    clean_first: bool = False,  # that is the clip's first one alone; else any
     shared_prob: float = 0.0,  # "per_shot": share of samples with one level for all shots
     context_prob: float = 0.0,  # share of samples in which some frames (or shots) are at `context_level`
     context_level: float = 0.0,
@@ -159,7 +160,9 @@ def sample_levels(
         rank = torch.rand((batch, units), generator=generator, device=device).argsort(dim=1).argsort(dim=1)
         return happening & ((torch.arange(units, device=device) if first else rank) < count)
 
-    cleaned, contexts = some(clean_prob), some(context_prob, context_first)
+    cleaned, contexts = some(clean_prob, clean_first), some(context_prob, context_first)
+    if clean_first:
+        cleaned[:, 1:] = False
     levels = torch.where(contexts, context_level, levels)
     levels = torch.where(cleaned, 0.0, levels)
     levels = levels[:, unit]  # [B,F]

@@ -95,6 +95,11 @@ def _place(one: GivenFrames, length: int, codec: VideoCodec, patch: int = 1) -> 
                 f"one: the nearest places are {places}"
             )
         clip = _cut(one, at, length, codec, unit)
+    return placed_clip(clip, start, codec)
+
+
+def placed_clip(clip: np.ndarray, start: int, codec: VideoCodec) -> PlacedClip:
+    """Video frames [T, H, W, 3] that are whole latent frames of a shot, from `start` on; behind a still unless at 0."""
     if start == 0:
         return PlacedClip(0, codec.num_latent_frames(len(clip)), clip)
     stride = codec.temporal_stride

@@ -42,7 +42,7 @@ class SceneBatch:
     labels: Tensor | None = None  # long [B]: the class of each sample, where the source knows classes
     states: Tensor | None = None  # [B,S,L,D], predicted states in order of time; zeros are padding
     given_lost: Tensor | None = None  # bool [B]: samples that lose their given frames; None: none does
-    given: Tensor | None = None  # [B,C,K,H,W]: given first frames, encoded alone; None: those of the latents are
+    given: Tensor | None = None  # [B,C,K,H,W]: first frames encoded alone, as they are given; None: as in `latents`
     embedding: Tensor | None = None  # [B,1,D] of each first frame, by an image encoder; None: the model reads none
 
     def to(self, device: torch.device) -> SceneBatch:
@@ -132,7 +132,11 @@ def whole_tokens(batch: SceneBatch, patch: int) -> SceneBatch:
     if len(places) == batch.layout.num_frames:
         return batch
     text = replace(batch.text, frame_text=batch.text.frame_text[places])
-    return replace(batch, latents=batch.latents[:, :, places], layout=take_frames(batch.layout, places), text=text)
+    given = batch.given
+    if given is not None:  # the first frame fills its token, as it does in the clip
+        given = given[:, :, [place for place in places if place < given.shape[2]]]
+    latents, layout = batch.latents[:, :, places], take_frames(batch.layout, places)
+    return replace(batch, latents=latents, layout=layout, text=text, given=given)
 
 
 class LatentCache:

@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from models.methods import get_method, trained_params
+from models.methods import trained_params
 from train.optim import EMA
 
 STATE_FILE = "state.json"
@@ -73,6 +73,12 @@ def latest(root: Path) -> tuple[int, Path] | None:
         if is_whole(path):
             return step, path
     return None
+
+
+def identity_of(root: Path) -> dict[str, Any]:
+    """`TrainState.identity` of the newest whole checkpoint under `root`; {} if there is none."""
+    found = latest(root)
+    return _identity(found[1]) if found else {}
 
 
 def is_whole(path: Path) -> bool:
@@ -156,8 +162,7 @@ class Checkpoints:
         if found is None:
             return 0
         step, path = found
-        made_with = json.loads((path / STATE_FILE).read_text())["identity"]
-        _check_identity(path, made_with, state.identity)
+        _check_identity(path, _identity(path), state.identity)
         tensors = state.tensors(step)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -188,16 +193,21 @@ def remove_unfinished(root: Path, newest: int) -> None:
         shutil.rmtree(path)
 
 
+def _identity(path: Path) -> dict[str, Any]:
+    return json.loads((path / STATE_FILE).read_text())["identity"]
+
+
 def _check_identity(path: Path, made_with: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     asked = json.loads(json.dumps(asked))  # as it would have been read back
-    if "method_params" in made_with:  # those that came since are as training was without them
-        name = made_with["method"]
-        params = get_method(name, **trained_params(name, made_with["method_params"])).config()
-        made_with = {**made_with, "method_params": json.loads(json.dumps(params))}
+    if "method_params" in made_with:
+        made_with = {**made_with, "method_params": trained_params(made_with["method"], made_with["method_params"])}
     for field in sorted(set(made_with) & set(asked)):
-        if made_with[field] != asked[field]:
+        before, now = made_with[field], asked[field]
+        if isinstance(before, dict) and isinstance(now, dict):  # parameters there were not yet are not compared either
+            before, now = ({name: each[name] for name in sorted(set(before) & set(now))} for each in (before, now))
+        if before != now:
             raise ValueError(
-                f"{path}: made with {field}={made_with[field]!r}, asked for {asked[field]!r}; "
+                f"{path}: made with {field}={before!r}, asked for {now!r}; "
                 "a run cannot change this on the way: use a new run folder, or set it back"
             )
 

@@ -269,14 +269,27 @@ def clip_losses(
     conditions: Mapping[str, Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What is minimised, per sample [B]; with it the squared error and the weight of each frame, [B,F]."""
-    process = backbone.process
+    process, clean = backbone.process, clean_latents(batch, levels)
     weights = frame_weights(method, batch, levels)
-    noisy = process.precondition(process.add_noise(batch.latents, noise, levels), levels)
+    noisy = process.precondition(process.add_noise(clean, noise, levels), levels)
     prepared = method.prepare(backbone, batch.layout, batch.text, conditions)
     seen = {"text": batch.text} | prepared | method.backbone_kwargs(batch.layout)
     prediction = backbone(noisy, method.model_levels(levels), **seen)
-    errors = (prediction.float() - process.target(batch.latents, noise, levels)).square().mean(dim=(1, 3, 4))
+    errors = (prediction.float() - process.target(clean, noise, levels)).square().mean(dim=(1, 3, 4))
     return (errors * weights * process.loss_weight(levels)).sum(dim=1), errors, weights
+
+
+def clean_latents(batch: SceneBatch, levels: Tensor) -> Tensor:
+    """The clip [B,C,F,H,W] that is noised to `levels` [B,F]: first frames at level 0 are those that were encoded alone.
+
+    They are given ones, which in sampling know nothing of what is made; cut out of the clip they would (`SceneBatch`).
+    """
+    if batch.given is None:
+        return batch.latents
+    count = batch.given.shape[2]
+    first, rest = batch.latents[:, :, :count], batch.latents[:, :, count:]
+    given = (levels[:, :count] == 0)[:, None, :, None, None]
+    return torch.cat([torch.where(given, batch.given, first), rest], dim=2)
 
 
 def frame_weights(method: Method, batch: SceneBatch, levels: Tensor) -> Tensor:

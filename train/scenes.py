@@ -366,8 +366,6 @@ class ShardDataset:
         if self.given_alone:
             alone = [window.record.read(shot_tensor_key(window.first, "first_mean")).float() for window in windows]
             given = self.normalize(torch.stack(alone))
-            if bool(layout.is_given[0]):  # it stands in the clip, too
-                latents[:, :, :1] = given
         embedding = None
         if self.image_hash is not None:
             embeddings = [window.record.read(shot_tensor_key(window.first, IMAGE_TENSOR)) for window in windows]

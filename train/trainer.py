@@ -7,18 +7,20 @@ stopped, however, goes on from its newest whole checkpoint when the job is start
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from infra.log import get_logger
 from infra.machine import usable_cores
 from models.backbones.base import Backbone
 from models.folder import Model, check_expert, load_model
 from models.methods import Method, get_method
 from models.modules.lora import inject_lora
-from train.checkpoint import Checkpoints, latest, prune, remove_unfinished, step_name
+from train.checkpoint import Checkpoints, identity_of, latest, prune, remove_unfinished, step_name
 from train.evaluate import HeldOutLoss
 from train.export import export_model, full_weights
 from train.job import TrainJob
@@ -27,6 +29,7 @@ from train.parallel import prepare, this_rank
 from train.scenes import ShardDataset, TextDrop, check_states_seen
 
 WORKER_RESTARTS = 3
+LEVELS = ("shift", "density")  # parameters that a method can leave to the model
 ERROR_FILE = "error.txt"  # in the run folder; why the last start under Ray gave up
 # what a restart would only repeat; a dead peer shows as RuntimeError, a full disk as OSError
 HOPELESS = (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, FileNotFoundError)
@@ -69,7 +72,7 @@ def train_worker(job: TrainJob, checkpoints: Checkpoints) -> LoopResult:
     check_expert(job.model, job.expert)
     model = load_model(job.model, ("backbone", "codec"), device="cpu", dtype=torch.float32, expert=job.expert)
     backbone, codec = model.backbone, model.codec
-    method = get_method(job.method, **job.method_params)
+    method = method_of(job, model, checkpoints.root)
     method.check_backbone(backbone.capabilities)
     method.check_process(backbone.process)
     check_image(method, backbone)
@@ -147,6 +150,19 @@ def train_worker(job: TrainJob, checkpoints: Checkpoints) -> LoopResult:
     if parallel.rank == 0:
         export_model(job, weights, method, result.step)
     return result
+
+
+def method_of(job: TrainJob, model: Model, checkpoints: Path) -> Method:
+    """The method of a job with what it leaves to the model to train; a run that was begun keeps what it began with."""
+    asked = get_method(job.method, **job.method_params)
+    method = asked.for_model(model.backbone.process, model.settings.level_shift, causal_vae=model.codec.causal)
+    begun = identity_of(checkpoints)
+    known = begun.get("method_params", {}) if begun.get("method") == job.method else {}
+    kept = {name: known[name] for name in LEVELS if getattr(asked, name) is None and known.get(name) is not None}
+    for name, value in kept.items():
+        if value != (own := getattr(method, name)):
+            get_logger("train").warning(f"{name}={value}, as this run began; a new one on this model takes {own}")
+    return replace(method, **kept)
 
 
 def check_image(method: Method, backbone: Backbone) -> None:

@@ -7,7 +7,7 @@ own `clean_prob`; scalar training has none, or it would not be scalar.
 from __future__ import annotations
 
 from claim_cells.cell import Cell, Comparison, Judged, Metric, Paper, Stage, TableConfig
-from claim_cells.make import Task, encode, make_clips, rendered
+from claim_cells.make import Task, encode_given, make_clips, rendered
 from claim_cells.score import add_shot, given_pixels, given_scores
 from models.folder import Model
 from pipelines.toy_models.measure import held_out_scenes
@@ -24,15 +24,16 @@ def _cell(name: str, **params: float) -> Cell:
 
 
 def judge(model: Model, cell: Cell, config: TableConfig) -> Judged:
-    """Every prompt as i2v, interpolation and t2v. Given are latents of the true shot."""
+    """Every prompt as i2v, interpolation and t2v. Given are latent frames of the true shot, each encoded alone."""
     scenes = held_out_scenes("small", config.prompts)
     truth = rendered(scenes, model)
-    latents = encode(truth, model)
     boards = [Storyboard(f"p{n}", "", [StoryboardShot("", sentence(scene, 0))]) for n, scene in enumerate(scenes)]
-    judged, frames = Judged(), latents.shape[2]
-    for task, at in GIVEN.items():
-        clips = make_clips(model, Task(task), boards, config, given=latents if at else None, frames=frames)
-        known = given_pixels([f % frames for f in at], len(truth[0]), model.codec.temporal_stride)
+    judged, frames = Judged(), model.codec.num_latent_frames(len(truth[0]))
+    for task, places in GIVEN.items():
+        at = [place % frames for place in places]
+        given = encode_given(truth, at, model) if at else None
+        clips = make_clips(model, Task(task), boards, config, given=given, frames=frames)
+        known = given_pixels(at, len(truth[0]), model.codec.temporal_stride)
         for made, true, scene in zip(clips, truth, scenes, strict=True):
             add_shot(judged, task, made, scene, given_scores(made, true, known) if at else None)
     return judged

@@ -24,6 +24,7 @@ from pipelines.states import GrammarStates
 from pipelines.toy_models.measure import PROMPT_SEED
 from sample.contexts import encode_texts, say_states, states_of
 from sample.given import latent_size
+from sample.given_frames import placed_clip
 from sample.guidance import Guidance
 from sample.sampler import sample
 from sample.storyboard import Storyboard, derive_seed
@@ -65,6 +66,22 @@ def encode(clips: Sequence[np.ndarray], model: Model, at_once: int = 16) -> Tens
         for begin in range(0, len(clips), at_once)
     ]
     return torch.cat(means)
+
+
+def encode_given(clips: Sequence[np.ndarray], at: Sequence[int], model: Model) -> Tensor:
+    """[N,C,F,H,W] of clips of one length: latent frames `at` as `shotloom sample` gives them; the others are zero.
+
+    Each is encoded alone, by the pixels that it holds: cut out of the whole clip's it would know the frames before it,
+    which are to be made.
+    """
+    codec, length = model.codec, len(clips[0])
+    shape = (len(clips), codec.latent_channels, codec.num_latent_frames(length), *latent_size(model))
+    given, stride = torch.zeros(shape), codec.temporal_stride
+    for frame in at:
+        pixels = slice(max(0, stride * (frame - 1) + 1), stride * frame + 1)
+        alone = [placed_clip(clip[pixels], frame, codec) for clip in clips]
+        given[:, :, frame] = encode([one.pixels for one in alone], model)[:, :, -1]
+    return given
 
 
 def make_clips(

@@ -31,7 +31,7 @@ from pipelines.train import LoraConfig, TextDropConfig, TrainConfig, run_train
 from toyworld.judge import clip_features, read
 from toyworld.render import render_shot
 
-VERSION = 1  # change it when equal settings would give other figures
+VERSION = 2  # change it when equal settings would give other figures
 WARMUP = 30  # steps
 NOT_SETTINGS = ("cells", "seeds", "run", "model", "generate_at_once", "compile", "device", "out", "results")
 

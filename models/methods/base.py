@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from models.backbones.base import Backbone, Capabilities, require
 from models.layout import ClipLayout, Segment
 from models.noise import Density
 from models.patches import padded_frames, take_frames, token_layout
-from models.process import EDM, Process
+from models.process import EDM, FlowMatching, Process
 from models.text import TextContext
 
 
@@ -37,8 +37,35 @@ class Method(ABC):
     # whether a model that can be told of noise on its image is: condition "noise_aug" [B], in standard deviations
     tells_noise: ClassVar[bool] = False
 
-    shift: float = 3.0  # timestep shift of the training levels; Wan 2.1 uses 3 at 480p, 5 at 720p
-    density: Density = "uniform"  # of the training levels, before the shift
+    # timestep shift of the training levels; None: as the model's levels in sampling are shifted (Wan 2.1 at 480p: 3)
+    shift: float | None = None
+    # of the training levels, before the shift; None: logit_normal for a flow, else uniform
+    density: Density | None = "uniform"
+
+    def for_model(self, process: Process, level_shift: float, *, causal_vae: bool = True) -> Self:
+        """The method with all that it leaves to the model to train; what was asked for stays.
+
+        Called once, before training, so that checkpoints and the folder that is left say what was done.
+
+        Args:
+            level_shift: timestep shift of the model's sampling levels (`ModelSettings.level_shift`).
+            causal_vae: whether the latents of a clip's first frames are those that they have alone.
+        """
+        density = self.density or ("logit_normal" if isinstance(process, FlowMatching) else "uniform")
+        shift = self.shift
+        if shift is None:
+            shift = 1.0 if density == "edm" else level_shift  # density edm says the sigmas themselves
+        return replace(self, shift=shift, density=density)
+
+    def drawn_with(self) -> dict[str, Any]:
+        """Shift and density of `models.noise.sample_levels`; ValueError where one is still left to the model."""
+        for name in ("shift", "density"):
+            if getattr(self, name) is None:
+                raise ValueError(
+                    f"{self.name}: {name} is left to the model, and no model was named: give {name}, or take "
+                    "method.for_model(backbone.process, settings.level_shift)"
+                )
+        return {"shift": self.shift, "density": self.density}
 
     @abstractmethod
     def layout_for_training(self, shot_frames: list[int]) -> ClipLayout:

@@ -39,7 +39,7 @@ class FCA(Prediction):
     per_frame_levels: ClassVar[bool] = False
     image_guidance: ClassVar[float] = 1.0
 
-    density: Density = "logit_normal"
+    density: Density | None = None
     adapter: Adapter = "full"
     init_features: InitFeatures = "layers"  # given frames as each layer reads them, or as patches, alike for all layers
     loss_on_given: bool = True

@@ -4,9 +4,9 @@ Liu et al., "Redefining Temporal Modeling in Video Diffusion: The Vectorized Tim
 draws levels by PTSS (section 3.3): independent per frame with probability p, else one for the clip. Sampling holds the
 given frames at level 0 and lets the others follow the clock. Where this departs from the authors' code: the coin of
 PTSS is tossed per sample, not per batch; given frames are held exactly clean; and `clean_prob` of the training samples
-have frames at exactly 0, which continuous draws never hit. Where text stands in one attention with the video
-(CogVideoX, HunyuanVideo) it needs one time: by default the mean of the time embeddings of the frames, as in the first
-author's later code (Pusa); `text_time="max"` is that of the noisiest frame.
+have frames at exactly 0, which continuous draws never hit (with a VAE that is not causal the first alone). Where text
+stands in one attention with the video (CogVideoX, HunyuanVideo) it needs one time: by default the mean of the time
+embeddings of the frames, as in the first author's later code (Pusa); `text_time="max"` is that of the noisiest frame.
 
     t2v, i2v, interpolation, extension, transition, next_frame, any_frame, tvp: given frames are held
     noisy_frames      given frames start part of the way noised, at m_f s[k], and are remade with the rest (Pusa)
@@ -27,8 +27,8 @@ F latent frames.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -71,6 +71,7 @@ class FVDM(Method):
 
     p: float = 0.2
     clean_prob: float = 0.1
+    clean_first: bool = False  # of those samples the first frame is clean, and no other: see `for_model`
     labels: int | None = None  # classes the model is told in place of text; 0: nothing at all (unconditional)
     label_drop: float = 0.1  # share of training samples without their class
     text_time: TextTime = "mean"  # of a text among the video's tokens, where its frames differ in level
@@ -89,6 +90,18 @@ class FVDM(Method):
                 f"fvdm: labels is {self.labels} with image_beside, but a Stable Video Diffusion reads the image in the "
                 "place of a class: set one of them"
             )
+
+    def for_model(self, process: Process, level_shift: float, *, causal_vae: bool = True) -> Self:
+        """Where the VAE is not causal, `clean_first`.
+
+        In sampling a given frame is encoded knowing nothing of what is made. Datasets hold a shot's first frame so, and
+        training puts it in (`train.loop.clean_latents`). Of a later frame they hold the latent that it has in its shot,
+        which knows the frames around it, and its latent as a lone image, which is not what it has in the middle of a
+        video (`sample.given_frames`). Clean, the one would tell the model what it is to make, and it would learn to
+        look there; the other it never meets in sampling. So neither is shown clean.
+        """
+        fitted = super().for_model(process, level_shift)
+        return fitted if causal_vae else replace(fitted, clean_first=True)
 
     def layout_for_training(self, shot_frames: list[int]) -> ClipLayout:
         """Shots back to back; with `image_beside` one, whose first frame is the image."""
@@ -136,8 +149,8 @@ class FVDM(Method):
 
     def sample_levels(self, layout: ClipLayout, batch: int, generator: torch.Generator) -> Tensor:
         return sample_levels(
-            layout, batch, "mixed", generator=generator, p=self.p, shift=self.shift, density=self.density,
-            clean_prob=self.clean_prob,
+            layout, batch, "mixed", generator=generator, p=self.p, clean_prob=self.clean_prob,
+            clean_first=self.clean_first, **self.drawn_with(),
         )  # fmt: skip
 
     def plan(

@@ -155,9 +155,9 @@ class LCT(Method):
 
     def sample_levels(self, layout: ClipLayout, batch: int, generator: torch.Generator) -> Tensor:
         return sample_levels(
-            layout, batch, "per_shot", generator=generator, shift=self.shift, density=self.density,
-            clean_prob=self.clean_prob, shared_prob=self.shared_prob, context_prob=self.context_prob or 0.0,
-            context_level=self.context_level, context_first=self.attention_rule == "group_causal",
+            layout, batch, "per_shot", generator=generator, clean_prob=self.clean_prob, shared_prob=self.shared_prob,
+            context_prob=self.context_prob or 0.0, context_level=self.context_level,
+            context_first=self.attention_rule == "group_causal", **self.drawn_with(),
         )  # fmt: skip
 
     def learns(self, levels: Tensor) -> Tensor:

@@ -63,9 +63,8 @@ class Prediction(Method):
     def sample_levels(self, layout: ClipLayout, batch: int, generator: torch.Generator) -> Tensor:
         """One level per sample; held frames are at 0."""
         return sample_levels(
-            layout, batch, "capped", generator=generator, shift=self.shift, density=self.density,
-            caps=(~layout.is_given).float(),
-        )  # fmt: skip
+            layout, batch, "capped", generator=generator, caps=(~layout.is_given).float(), **self.drawn_with()
+        )
 
     def plan(self, layout: ClipLayout, levels: Tensor, task: str) -> Tensor:
         self.check_task(task)

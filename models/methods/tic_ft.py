@@ -46,7 +46,7 @@ class TICFT(Method):
     reads_references: ClassVar[bool] = True
 
     shift: float = 1.0  # the authors do not shift training levels
-    density: Density = "logit_normal"
+    density: Density | None = None  # as the authors: logit_normal for Wan, uniform for CogVideoX
     buffer_frames: int = 3  # B; 0 = targets border on clean frames
     image_frames: int = 1  # latent frames that show a condition image, besides its repeats in the buffer
     model_time: ModelTime = "scalar"  # models trained with one are not models of the other
@@ -124,10 +124,7 @@ class TICFT(Method):
         return torch.tensor([next(ramp) if role == "buffer" else float(role == "target") for role in roles])
 
     def sample_levels(self, layout: ClipLayout, batch: int, generator: torch.Generator) -> Tensor:
-        return sample_levels(
-            layout, batch, "capped", generator=generator, shift=self.shift, density=self.density,
-            caps=self.caps(layout),
-        )  # fmt: skip
+        return sample_levels(layout, batch, "capped", generator=generator, caps=self.caps(layout), **self.drawn_with())
 
     def plan(self, layout: ClipLayout, levels: Tensor, task: str) -> Tensor:
         self.check_task(task)

@@ -285,7 +285,7 @@ def test_image_concat_is_a_widened_patch_embedding():
 @pytest.mark.parametrize("frames", [1, 2])
 def test_held_frames_are_clean_and_concat_frames_are_made(frames):
     generator = torch.Generator().manual_seed(0)
-    held, concat = (get_method("aid", image=image, given_frames=frames) for image in ("held", "concat"))
+    held, concat = (get_method("aid", image=image, given_frames=frames, shift=3.0) for image in ("held", "concat"))
     layout = held.layout_for_training([F])
     levels = held.sample_levels(layout, 64, generator)
     assert not levels[:, :frames].any() and (levels[:, frames:] == levels[:, -1:]).all() and levels[:, -1].min() > 0

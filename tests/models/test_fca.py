@@ -287,7 +287,7 @@ def test_checkpointed_blocks_get_the_same_gradients():
 
 
 def test_the_whole_clip_is_denoised_at_one_level_and_counts_in_the_loss():
-    method = get_method("fca", given_frames=2)
+    method = get_method("fca", given_frames=2, shift=3.0, density="logit_normal")
     layout = method.layout_for_training([5])
     assert layout.roles == ["target"] * 5 and layout == method.layout_for_task("tvp", [5])
     levels = method.sample_levels(layout, 50, torch.Generator().manual_seed(0))
@@ -298,7 +298,7 @@ def test_the_whole_clip_is_denoised_at_one_level_and_counts_in_the_loss():
 
 
 def test_without_modules_the_given_frames_are_held_and_the_model_is_told_one_level():
-    method = get_method("fca", adapter="none")
+    method = get_method("fca", adapter="none", shift=3.0, density="logit_normal")
     layout = method.layout_for_training([4])
     assert layout.roles == ["condition"] + ["target"] * 3
     levels = method.sample_levels(layout, 20, torch.Generator().manual_seed(0))

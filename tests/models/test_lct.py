@@ -19,7 +19,7 @@ from models.text import TextContext
 from tests.models import cogvideox_cases, cogvideox_reference, hunyuan_inputs, hunyuan_reference
 from tests.models.test_backbones import BACKBONES
 
-GROUP = get_method("lct", position_mode="diagonal", global_prompt="group")
+GROUP = get_method("lct", position_mode="diagonal", global_prompt="group", shift=3.0)
 STORY = with_story(shots_layout([3, 2]))  # [story][dummy][text 0][3 frames][text 1][2 frames]
 
 
@@ -32,7 +32,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def near_context(method, draws: int = 100_000) -> float:
     """Share of the draws of a shot's level within 0.05 of the context level."""
-    levels = method.sample_levels(shots_layout([1, 1, 1]), draws, seeded())[:, 0]
+    levels = replace(method, shift=3.0).sample_levels(shots_layout([1, 1, 1]), draws, seeded())[:, 0]
     return ((levels - method.context_level).abs() <= 0.05).float().mean().item()
 
 
@@ -50,7 +50,7 @@ def test_the_share_follows_the_density_and_is_recorded():
     assert get_method("lct", density="uniform", context_prob=0.3).context_prob == 0.3
     with pytest.raises(ValueError, match="clean shots are never trained"):
         get_method("lct", context_level=0.0, density="uniform")
-    assert (get_method("lct", context_level=0.0).sample_levels(STORY, 500, seeded())[:, 1:] == 0).any()
+    assert (get_method("lct", context_level=0.0, shift=3.0).sample_levels(STORY, 500, seeded())[:, 1:] == 0).any()
     with pytest.raises(ValueError, match="context_prob is 1.5, expected 0 to 1"):
         get_method("lct", context_prob=1.5)
 
@@ -58,7 +58,7 @@ def test_the_share_follows_the_density_and_is_recorded():
 def test_without_a_share_the_draws_are_those_they_always_were():
     """What the demo and the claims are trained with (pipelines.demo_stages.LCT_PARAMS): uniform, half shared."""
     layout, generator = shots_layout([2, 1]), seeded(3)
-    method = get_method("lct", density="uniform", position_gap=24, shared_prob=0.5, clean_prob=0.5)
+    method = get_method("lct", shift=3.0, density="uniform", position_gap=24, shared_prob=0.5, clean_prob=0.5)
     found = method.sample_levels(layout, 64, seeded(3))
     shared, own = torch.rand((64, 1), generator=generator), torch.rand((64, 2), generator=generator)
     shared, own = (3 * u / (1 + 2 * u) for u in (shared, own))
@@ -74,7 +74,7 @@ def test_without_a_share_the_draws_are_those_they_always_were():
 
 @pytest.mark.parametrize("rule", ["full", "group_causal"])
 def test_shots_at_the_context_level_stand_for_given_ones(rule):
-    method = get_method("lct", context_prob=1.0, context_level=0.3, attention_rule=rule)
+    method = get_method("lct", shift=3.0, context_prob=1.0, context_level=0.3, attention_rule=rule)
     layout = shots_layout([2, 1, 3])
     levels = method.sample_levels(layout, 600, seeded())
     given = levels == 0.3
@@ -89,7 +89,7 @@ def test_shots_at_the_context_level_stand_for_given_ones(rule):
 
 
 def test_a_clip_that_is_all_at_the_context_level_is_learnt_from():
-    method = get_method("lct", context_prob=0.1, context_level=0.2)
+    method = get_method("lct", context_prob=0.1, context_level=0.2, shift=3.0)
     levels = torch.tensor([[0.2, 0.2, 0.2], [0.0, 0.2, 0.2], [0.0, 0.2, 0.7]])
     expected = [[True, True, True], [False, True, True], [False, False, True]]
     assert method.learns(levels).tolist() == expected
@@ -107,7 +107,7 @@ def test_where_the_group_stands_and_what_counts():
     levels = GROUP.sample_levels(STORY, 64, seeded())
     assert (levels[:, 0] == 0).all() and (levels[:, 1:] > 0).all()
     assert torch.equal(levels[:, 1:], GROUP.sample_levels(shots_layout([3, 2]), 64, seeded())), "it draws nothing"
-    clean = get_method("lct", clean_prob=1.0).sample_levels(STORY, 200, seeded())
+    clean = get_method("lct", clean_prob=1.0, shift=3.0).sample_levels(STORY, 200, seeded())
     assert ((clean[:, 1:] == 0).any(dim=1) & (clean[:, 1:] > 0).any(dim=1)).all(), "and is none of the clean shots"
     plan = GROUP.plan(STORY, base_levels(4), "joint")
     assert (plan[:, 0] == 0).all() and torch.equal(plan[:, 1], base_levels(4))

@@ -354,27 +354,27 @@ def support_rows():
 
 @pytest.mark.parametrize(("method", "task", "layout"), support_rows())
 def test_training_covers_the_levels_that_sampling_visits(method, task, layout):
-    assert not uncovered(get_method(method), layout, task)
+    assert not uncovered(get_method(method).for_model(FlowMatching(), 3.0), layout, task)
 
 
 def test_without_clean_frames_the_given_ones_are_never_trained():
-    method = get_method("fvdm", clean_prob=0.0)
+    method = get_method("fvdm", clean_prob=0.0, shift=3.0)
     assert len(uncovered(method, method.layout_for_task("i2v", [5]), "i2v")) == 6
     assert not uncovered(method, method.layout_for_task("t2v", [5]), "t2v")
-    shots = get_method("lct", context_level=0.0, clean_prob=0.2)
+    shots = get_method("lct", context_level=0.0, clean_prob=0.2, shift=3.0)
     layout = shots.layout_for_task("shot_conditioned", [2, 2], given_shots=[0])
     assert not uncovered(shots, layout, "shot_conditioned")
 
 
 def test_plain_training_is_one_level_per_clip():
-    plain = get_method("fvdm", p=0.0, clean_prob=0.0)
+    plain = get_method("fvdm", p=0.0, clean_prob=0.0, shift=3.0)
     levels = plain.sample_levels(shots_layout([5]), 500, torch.Generator().manual_seed(0))
     assert (levels == levels[:, :1]).all()
 
 
 def test_training_levels_follow_the_methods_own_shares():
     def levels(name: str, shots: list[int], **params) -> torch.Tensor:
-        method = get_method(name, **params)
+        method = get_method(name, shift=3.0, **params)
         layout = method.layout_for_training(shots)
         return method.sample_levels(layout, 40, torch.Generator().manual_seed(0))
 

@@ -20,7 +20,7 @@ from models.process import FlowMatching
 from models.tiny import TEXT_DIM, tiny_transformer, tiny_vae
 from sample.sampler import sample
 
-METHOD = get_method("tic_ft")
+METHOD = get_method("tic_ft").for_model(FlowMatching(), 3.0)
 TASK = "i2v_in_context"
 LAYOUT = METHOD.layout_for_task(TASK, [9], condition_frames=[4])  # c1b3t9, the authors' shipped mode
 
@@ -143,7 +143,7 @@ def test_buffers_are_at_the_same_level_in_training_and_sampling():
 
 
 def test_the_shift_acts_once_and_never_on_caps():
-    shifted = get_method("tic_ft", shift=5.0).sample_levels(LAYOUT, 4000, seeded())
+    shifted = get_method("tic_ft", shift=5.0, density="logit_normal").sample_levels(LAYOUT, 4000, seeded())
     plain = METHOD.sample_levels(LAYOUT, 4000, seeded())
     assert torch.equal(shifted[:, 4:], shift_levels(plain[:, 4:], 5.0)), "targets, once"
     assert torch.equal(shifted[:, 1:4], torch.minimum(shifted[:, 4:5], torch.tensor([0.25, 0.5, 0.75])))
@@ -162,7 +162,7 @@ def test_training_levels_follow_the_authors_density_unshifted():
 
 @pytest.mark.parametrize("model_time", ["scalar", "per_frame"])
 def test_the_backbone_is_told_the_targets_level_or_every_frames(model_time):
-    method = get_method("tic_ft", model_time=model_time)
+    method = get_method("tic_ft", model_time=model_time, density="logit_normal")
     assert get_method("tic_ft", **method.config()) == method and method.config()["model_time"] == model_time
     backbone = WanBackbone(tiny_transformer()).eval()
     text = torch.randn(2, 6, TEXT_DIM, generator=seeded(5))

@@ -188,7 +188,7 @@ def test_a_batch_is_of_one_size_and_holds_the_latents_of_its_scenes(base: Path) 
 
 def test_the_levels_of_a_sample_do_not_depend_on_its_size(base: Path) -> None:
     """The shift of the levels is the model's; the size changes the noise, not how much of it."""
-    method, layout = get_method("lct"), shots_layout([3])
+    method, layout = get_method("lct", shift=3.0), shots_layout([3])
     found = []
     for size in ((4, 8), (8, 4), (6, 6)):
         batch = SceneBatch(torch.zeros(2, 4, 3, *size), layout, None, ["a", "b"])  # type: ignore[arg-type]

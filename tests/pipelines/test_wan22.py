@@ -16,6 +16,7 @@ from models.experts import Expert
 from models.folder import load_model, read_index
 from models.layout import shots_layout
 from models.methods import get_method
+from models.process import FlowMatching
 from models.tiny_wan22 import build_tiny_a14b_folder, build_tiny_ti2v_folder
 from pipelines.train import TrainConfig, TrainResult, run_train
 from sample.generate import GenerateSettings, generate_scene
@@ -100,7 +101,7 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(folder, tmp_pat
 @pytest.mark.parametrize(("method", "params"), [("lct", {}), ("fvdm", {}), ("fvdm", {"p": 1.0}), ("tic_ft", {})])
 def test_an_expert_learns_what_it_will_be_asked(name, method, params):
     """The method's own draws, those of the other expert left out: in every sample the highest level decides."""
-    found, expert = get_method(method, **params), Expert(name, BOUNDARY)
+    found, expert = get_method(method, **params).for_model(FlowMatching(), 3.0), Expert(name, BOUNDARY)
     layout = (
         found.layout_for_training([4], condition_frames=[4])  # type: ignore[call-arg]
         if method == "tic_ft"
@@ -121,7 +122,7 @@ def test_an_expert_learns_what_it_will_be_asked(name, method, params):
 
 
 def test_levels_that_are_never_the_experts_are_an_error():
-    method, generator = get_method("lct"), torch.Generator().manual_seed(0)
+    method, generator = get_method("lct", shift=3.0), torch.Generator().manual_seed(0)
     with pytest.raises(ValueError, match="draws no levels for this expert: the highest of 4 frames"):
         draw_levels(method, shots_layout([2, 2]), generator, lambda levels: torch.zeros(len(levels), dtype=torch.bool))
 

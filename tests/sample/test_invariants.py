@@ -20,6 +20,7 @@ from models.layout import ClipLayout, shots_layout
 from models.methods import get_method
 from models.modules.lora import inject_lora
 from models.noise import base_levels
+from models.process import FlowMatching
 from models.text import TextContext
 from models.tiny import TEXT_DIM, tiny_transformer
 from sample.guidance import Guidance
@@ -236,7 +237,7 @@ def test_shots_swap_places_only_if_their_positions_do(monkeypatch):
 
 @pytest.mark.parametrize("name", ["fvdm", "lct", "tic_ft", "fca", "aid", "svd"])
 def test_training_draws_come_from_the_generator_alone(name):
-    method = get_method(name)
+    method = get_method(name).for_model(FlowMatching(), 3.0)
     layout = method.layout_for_training([4], [2, 2]) if name == "tic_ft" else method.layout_for_training([4])
     state = torch.get_rng_state()
     one, again, other = (method.sample_levels(layout, 8, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))

@@ -24,7 +24,7 @@ from train.loop import LoopSettings, draw, frame_weights, run_loop
 from train.metrics import read
 from train.parallel import Parallel, block_names, prepare, trainable
 
-METHOD = get_method("fvdm")
+METHOD = get_method("fvdm", shift=3.0)
 SETTINGS = LoopSettings(steps=2, log_every=1, warmup_steps=0)
 BLOCKS = {
     "wan": {"WanTransformerBlock": 2},
@@ -89,7 +89,7 @@ def test_the_loop_trains_it_on_the_loss_of_its_process(cache, tmp_path, name):
 @pytest.mark.parametrize("name", ["fvdm", "lct"])
 def test_clips_fill_whole_tokens_whose_frames_share_a_level(cache, tmp_path, name):
     """CogVideoX 1.5: 3 latent frames become 4, the first in front of itself with noise of its own."""
-    method = get_method(name, **({"p": 1.0, "clean_prob": 0.3} if name == "fvdm" else {}))
+    method = get_method(name, shift=3.0, **({"p": 1.0, "clean_prob": 0.3} if name == "fvdm" else {}))
     source, seen = cache(method.layout_for_training), []
     backbone = BACKBONES["cogvideox-1.5"]()
     backbone.register_forward_pre_hook(lambda _, args, options: seen.append((args, options)), with_kwargs=True)

@@ -17,7 +17,7 @@ from train.loop import LoopResult, LoopSettings, run_loop
 from train.parallel import Parallel, prepare
 from train.scenes import ShardDataset, TextDrop
 
-CAUSAL = get_method("lct", attention_rule="group_causal", context_level=0.3, single_frame_prob=0.3)
+CAUSAL = get_method("lct", shift=3.0, attention_rule="group_causal", context_level=0.3, single_frame_prob=0.3)
 SETTINGS = LoopSettings(steps=30, learning_rate=3e-3, warmup_steps=3, checkpoint_every=10, log_every=5)
 
 
@@ -54,7 +54,7 @@ def test_it_learns_and_a_killed_run_ends_like_one_never_killed(dataset, tmp_path
 
 def test_the_stage_before_does_not_go_on_as_this_one(dataset, tmp_path):
     folder = dataset([[2, 2]] * 2)
-    train(folder, tmp_path / "run", get_method("lct"))
+    train(folder, tmp_path / "run", get_method("lct", shift=3.0))
     with pytest.raises(ValueError, match="method_params"):
         train(folder, tmp_path / "run")
 

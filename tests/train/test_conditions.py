@@ -45,7 +45,7 @@ def test_given_frames_and_states_reach_the_method_but_where_the_sample_lost_them
 
 @pytest.mark.parametrize("labels", [5, 0])
 def test_a_model_of_classes_trains_without_reading_text(cache, tmp_path, labels):
-    method, backbone = get_method("fvdm", labels=labels), tiny_backbone()
+    method, backbone = get_method("fvdm", labels=labels, shift=3.0), tiny_backbone()
     method.attach(backbone)
     source = cache(method.layout_for_training)
     assert int(source.batch(0).labels.max()) < 5

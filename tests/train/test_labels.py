@@ -22,7 +22,7 @@ from train.evaluate import HeldOutLoss
 from train.loop import LoopSettings, draw, given_conditions, run_loop
 from train.metrics import read
 
-METHOD = get_method("fvdm", labels=3, label_drop=0.5)
+METHOD = get_method("fvdm", labels=3, label_drop=0.5, shift=3.0)
 SCENES, LABELS = [[2, 2], [2, 2], [2]], [[0, 0], [2, 2], [1]]
 
 

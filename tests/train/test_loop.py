@@ -20,7 +20,7 @@ from train.loop import LoopResult, LoopSettings, frame_weights, run_loop
 from train.metrics import NUM_BANDS, Window, read
 from train.parallel import Parallel, prepare
 
-METHOD = get_method("fvdm")
+METHOD = get_method("fvdm", shift=3.0)
 SETTINGS = LoopSettings(steps=12, learning_rate=3e-3, warmup_steps=3, checkpoint_every=5, log_every=2, grad_clip=0.5)
 
 

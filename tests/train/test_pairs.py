@@ -16,7 +16,7 @@ from train.loop import LoopSettings, draw, frame_weights, run_loop
 from train.metrics import read
 from train.scenes import ShardDataset, TextDrop
 
-METHOD = get_method("tic_ft", buffer_frames=2)
+METHOD = get_method("tic_ft", buffer_frames=2, density="logit_normal")
 REFERENCES = [
     [("image", 4)],
     [("portrait", 4), ("place", 4)],
@@ -106,7 +106,7 @@ def test_pairs_that_make_no_sample_are_refused(tmp_path, scene, references, mess
 
 @pytest.mark.parametrize("model_time", ["scalar", "per_frame"])
 def test_the_loop_tells_the_backbone_what_the_method_says(folder, tmp_path, model_time):
-    method = get_method("tic_ft", buffer_frames=2, model_time=model_time)
+    method = get_method("tic_ft", buffer_frames=2, model_time=model_time, density="logit_normal")
     data, backbone, told = open_pairs(folder, method), tiny_backbone(), []
     backbone.register_forward_pre_hook(lambda _, args: told.append(args[1].clone()))
     settings = LoopSettings(steps=1, learning_rate=1e-3, log_every=1)
@@ -130,6 +130,6 @@ def test_the_loop_tells_the_backbone_what_the_method_says(folder, tmp_path, mode
 def test_a_run_does_not_go_on_under_another_model_time(folder, tmp_path):
     settings = LoopSettings(steps=1, log_every=1)
     run_loop(tiny_backbone(), METHOD, open_pairs(folder), settings, tmp_path)
-    other = get_method("tic_ft", buffer_frames=2, model_time="per_frame")
+    other = get_method("tic_ft", buffer_frames=2, model_time="per_frame", density="logit_normal")
     with pytest.raises(ValueError, match="made with method_params=.*'scalar'"):
         run_loop(tiny_backbone(), other, open_pairs(folder, other), LoopSettings(steps=2), tmp_path)

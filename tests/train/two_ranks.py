@@ -38,7 +38,7 @@ def train(
     """Run the loop as this rank; returns the whole averaged weights."""
     torch.set_num_threads(1)
     parallel = this_rank(sharded)
-    method = get_method("fvdm")
+    method = get_method("fvdm", shift=3.0)
     backbone = prepare(tiny_backbone(), parallel, precision=settings.precision, activation_checkpointing=sharded)
     whole = [p.shape for p in tiny_backbone().parameters()]
     held = [local(p).numel() for p in backbone.parameters()]
