@@ -171,7 +171,7 @@ def sample_levels(
     return torch.where(layout.is_dummy.to(device), 0.0, levels)
 
 
-def check_edm_levels(method: str, density: str, process: EDM) -> None:
+def check_edm_levels(method: str, density: Density | None, process: EDM) -> None:
     """Raises ValueError where training levels of `density` are not those that an EDM was trained at."""
     if density != "edm":
         raise ValueError(

@@ -184,7 +184,7 @@ def make_job(config: TrainConfig) -> TrainJob:
     from models.text import null_text
     from train.job import HeldOut, Lora, TrainJob
     from train.loop import LoopSettings
-    from train.scenes import TextDrop
+    from train.text_drop import TextDrop
 
     check_expert(config.model, config.expert)
     lora, model = config.lora, load_model(config.model, parts=("text", "image"))

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from models.experts import ExpertName
 from train.loop import LoopSettings
-from train.scenes import Latents, TextDrop
+from train.scenes import Latents
+from train.text_drop import TextDrop
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from train.batches import SceneBatch, Turns, keyed_generator, rows_of, stream
 from train.labels import class_of
 from train.made_with import check_encoders, check_image_encoder
 from train.shards import Record, encoded_runs, latent_shape, read_shard
+from train.text_drop import TextDrop
 
 Latents = Literal["sample", "mean"]
 # kind ("scene"; "story", a scene whose story is a group of its own; "single"), latent frames of each reference and of
@@ -32,34 +33,6 @@ Latents = Literal["sample", "mean"]
 Bucket = tuple[str, tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 # roles of a scene's references and their latent frames -> how many frames of each stand before the shot
 ConditionFrames = Callable[[Sequence[str], Sequence[int | None]], list[int]]
-
-
-@dataclass(frozen=True)
-class TextDrop:
-    """Shares of samples that lose text in training, so that guidance works at sampling. At most one of them applies.
-
-    A method that tells its model of given frames (AID, FCA) can lose them, too, alone or with the text; states go with
-    the text.
-    """
-
-    everything: float = 0.1
-    story: float = 0.0
-    prompts: float = 0.0  # the shots' own prompts; the story stays
-    given: float = 0.0  # given frames; all text stays
-    both: float = 0.0  # everything and given frames
-    shots: float = 0.0  # of scenes: about half of the shots lose all text, so that they must follow the others
-
-    def __post_init__(self) -> None:
-        if min(asdict(self).values()) < 0 or sum(asdict(self).values()) > 1:
-            raise ValueError(f"text drop probabilities must be at least 0 and sum to at most 1: {self}")
-
-    def choose(self, draw: float) -> str | None:
-        """What a sample with the uniform `draw` loses, if anything."""
-        for name in ("everything", "story", "prompts", "given", "both", "shots"):
-            if draw < getattr(self, name):
-                return name
-            draw -= getattr(self, name)
-        return None
 
 
 @dataclass(frozen=True)
@@ -160,7 +133,7 @@ class ShardDataset:
         self.classes = classes
         self._state_tokens = 0  # of the longest state; all are padded to it, whatever batch they are in
         self.null_text, self.text_drop, self.loses_given = null_text, text_drop or TextDrop(), loses_given
-        _check_drop(self.text_drop, loses_given, needs_both)
+        self.text_drop.check(loses_given, needs_both)
         self.image_hash = image_hash
         self.given_alone = given_alone and given_frames > 0
         if self.given_alone and given_frames > 1:
@@ -474,19 +447,6 @@ def own_text(scene: Scene, shot: int) -> str:
         joined = scene.latents is not None and scene.latents.texts_joined
         return shot_tensor_key(shot, "prompt_text" if joined else "text")
     return shot_tensor_key(shot, "sentence_text")
-
-
-def _check_drop(drop: TextDrop, loses_given: bool, needs_both: bool) -> None:
-    if loses_given and needs_both and not drop.both:
-        raise ValueError(
-            f"text_drop.both is {drop.both}, but this method guides by its given frames: the pass without them and "
-            "without text would never be trained; set text_drop.both, such as 0.05"
-        )
-    if not loses_given and (drop.given or drop.both):
-        raise ValueError(
-            f"text_drop.given is {drop.given}, text_drop.both {drop.both}, but this method does not guide by given "
-            "frames: set both to 0"
-        )
 
 
 def check_states_seen(folder: Path, given: int) -> None:

@@ -26,7 +26,8 @@ from train.export import export_model, full_weights
 from train.job import TrainJob
 from train.loop import LoopResult, run_loop
 from train.parallel import prepare, this_rank
-from train.scenes import ShardDataset, TextDrop, check_states_seen
+from train.scenes import ShardDataset, check_states_seen
+from train.text_drop import TextDrop
 
 WORKER_RESTARTS = 3
 LEVELS = ("shift", "density")  # parameters that a method can leave to the model

@@ -21,7 +21,8 @@ from preprocess.unit import prepare_video
 from toyworld.judge import psnr
 from toyworld.pairs import render_reference, sample_pair, write_pair
 from toyworld.render import render_shot
-from train.scenes import ShardDataset, TextDrop
+from train.scenes import ShardDataset
+from train.text_drop import TextDrop
 
 LEAST_DB = {"portrait": 16.0}  # the shipped VAE never saw white; everything else is above 24
 

@@ -28,8 +28,9 @@ from tests.preprocess.videos import pan, write
 from tests.train.tiny import tensors, write_dataset
 from train import loop
 from train.batches import SceneBatch
-from train.scenes import ShardDataset, TextDrop
+from train.scenes import ShardDataset
 from train.shards import read_shard
+from train.text_drop import TextDrop
 
 SHAPES = {"wide": (48, 96), "tall": (96, 48), "square": (96, 96), "small": (32, 64)}  # height, width of the videos
 TAKEN = {"wide.mp4": (32, 64), "tall.mp4": (64, 32), "square.mp4": (48, 48), "small.mp4": (32, 64)}

@@ -15,7 +15,8 @@ from tests.models.processes import PROCESSES
 from tests.train.tiny import TEXT_LENGTH, tensors, tiny_backbone
 from train.loop import LoopResult, LoopSettings, run_loop
 from train.parallel import Parallel, prepare
-from train.scenes import ShardDataset, TextDrop
+from train.scenes import ShardDataset
+from train.text_drop import TextDrop
 
 CAUSAL = get_method("lct", shift=3.0, attention_rule="group_causal", context_level=0.3, single_frame_prob=0.3)
 SETTINGS = LoopSettings(steps=30, learning_rate=3e-3, warmup_steps=3, checkpoint_every=10, log_every=5)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.train.test_scenes import open_dataset
-from train.scenes import TextDrop, kept_out
+from train.scenes import kept_out
+from train.text_drop import TextDrop
 
 SHARE = 0.4
 SCENES = [[2, 2], [2, 2, 2], [3], [2, 2], [1, 2], [2, 2], [3, 3], [2], [2, 2], [2, 2]]

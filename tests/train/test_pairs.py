@@ -14,7 +14,8 @@ from models.tiny import TEXT_DIM
 from tests.train.tiny import TEXT_LENGTH, tiny_backbone, write_dataset
 from train.loop import LoopSettings, draw, frame_weights, run_loop
 from train.metrics import read
-from train.scenes import ShardDataset, TextDrop
+from train.scenes import ShardDataset
+from train.text_drop import TextDrop
 
 METHOD = get_method("tic_ft", buffer_frames=2, density="logit_normal")
 REFERENCES = [

@@ -14,8 +14,9 @@ from models.tiny import TEXT_DIM
 from tests.models.processes import PROCESSES
 from tests.train.tiny import CHANNELS, SIZE, TEXT_LENGTH, write_dataset
 from train.loop import all_conditions, clean_latents
-from train.scenes import ShardDataset, TextDrop, Turns, check_states_seen
+from train.scenes import ShardDataset, Turns, check_states_seen
 from train.shards import read_shard
+from train.text_drop import TextDrop
 
 NULL = torch.full((TEXT_LENGTH, TEXT_DIM), -1.0)
 SCENES = [[2, 2, 2, 2], [2, 2, 2], [3, 3], [2, 0, 2, 2], [2]]

@@ -13,7 +13,7 @@ from tests.train.tiny import TEXT_LENGTH
 from train.evaluate import HeldOutLoss
 from train.loop import LoopSettings, run_loop
 from train.metrics import read
-from train.scenes import TextDrop
+from train.text_drop import TextDrop
 
 METHOD = get_method("lct", position_mode="diagonal", global_prompt="group", shift=1.0)
 
