@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models.backbones.wan import WanBackbone
 from models.methods import get_method
 from models.noise import base_levels
 from models.process import FlowMatching, Process
@@ -47,7 +48,7 @@ def test_an_oracle_recovers_every_task_and_held_frames_are_bit_equal(task: str, 
 class Drift(nn.Module):
     """A model whose velocity leads to the frame's number after the first, so that clips differ."""
 
-    process = FlowMatching()
+    process, capabilities = FlowMatching(), WanBackbone.capabilities
 
     def forward(self, x: Tensor, levels: Tensor, text: Tensor, **kwargs) -> Tensor:
         return x - torch.arange(x.shape[2]).view(-1, 1, 1) - x[:, :, :1].mean()
@@ -135,7 +136,7 @@ def test_an_oracle_recovers_a_long_video(process: Process) -> None:
     windows = iter(clip_windows([True] + [False] * 7, F, 3))
 
     class Windowed(Layered):
-        calls = 0
+        calls, capabilities = 0, WanBackbone.capabilities
 
         def __call__(self, x: Tensor, levels: Tensor, text: Tensor, **kwargs) -> Tensor:
             if self.calls % 6 == 0:

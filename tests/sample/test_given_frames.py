@@ -381,7 +381,7 @@ def test_what_contradicts_given_frames_is_refused(model: Model, media: Path) -> 
 )
 def test_methods_that_hold_no_frames_say_why(media: Path, method: str, reason: str) -> None:
     model: Any = SimpleNamespace(
-        settings=SimpleNamespace(method=method, method_params={}, frames_per_shot=9),
+        settings=SimpleNamespace(method=method, method_params={}, backbone="wan", frames_per_shot=9),
         codec=SimpleNamespace(frame_step=4),
     )
     with pytest.raises(StoryboardError, match=f"method '{method}' holds no frames inside a shot: .*{reason}") as caught:

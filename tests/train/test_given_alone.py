@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from models.backbones.wan import WanBackbone
 from models.methods import get_method
 from models.process import FlowMatching
 from tests.train.test_scenes import open_dataset
@@ -17,7 +18,7 @@ ALONE = 0.25  # of the first shot's first frame (tests.train.tiny)
 class Seen:
     """In the place of a backbone: what it is shown, and at which levels."""
 
-    process = FlowMatching()
+    process, capabilities = FlowMatching(), WanBackbone.capabilities
 
     def __call__(self, x, levels, **_):
         self.x, self.levels = x, levels
