@@ -301,6 +301,19 @@ def _trained(claim: LctDemoClaim, tuned: Path) -> dict[str, Any]:
     return record | {"demo": demo, "scenes": claim.scenes, "then_on_casts": casts}
 
 
+def _recipe(trained: dict[str, Any]) -> str:
+    """The stages of tuning, in words."""
+    if "demo" not in trained:
+        return "The tuned model was given."
+    stages = [f"{trained['demo']['steps']:,} steps on {trained['scenes']:,} scenes"]
+    for stage in trained["then_on_casts"]:
+        params = stage["method_params"]
+        rule = "each behind the earlier ones" if params.get("attention_rule") == "group_causal" else "all together"
+        words = f"{stage['steps']:,} on {stage['scenes']:,} of more characters, shots {rule}"
+        stages.append(f"{words}, {params['context_prob']:g} of the samples with given shots")
+    return "\n- ".join([f"Tuned with {trained['demo']['batch_size']} scenes a step:\n", *stages])
+
+
 def _rounded(difference: Difference) -> dict[str, float]:
     return {name: round(value, 4) for name, value in asdict(difference).items()}
 
@@ -323,7 +336,7 @@ def _text(record: dict[str, Any]) -> str:
         f"{record['pairs']} held-out scenes of three shots, seed {record['seed']}, {record['sample_steps']} steps, "
         f"guidance {record['guidance']:g},\nof LCT's other shots {record['scene_guidance']:g}. Each scene is made by "
         "both sides from the same storyboard and start noise; intervals are\npercentiles of a paired bootstrap over "
-        "scenes."
+        f"scenes.\n\n{_recipe(record['trained'])}\n"
     )
     return f"""# LCT keeps who is in a scene from shot to shot
 
