@@ -67,6 +67,7 @@ class DryRun:
     repeated: int = 0
     probed: int = 0
     set_aside: list[tuple[str, str]] = field(default_factory=list)  # (status, "name (stage): reason")
+    ended: list[str] = field(default_factory=list)  # of the sample, "status name (stage): reason"
     frames: float = 0.0  # of what is to do, as far as it passes the probe; scaled where not all were probed
     video_seconds: float = 0.0
     sizes: dict[Size, float] = field(default_factory=dict)  # those frames by the training size of their video
@@ -144,7 +145,8 @@ class DryRun:
         if not self.frames:
             return "\n".join([*lines, "nothing to decode, so nothing to estimate"])
         if not self.sample_frames:
-            return "\n".join([*lines, "no sample could be processed, so nothing is estimated"])
+            ends = [f"  {words}" for words in self.ended]
+            return "\n".join([*lines, "no sample could be processed, so nothing is estimated:", *ends])
         lines += self._sample_words()
         longest = max(self.limits, key=lambda name: self.limits[name])
         knobs = {
@@ -311,6 +313,8 @@ def _decode(units: list[Unit], place: Workplace, found: DryRun, largest: int) ->
         run_stage("probe", lambda u: probe_stage(u, place), unit)
         run_stage("decode", lambda u: decode_stage(u, place), unit)
         run_stage("captions", lambda u: caption_stage(u, place), unit)
+        if unit.status:
+            found.ended.append(f"{unit.status} {unit.file.name} ({unit.stage}): {unit.reason}")
         shown = unit.count.shown if unit.count else 0
         waits = place.scratch_file(unit)
         if shown and waits.exists():

@@ -70,6 +70,13 @@ def test_more_videos_than_are_probed_are_scaled_to(
     assert "probed 1 of 3" in found.summary() and "about 9.0 s of video" in found.summary()
 
 
+def test_a_sample_that_fails_says_why(videos: Path, model: Path, tmp_path: Path) -> None:
+    sources = [str(videos / f"good{k}.mp4") for k in range(2)]
+    found = dry_run(PrepareConfig(sources=sources, output=tmp_path / "out", model=model, captions="sidecar"))
+    assert len(found.ended) == 2 and found.sample_frames == 0
+    assert "so nothing is estimated:\n  failed good0.mp4 (captions): " in found.summary()
+
+
 def test_models_are_not_asked_and_what_is_missing_is_said(videos: Path, model: Path, tmp_path: Path) -> None:
     config = PrepareConfig(
         sources=[str(videos / "empty.mp4"), str(videos / "good0.mp4")], output=tmp_path / "out", model=model,
