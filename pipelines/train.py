@@ -181,12 +181,16 @@ def _show(bar: Progress, line: dict[str, Any]) -> None:
 def make_job(config: TrainConfig) -> TrainJob:
     """The job of a config; encodes the empty text with the model's encoder."""
     from models.folder import check_expert, load_model
+    from models.methods import get_method
     from models.text import null_text
     from train.job import HeldOut, Lora, TrainJob
     from train.loop import LoopSettings
+    from train.shards import shards_of
     from train.text_drop import TextDrop
 
     check_expert(config.model, config.expert)
+    get_method(config.method, **config.method_params)  # both would raise later, with a large text encoder loaded
+    shards_of(config.dataset)
     lora, model = config.lora, load_model(config.model, parts=("text", "image"))
     apart = config.held_out
     held_out = HeldOut(apart.share, apart.dataset.resolve() if apart.dataset else None, apart.batches)

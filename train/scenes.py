@@ -24,7 +24,7 @@ from models.text import TextContext, pack_text
 from train.batches import SceneBatch, Turns, keyed_generator, rows_of, stream
 from train.labels import class_of
 from train.made_with import check_encoders, check_image_encoder
-from train.shards import Record, encoded_runs, latent_shape, read_shard
+from train.shards import Record, encoded_runs, latent_shape, read_shard, shards_of
 from train.text_drop import TextDrop
 
 Latents = Literal["sample", "mean"]
@@ -146,10 +146,7 @@ class ShardDataset:
         self.single_frame_prob, self.story_group = single_frame_prob, story_group
         self.held_out_share = held_out_share
 
-        shards = sorted((folder / "shards").glob("*.tar"))
-        if not shards:
-            raise ValueError(f"{folder}: no shards/*.tar; prepare a dataset there first")
-        whole = [record for shard in shards for record in read_shard(shard)]
+        whole = [record for shard in shards_of(folder) for record in read_shard(shard)]
         keys = "\n".join(f"{record.key} {sorted(record.tensors)}" for record in whole)
         self._dataset = hashlib.sha256(keys.encode()).hexdigest()[:16]  # held-out scenes are part of what it is
         self.records: list[Record] = []

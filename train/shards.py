@@ -28,6 +28,13 @@ _DTYPES = {
 _LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
 
 
+def shards_of(dataset: Path) -> list[Path]:
+    """The shards of a prepared dataset; ValueError where there is none."""
+    if not (shards := sorted((dataset / "shards").glob("*.tar"))):
+        raise ValueError(f"{dataset}: no shards/*.tar; prepare a dataset there first")
+    return shards
+
+
 @dataclass(frozen=True)
 class TensorPlace:
     """Where one tensor lies inside a shard."""

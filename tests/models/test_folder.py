@@ -54,6 +54,12 @@ def test_plain_diffusers_opens_and_runs_the_folder(folder, pipeline):
     assert frames.shape == (1, 5, 32, 32, 3)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named(folder):
+    with pytest.raises(ValueError, match="device=cuda: PyTorch finds no GPU here"):
+        load_model(folder, device="cuda")
+
+
 def test_a_folder_comes_back_as_it_was_written(tmp_path, folder):
     first = load_model(folder)
     save_model(tmp_path / "again", first, first.settings)

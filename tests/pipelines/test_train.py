@@ -123,6 +123,16 @@ def test_a_dataset_of_another_model_is_refused(inputs, tmp_path):
         train({**inputs, "model": tmp_path / "other"}, tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [({"dataset": Path("nothing")}, "nothing: no shards"), ({"method": "lcd"}, "unknown method 'lcd'")],
+)
+def test_what_is_wrong_is_said_before_models_are_loaded(inputs, tmp_path, monkeypatch, wrong, words):
+    monkeypatch.setattr("models.folder.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=words):
+        run_train(TrainConfig(**(inputs | {"run_dir": tmp_path, "num_workers": 0} | wrong)))
+
+
 def test_configurations_that_cannot_work_are_refused():
     required = ["dataset=d", "model=m", "run_dir=r"]
     for override, message in {
