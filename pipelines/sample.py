@@ -122,7 +122,7 @@ def run_sample(
     from models.codecs import VideoCodec
     from models.folder import is_distilled, load_model
     from pipelines.storyboards import load_storyboards
-    from sample.generate import check_noise_aug, check_scene_guidance, check_task
+    from sample.abilities import check_noise_aug, check_scene_guidance, check_task
     from sample.guidance import check_guidance
 
     started = time.monotonic()

@@ -124,7 +124,7 @@ def server_settings(config: ServeConfig) -> ServerSettings:
 
     from models.codecs import VideoCodec
     from models.folder import is_distilled, load_settings
-    from sample.generate import check_noise_aug, check_scene_guidance, largest_scene, refused_fields, refused_tasks
+    from sample.abilities import check_noise_aug, check_scene_guidance, largest_scene, refused_fields, refused_tasks
     from sample.guidance import check_guidance
     from sample.server_settings import ServerSettings
     from sample.video_io import enlarge

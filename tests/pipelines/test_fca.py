@@ -17,7 +17,8 @@ from models.methods import get_method
 from models.tiny import build_tiny_folder
 from pipelines.sample import SampleConfig, run_sample
 from pipelines.train import TrainConfig, TrainResult, run_train
-from sample.generate import GenerateSettings, generate_scene, starts_from_image
+from sample.abilities import starts_from_image
+from sample.generate import GenerateSettings, generate_scene
 from sample.storyboard import Storyboard, StoryboardError, StoryboardShot
 from sample.video_io import write_video
 from tests.train.tiny import write_dataset

@@ -100,6 +100,7 @@ TRAINED_WITH = {
     "train_aid_svd": (1.0, 1.0, "edm"),
     "train_aid_toyworld": (3.0, 3.0, "uniform"),
     "train_fca_toyworld": (3.0, 3.0, "uniform"),
+    "train_fvdm_toyworld": (3.0, 3.0, "uniform"),
     "train_lct_causal_toyworld": (3.0, 3.0, "uniform"),
     "train_lct_diagonal_cogvideox": (1.0, 1.0, "logit_normal"),
     "train_lct_toyworld": (3.0, 3.0, "uniform"),

@@ -16,7 +16,8 @@ from models.layout import shots_layout
 from models.noise import base_levels, noise_plan
 from models.text import null_text
 from models.tiny import build_tiny_folder
-from sample.generate import GenerateSettings, generate_scene, generate_scenes, largest_scene, starts_from_image
+from sample.abilities import largest_scene, starts_from_image
+from sample.generate import GenerateSettings, generate_scene, generate_scenes
 from sample.guidance import Guidance
 from sample.sampler import sample
 from sample.storyboard import Storyboard, StoryboardError, StoryboardShot, derive_seed

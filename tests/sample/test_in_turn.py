@@ -16,7 +16,8 @@ from models.folder import Model, load_model
 from models.scene import Reference
 from models.tiny import build_tiny_folder
 from models.tiny_cogvideox import build_tiny_cogvideox_folder
-from sample.generate import GenerateSettings, check_task, generate_scene, generate_scenes, scene_shape
+from sample.abilities import check_task
+from sample.generate import GenerateSettings, generate_scene, generate_scenes, scene_shape
 from sample.storyboard import Storyboard, StoryboardError, StoryboardShot
 from sample.video_io import write_video
 

@@ -15,7 +15,8 @@ from models.folder import Model, load_model
 from models.scene import Reference
 from models.text import null_text
 from models.tiny import build_tiny_folder
-from sample.generate import GenerateSettings, generate_scene, largest_scene, starts_from_image
+from sample.abilities import largest_scene, starts_from_image
+from sample.generate import GenerateSettings, generate_scene
 from sample.storyboard import Storyboard, StoryboardError, StoryboardShot
 from sample.video_io import read_image, read_video, write_video
 
