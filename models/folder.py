@@ -193,7 +193,7 @@ def read_index(path: Path | str) -> dict[str, Any]:
     index = Path(path) / INDEX_FILE
     if not index.is_file():
         raise FileNotFoundError(
-            f"{index} is missing: {path} is no model folder in the diffusers layout, such as "
+            f"{index} is missing: {path} is not a model folder in the diffusers layout, such as "
             "`hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --local-dir FOLDER` makes"
         )
     found = json.loads(index.read_text())

@@ -107,7 +107,7 @@ def stage_states(topology: Mapping[Any, Any], rows: int) -> list[StageState]:
         done, running = op.metrics.num_tasks_finished, op.num_active_tasks()
         waiting = state.total_enqueued_input_blocks()
         here = done + running + waiting
-        total = max(coming, here) if not found else here + coming
+        total = here + coming if found else coming
         found.append(StageState(", ".join(names), done, running, waiting, total))
         coming = total - done
     return found

@@ -117,8 +117,8 @@ def train_worker(job: TrainJob, checkpoints: Checkpoints) -> LoopResult:
     )
     source = open_dataset(
         job.dataset,
-        loses_given="image" in method.guided and "given" not in method.drops,
-        needs_both=method.image_guidance != 1,
+        loses_given="image" in method.guided,
+        needs_both=method.image_guidance != 1 and "given" not in method.drops,
         text_drop=job.text_drop,
         single_frame_prob=method.single_frame_share(),
         held_out_share=held_out.share if held_out else 0.0,

@@ -149,7 +149,7 @@ def test_the_dry_run_samples_every_size_and_weighs_it(base: Path, monkeypatch: p
 def test_the_sample_is_weighted_by_what_there_is_of_each_size() -> None:
     class Some:
         def __init__(self, size: tuple[int, int], shown: int) -> None:
-            self.size, self.count = list(size), type("Count", (), {"shown": shown})
+            self.size, self.count = size, type("Count", (), {"shown": shown})
 
     found = DryRun(Path("out"), PrepareSettings(), 1, 1, 1, sizes={(32, 64): 900, (64, 32): 100})
     units = [Some((32, 64), 10), Some((64, 32), 10), Some((64, 32), 30)]
